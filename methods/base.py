@@ -1,0 +1,180 @@
+"""The words every compression method shares: budgets, knobs, plans, errors and the `Method` protocol.
+
+A method is a map-reduce (`shards`, `score`, `merge`), an allocation in plain numbers (`allocate`), a surgery (`apply`)
+and a training loop (`recover`). Scores never see a budget, so one scoring pass serves every budget of a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from methods.profile import Profile
+    from methods.training import Recipe, Samples
+
+Scores: TypeAlias = Mapping[str, np.ndarray]
+"""What a method measured: named arrays, so that they cache as one `.npz` and hash by content."""
+
+Shard: TypeAlias = tuple[Any, ...]
+"""A small picklable description of one piece of scoring work: a batch index, a layer, a block."""
+
+KnobValue: TypeAlias = float | int | str | bool
+
+
+class MethodError(Exception):
+    """Base of everything a method raises on purpose."""
+
+
+class Unsupported(MethodError):
+    """This method cannot handle this network at all."""
+
+
+class ScoreError(MethodError):
+    """Scoring met a value it cannot use (NaN, infinity, too few samples); the message names the layer or group."""
+
+
+class Infeasible(MethodError):
+    """No plan of this method fits the budget; `least` holds the least reachable value of each limited cost."""
+
+    def __init__(self, message: str, least: Mapping[str, int]) -> None:
+        super().__init__(message, least)
+        self.message = message
+        self.least = dict(least)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits for the whole network, in absolute units; `None` leaves a cost unlimited.
+
+    `macs` are multiply-accumulates for one input, `params` counts every parameter. `channels` is the device's preferred
+    channel multiple: pruned widths stay on that grid where the layer is wide enough (see `grid_step`).
+    """
+
+    name: str
+    macs: int | None = None
+    params: int | None = None
+    channels: int = 1
+
+    def limits(self) -> dict[str, int]:
+        """The costs that are limited, by name."""
+        return {cost: limit for cost in ("macs", "params") if (limit := getattr(self, cost)) is not None}
+
+    def allows(self, macs: int, params: int) -> bool:
+        """Whether a network of this cost fits every limit."""
+        cost = {"macs": macs, "params": params}
+        return all(cost[name] <= limit for name, limit in self.limits().items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A knob with named options."""
+
+    options: tuple[KnobValue, ...]
+    default: KnobValue
+
+
+@dataclass(frozen=True)
+class Range:
+    """A real-valued knob in `[low, high]`, sampled on a log scale if `log`."""
+
+    low: float
+    high: float
+    default: float
+    log: bool = False
+
+
+Knob: TypeAlias = Choice | Range
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided: plain JSON values, with the cost of the whole student it predicts.
+
+    `loss` is the method's own proxy for what the cut costs: 0 at the teacher's own cost, smaller is better, comparable
+    only between plans of one method and one knob setting. `bound` is a proven lower bound on it, where one is known.
+    """
+
+    method: str
+    macs: int
+    params: int
+    choices: dict[str, Any]
+    loss: float
+    bound: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready values; `Plan.from_json` restores it."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Plan:
+        """Restores what `to_json` gave."""
+        return Plan(**{**values, "notes": tuple(values["notes"])})
+
+
+class Method(Protocol):
+    """Seven verbs around one frozen dataclass; `METHODS` lists the implementations."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def knobs(self) -> Mapping[str, Knob]:
+        """What Optuna may vary in `allocate`; every knob has a default, which is tried first."""
+        ...
+
+    def accepts(self, profile: Profile) -> str | None:
+        """`None`, or why this network cannot be handled."""
+        ...
+
+    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
+        """The pieces of scoring work; `calibration` is `(n, c, h, w)`."""
+        ...
+
+    def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
+        """One piece's partial scores; a pure function of its arguments."""
+        ...
+
+    def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
+        """All partial scores as one, bit for bit the same for any order of `partials`."""
+        ...
+
+    def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """The best plan within every limit of `budget`.
+
+        Raises:
+            Infeasible: no plan fits; the message names the least reachable cost.
+        """
+        ...
+
+    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
+        """A new module that follows the plan, which says all there is to know; the teacher is untouched."""
+        ...
+
+    def recover(
+        self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
+    ) -> Iterator[int]:
+        """Trains `student` in place; yields the number of steps done, whenever it is fit to be evaluated."""
+        ...
+
+
+def defaults(method: Method) -> dict[str, KnobValue]:
+    """Every knob of `method` at its default."""
+    return {name: knob.default for name, knob in method.knobs.items()}
+
+
+def grid_step(width: int, channels: int) -> int:
+    """The multiple a group of `width` channels is pruned in: the device's, but never over an eighth of the width.
+
+    >>> [grid_step(width, 8) for width in (16, 32, 64, 512)]
+    [2, 4, 8, 8]
+    """
+    return min(channels, max(1, width // 8))

@@ -1,0 +1,115 @@
+"""What a worker does: score a shard, or run one trial from a plan to a measured student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.base import Method, Plan, Scores, Shard
+from methods.profile import count_macs, count_params
+from methods.training import Metric, Recipe, Samples, evaluate, recalibrate
+
+
+class PlanMismatch(AssertionError):
+    """The student does not cost what its plan says: a fault of ours, never of the user's."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a worker holds, loaded once: the teacher and the data it may see (never the test set)."""
+
+    teacher: nn.Module
+    train: Samples
+    validation: Samples
+    calibration: np.ndarray
+    metric: Metric
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`top1` on the validation set after `step` of `steps` steps of recovery."""
+
+    step: int
+    steps: int
+    top1: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a plan: top-1 on the validation set at three moments, counted costs, and the student's state.
+
+    `macs` and `params` are counted on the student itself. `size_bytes` is that of its state as stored. `state` maps
+    each name of `state_dict()` to its array: with the plan, it is the whole student.
+    """
+
+    top1_surgery: float
+    top1_bn: float
+    top1_validation: float
+    macs: int
+    params: int
+    size_bytes: int
+    seconds: float
+    state: Mapping[str, np.ndarray]
+
+
+def score(bench: Bench, method: Method, shard: Shard, seed: int) -> Scores:
+    """One shard's partial scores, on the worker's device."""
+    teacher, calibration = on_device(bench)
+    return method.score(shard, teacher, calibration, seed)
+
+
+def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -> Generator[Progress, None, Outcome]:
+    """Apply, re-estimate the norms, recover: yields progress, returns the outcome.
+
+    Raises:
+        PlanMismatch: the student's counted cost differs from the plan's.
+    """
+    started = time.perf_counter()
+    teacher, calibration = on_device(bench)
+    student = method.apply(teacher, plan)
+    example = calibration[:1]
+    macs, params = count_macs(student, example), count_params(student)
+    if (macs, params) != (plan.macs, plan.params):
+        raise PlanMismatch(
+            f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
+        )
+    surgery = evaluate(student, bench.validation, bench.metric)
+    recalibrate(student, calibration)
+    top1 = recalibrated = evaluate(student, bench.validation, bench.metric)
+    for step in method.recover(student, teacher, bench.train, recipe, seed):
+        top1 = evaluate(student, bench.validation, bench.metric)
+        yield Progress(step, recipe.steps, top1)
+    state = {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()}
+    return Outcome(
+        top1_surgery=surgery,
+        top1_bn=recalibrated,
+        top1_validation=top1,
+        macs=macs,
+        params=params,
+        size_bytes=size_bytes(student),
+        seconds=time.perf_counter() - started,
+        state=state,
+    )
+
+
+def size_bytes(model: nn.Module) -> int:
+    """The bytes of everything in the state of `model`."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def rebuild(teacher: nn.Module, method: Method, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
+    """The student of a past trial, in eval mode, from its plan and its state."""
+    student = method.apply(teacher, plan)
+    student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+    return student.eval()
+
+
+def on_device(bench: Bench) -> tuple[nn.Module, Tensor]:
+    """The teacher in eval mode and the calibration images, on this process's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return bench.teacher.to(device).eval(), torch.from_numpy(bench.calibration.copy()).to(device)

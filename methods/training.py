@@ -1,0 +1,222 @@
+"""The one training loop: it trains zoo teachers and recovers students, with labels, with a teacher, or with both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], float]
+"""Logits `(n, classes)` and labels `(n,)` to a scalar to maximise."""
+
+
+class Samples(Protocol):
+    """Labelled images that can be indexed in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, c, h, w)` float32 and labels `(n,)` int64; randomly augmented where a generator is given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with Nesterov momentum on a one-cycle schedule.
+
+    `distill` is the weight of the teacher's softened outputs beside the labels, 0 to 1. Without `labels` the student
+    mimics the teacher alone: its features before the classifier where the cut left their width, its outputs otherwise.
+    `report_every` is the number of steps between two evaluations; the last step is always one.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    distill: float = 0.5
+    temperature: float = 4.0
+    labels: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
+    report_every: int = 100
+
+
+def train(
+    model: nn.Module, data: Samples, recipe: Recipe, seed: int, teacher: nn.Module | None = None
+) -> Iterator[int]:
+    """Trains `model` in place on its own device; yields the steps done, with the model in eval mode.
+
+    Batches, augmentation and dropout follow `seed` alone. Zero steps train nothing and yield nothing.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite; the message names step and learning rate.
+    """
+    if recipe.steps == 0:
+        return
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        _parameter_groups(model, recipe.weight_decay),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=recipe.warmup, cycle_momentum=False
+    )
+    objective = _objective(model, teacher, recipe)
+    torch.manual_seed(seed)
+    model.train()
+    for step, (images, labels) in enumerate(_batches(data, recipe, seed), start=1):
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss = objective(images, labels.to(device))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss became {loss.item()} at step {step} of {recipe.steps}; "
+                f"expected a finite number; lower the learning rate ({recipe.learning_rate}) or check the data"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if step % recipe.report_every == 0 or step == recipe.steps:
+            model.eval()
+            yield step
+            model.train()
+    model.eval()
+
+
+def recover(student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Iterator[int]:
+    """Trains `student` in place towards the labels and its teacher; the recovery every method shares."""
+    return train(student, data, recipe, seed, teacher)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None:
+    """Re-estimates every batch norm's running statistics of `model`, in place, as plain averages over `images`."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    device = next(model.parameters()).device
+    for batch in torch.split(images, batch_size):
+        if len(batch) > 1:
+            model(batch.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
+    """`metric` of `model` in eval mode over all of `data`."""
+    model.eval()
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    for indices in np.array_split(np.arange(len(data)), max(1, -(-len(data) // batch_size))):
+        images, truth = data.batch(indices)
+        logits.append(model(images.to(device)).float().cpu())
+        labels.append(truth)
+    return float(metric(torch.cat(logits), torch.cat(labels)))
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """The share of rows of `logits` `(n, classes)` whose largest entry is at `labels` `(n,)`.
+
+    >>> top1(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
+    0.5
+    """
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _batches(data: Samples, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`recipe.steps` shuffled, augmented batches; a small set is gone through as often as it takes."""
+    order_stream, augment_stream = np.random.SeedSequence(seed).spawn(2)
+    order, augment = np.random.default_rng(order_stream), np.random.default_rng(augment_stream)
+    size = min(recipe.batch_size, len(data))
+    step = 0
+    while True:
+        permutation = order.permutation(len(data))
+        for start in range(0, len(data) - size + 1, size):
+            if step == recipe.steps:
+                return
+            step += 1
+            yield data.batch(permutation[start : start + size], augment)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weight decay for matrices and filters only: norms and biases are left free."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of one batch as the recipe says."""
+
+    def supervised(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images), labels)
+
+    def distilled(images: Tensor, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        with torch.no_grad():
+            target = teacher(images)
+        output = model(images)
+        soft = _softened_divergence(output, target, recipe.temperature)
+        return (1 - recipe.distill) * F.cross_entropy(output, labels) + recipe.distill * soft
+
+    def mimicked(images: Tensor, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        name = classifier_name(teacher)
+        with torch.no_grad(), _input_of(teacher, name) as target:
+            target_output = teacher(images)
+        with _input_of(model, name) as features:
+            output = model(images)
+        if features[0].shape == target[0].shape:
+            return F.mse_loss(features[0], target[0])
+        return _softened_divergence(output, target_output, recipe.temperature)
+
+    if teacher is None:
+        return supervised
+    if not recipe.labels:
+        return mimicked
+    return distilled if recipe.distill > 0 else supervised
+
+
+def classifier_name(model: nn.Module) -> str:
+    """The dotted name of the last linear layer, or of the last convolution where there is none."""
+    for kind in (nn.Linear, nn.Conv2d):
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        if names:
+            return str(names[-1])
+    raise ValueError("the network has neither a Linear nor a Conv2d layer, so it has no classifier to mimic")
+
+
+@contextmanager
+def _input_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Collects what the module of that name is given, while the context is open."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _softened_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL divergence of the two softened distributions, scaled by the squared temperature (Hinton et al. 2015, 2.1)."""
+    student = F.log_softmax(output.float() / temperature, dim=1)
+    teacher = F.log_softmax(target.float() / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

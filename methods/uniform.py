@@ -1,0 +1,100 @@
+"""Uniform width: every channel group keeps the same share of its channels. The baseline every method has to beat."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from torch import Tensor, nn
+
+from methods import training
+from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
+from methods.channels import from_choices, infeasible, levels, to_choices, width_costs
+from methods.cut import cut
+from methods.profile import Profile
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One remain rate for all channel groups, rounded down to each group's legal widths, at least one step.
+
+    It measures nothing; `loss` of its plans is one minus the remain rate.
+    """
+
+    name: str = "uniform"
+
+    @property
+    def knobs(self) -> Mapping[str, Knob]:
+        """How to choose the channels that stay; see `methods.cut.channel_scores`."""
+        return {"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")}
+
+    def accepts(self, profile: Profile) -> str | None:
+        """`None`, or why no channel of this network can be cut."""
+        if any(group.fixed is None for group in profile.groups):
+            return None
+        reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
+        return f"uniform pruning needs a channel group that can be cut, but every one is fixed ({reasons})"
+
+    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
+        """Nothing to score."""
+        return []
+
+    def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
+        """Nothing: widths need no scores."""
+        return {}
+
+    def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
+        """Nothing: widths need no scores."""
+        return {}
+
+    def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """The plan of the largest remain rate at which the network fits every limit of `budget`.
+
+        Raises:
+            Infeasible: not even one step of every group fits.
+        """
+        costs, groups = width_costs(profile)
+        legal = [levels(group, budget.channels) for group in groups]
+        rates = sorted(
+            {Fraction(width, group.width) for group, row in zip(groups, legal, strict=True) for width in row}
+        )
+
+        def widths(rate: Fraction) -> np.ndarray:
+            return np.array(
+                [
+                    row[max(bisect_right(row, int(rate * group.width)) - 1, 0)]
+                    for group, row in zip(groups, legal, strict=True)
+                ]
+            )
+
+        def fits(rate: Fraction) -> bool:
+            chosen = widths(rate)
+            return budget.allows(costs["macs"](chosen), costs["params"](chosen))
+
+        fitting = bisect_right(rates, False, key=lambda rate: not fits(rate))
+        if fitting == 0:
+            raise infeasible(self.name, budget, profile, {cost: of(widths(rates[0])) for cost, of in costs.items()})
+        rate = rates[fitting - 1]
+        chosen = widths(rate)
+        named = {group.name: int(width) for group, width in zip(groups, chosen, strict=True)}
+        return Plan(
+            method=self.name,
+            macs=costs["macs"](chosen),
+            params=costs["params"](chosen),
+            choices=to_choices(groups, named, str(knobs["criterion"])),
+            loss=1.0 - float(rate),
+        )
+
+    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
+        """A copy of the teacher, cut to the plan's widths."""
+        groups, widths, criterion = from_choices(plan.choices)
+        return cut(teacher, groups, widths, criterion)
+
+    def recover(
+        self, student: nn.Module, teacher: nn.Module, data: training.TrainingSet, recipe: training.Recipe, seed: int
+    ) -> Iterator[int]:
+        """Distils the teacher into the student; see `methods.training.recover`."""
+        return training.recover(student, teacher, data, recipe, seed)
