@@ -1,0 +1,29 @@
+"""What every file of `search` may use: its errors, and how progress is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+Report: TypeAlias = Callable[[str, int, int, str], None]
+"""Told of progress: the stage, units done, units in all, a short note."""
+
+
+class SearchError(Exception):
+    """Base of everything a user can mend; the message says what was wrong, what was expected and what to do."""
+
+
+class SpecError(SearchError):
+    """The spec is wrong; the message lists every mistake that was found."""
+
+
+class DataError(SearchError):
+    """The data cannot be used."""
+
+
+class WorkloadError(SearchError):
+    """The teacher, a factory or the metric cannot be used."""
+
+
+class TrackingError(SearchError):
+    """The MLflow store cannot be used, or does not hold what was asked for."""

@@ -1,0 +1,129 @@
+"""What a person sees in the terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from search.base import Report
+from search.frontier import Candidate, SearchResult
+from search.preflight import Preflight
+from search.units import count, percent, size
+
+out = Console()
+
+
+@contextmanager
+def bars(*, hidden: bool) -> Iterator[Report]:
+    """A `Report` that draws one bar per stage on standard error."""
+    columns = (
+        TextColumn("{task.description:<20}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+
+        def report(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, note="")
+            progress.update(tasks[stage], completed=done, total=total, note=escape(note))
+
+        yield report
+
+
+def show_result(result: SearchResult, report: Path | None) -> None:
+    """The winners, the frontier's size, the cost of the search and where to go on."""
+    teacher = result.teacher
+    table = Table(title=f"{result.name}: the best network for every budget", title_justify="left")
+    for heading in ("budget", "method", "MACs", "params", "size", "validation top-1", "test top-1", "latency p50"):
+        table.add_column(heading, justify="left" if heading in ("budget", "method") else "right")
+    table.add_row(
+        "", "teacher", count(teacher.macs), count(teacher.params), size(teacher.size_bytes),
+        percent(teacher.top1_validation), percent(teacher.top1_test), "", style="dim",
+    )  # fmt: skip
+    for budget in result.budgets:
+        found = budget.winner
+        if found is None:
+            table.add_row(budget.name, "[red]nothing fits[/]", *_limits(budget.limits))
+            continue
+        table.add_row(
+            budget.name, found.method, _share(found.macs, teacher.macs), _share(found.params, teacher.params),
+            size(found.size_bytes), percent(found.top1_validation), percent(budget.top1_test), _latency(found),
+        )  # fmt: skip
+    out.print(table)
+    cost = result.cost
+    failed = sum(one.state == "failed" for one in result.candidates)
+    out.print(
+        f"{cost.trials} trials ({failed} failed) in {cost.wall_s:.0f} s, {cost.device_s:.0f} device-seconds. "
+        "MACs are multiply-accumulates; FLOPs = 2 x MACs."
+    )
+    for budget in result.budgets:
+        if budget.model_uri:
+            out.print(f'  mlflow.pytorch.load_model("{budget.model_uri}")', highlight=False)
+    if report is not None:
+        out.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def show_preflight(found: Preflight) -> None:
+    """What each method can reach, which budgets are within reach, and the expected minutes."""
+    table = Table(title=f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params", title_justify="left")
+    for heading in ("method", "least MACs", "least params", *(budget.budget for budget in found.budgets)):
+        table.add_column(heading)
+    for one in found.methods:
+        if one.refusal is not None:
+            table.add_row(one.method, f"[red]{escape(one.refusal)}[/]")
+            continue
+        fits = ["[red]no[/]" if budget.reasons[one.method] else "[green]yes[/]" for budget in found.budgets]
+        least = _share(one.least["macs"], found.macs), _share(one.least["params"], found.params)
+        table.add_row(one.method, *least, *fits)
+    out.print(table)
+    for budget in found.budgets:
+        for reason in filter(None, budget.reasons.values()):
+            out.print(f"  {reason}", highlight=False, markup=False)
+    out.print(f"A search takes about {max(1, round(found.minutes))} minutes on this machine.")
+
+
+def show_figures(figures: Mapping[str, Any]) -> None:
+    """The figures of one compression."""
+    teacher = figures["teacher"]
+    table = Table(title=f"{figures['method']} for {figures['budget']}", title_justify="left", show_header=False)
+    rows = {
+        "MACs": _share(figures["macs"], teacher["macs"]),
+        "params": _share(figures["params"], teacher["params"]),
+        "size": size(figures["size_bytes"]),
+        "validation top-1 after surgery": percent(figures["top1_surgery"]),
+        "validation top-1 after BN": percent(figures["top1_bn"]),
+        "validation top-1 after recovery": percent(figures["top1_validation"]),
+        "test top-1": percent(figures["top1_test"]),
+        "seconds": f"{figures['seconds']:.1f}",
+    }
+    for name, times in figures["latency_ms"].items():
+        beside = figures["teacher_latency_ms"][name]["p50"]
+        rows[f"latency p50 on {name}"] = f"{times['p50']:.3f} ms (teacher {beside:.3f} ms)"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _share(value: int | None, teacher: int) -> str:
+    return f"{count(value)} ({percent(None if value is None else value / teacher)})"
+
+
+def _limits(limits: Mapping[str, int]) -> list[str]:
+    return [f"<= {count(limits[cost])}" if cost in limits else "" for cost in ("macs", "params")]
+
+
+def _latency(found: Candidate) -> str:
+    """The first device's median beside the teacher's, as a ratio."""
+    for name, times in found.latency_ms.items():
+        beside = found.teacher_latency_ms.get(name, {}).get("p50")
+        ratio = f" ({times['p50'] / beside:.2f}x)" if beside else ""
+        return f"{times['p50']:.2f} ms{ratio}"
+    return ""

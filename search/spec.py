@@ -1,0 +1,323 @@
+"""The spec file: one YAML document, read once, strictly, into frozen models; all its mistakes are told at once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from methods import METHODS
+from methods.base import Budget
+from methods.profile import Profile
+from search.base import SpecError
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A limit as the user wrote it: a share of the teacher in (0, 1], or an absolute number of units."""
+
+    text: str
+    share: float | None = None
+    units: int | None = None
+
+    def of(self, teacher: int) -> int:
+        """The limit in units, where the teacher costs `teacher`; a share is rounded down."""
+        if self.units is not None:
+            return self.units
+        assert self.share is not None
+        return int(teacher * self.share)
+
+
+SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def _amount(value: object) -> Amount:
+    if isinstance(value, Amount):
+        return value
+    text = str(value).strip()
+    found = re.fullmatch(r"([0-9.]+)\s*([%kMG]?)", text)
+    if isinstance(value, bool) or not found or found[1].count(".") > 1 or found[1] == ".":
+        raise ValueError(f"{text!r} is not an amount; write 50% (of the teacher), 20M, 1.2G or a plain number")
+    number, unit = float(found[1]), found[2]
+    if number <= 0:
+        raise ValueError(f"{text!r} is not positive; a limit has to leave something")
+    if unit != "%":
+        return Amount(text, units=int(number * SCALES[unit]))
+    if number > 100:
+        raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
+    return Amount(text, share=number / 100)
+
+
+def _seconds(value: object) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)", str(value).strip())
+    if isinstance(value, bool) or not found or float(found[1]) <= 0:
+        raise ValueError(f"{value!r} is not a duration; write 90s, 20m, 2h or a number of seconds")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def _unique(values: tuple[Any, ...], what: str) -> None:
+    twice = sorted({str(v) for v in values if values.count(v) > 1})
+    if twice:
+        raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
+
+
+def _method(value: object) -> str:
+    if isinstance(value, str) and value in METHODS and value != "uniform":
+        return value
+    if value == "uniform":
+        raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
+    raise ValueError(f"{value!r} is not a method; known: {', '.join(m for m in METHODS if m != 'uniform')}")
+
+
+def _methods(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list with at least one method, such as [itpruner, alds]")
+    names = tuple(_method(name) for name in value)
+    _unique(names, "method")
+    return names
+
+
+def _budgets(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list with at least one budget, such as [{name: half, macs: 50%}]")
+    _unique(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
+    return tuple(value)
+
+
+def _alias(value: object) -> object:
+    if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
+        raise ValueError(f"{value!r} is reserved by the model registry; choose another name, such as edge")
+    return value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+Limit = Annotated[Amount, BeforeValidator(_amount)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ModelSpec(_Strict):
+    """Where the teacher comes from. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
+
+    source: Literal["zoo", "torchvision", "factory", "mlflow"]
+    name: str
+    weights: str | None = None
+    args: dict[str, Any] = {}
+
+
+class DataSpec(_Strict):
+    """Where images come from and how they are split. `seed` is the split's own, so it outlives a change of search."""
+
+    source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
+    name: str | None = None
+    root: str | None = None
+    args: dict[str, Any] = {}
+    size: Positive = 224
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    calibration: Annotated[int, Field(ge=4)] = 512
+    seed: int = 0
+
+
+class DeviceSpec(_Strict):
+    """A device latency is measured on, and the channel multiple it likes."""
+
+    runtime: Literal["torch"] = "torch"
+    threads: Positive = 1
+    batch: Positive = 1
+    channels: Positive = 8
+
+
+class BudgetSpec(_Strict):
+    """Upper limits one winner must meet, and the device they are meant for (the first one where none is named)."""
+
+    name: Annotated[Name, BeforeValidator(_alias)]
+    device: str | None = None
+    macs: Limit | None = None
+    params: Limit | None = None
+
+
+class SearchSettings(_Strict):
+    """`trials` per budget; no new round of trials starts once `timeout` seconds have passed."""
+
+    trials: Positive = 8
+    timeout: Annotated[float, BeforeValidator(_seconds)] = 3600.0
+    seed: int = 0
+
+
+class RecoverySpec(_Strict):
+    """How students are trained after the cut; without `labels` they mimic the teacher."""
+
+    steps: Annotated[int, Field(ge=0)] = 400
+    labels: bool = True
+    batch_size: Positive = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: Literal[1] = 1
+
+
+class ClusterSpec(_Strict):
+    """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers."""
+
+    address: str = "auto"
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+    max_parallel: Literal["auto"] | Positive = "auto"
+
+
+class TrackingSpec(_Strict):
+    """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
+
+    uri: str = "sqlite:///paredown.db"
+    registered_model: str | None = None
+    studies: str = "paredown.studies"
+
+
+class SearchSpec(_Strict):
+    """A whole search, as the user asked for it. `folder` is where relative files are looked for."""
+
+    name: Name
+    model: ModelSpec
+    data: DataSpec
+    metric: str = "top1"
+    methods: Annotated[tuple[str, ...], BeforeValidator(_methods)]
+    devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
+    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_budgets)]
+    search: SearchSettings = SearchSettings()
+    recovery: RecoverySpec = RecoverySpec()
+    cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    text: Annotated[str, Field(exclude=True, repr=False)] = ""
+    folder: Annotated[str, Field(exclude=True, repr=False)] = "."
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Every method that competes: those asked for, and the baseline."""
+        return (*self.methods, "uniform")
+
+    @property
+    def registered_model(self) -> str:
+        """The registered model's name: the search's own unless told otherwise."""
+        return self.tracking.registered_model or self.name
+
+    def digest(self) -> str:
+        """A hash of all that decides the result; where it runs and where it is recorded do not."""
+        decisive = self.model_dump(mode="json", exclude={"cluster", "tracking"})
+        return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def limits(self, profile: Profile) -> tuple[Budget, ...]:
+        """Every budget in absolute units of this teacher."""
+        first = next(iter(self.devices.values()))
+        return tuple(
+            Budget(
+                name=budget.name,
+                macs=budget.macs.of(profile.macs) if budget.macs else None,
+                params=budget.params.of(profile.params) if budget.params else None,
+                channels=(self.devices[budget.device] if budget.device else first).channels,
+            )
+            for budget in self.budgets
+        )
+
+
+def load(path: Path) -> SearchSpec:
+    """The spec in the file at `path`.
+
+    Raises:
+        SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the spec {path}: {error}; expected a YAML file; check the path") from error
+    return parse(text, folder=path.resolve().parent)
+
+
+def parse(text: str, *, folder: Path) -> SearchSpec:
+    """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the spec is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SpecError(f"the spec is {type(raw).__name__}; expected keys such as name, model, data and budgets")
+    mistakes = [f"unknown key {key!r}; it is set from outside" for key in ("text", "folder") if key in raw]
+    spec = None
+    try:
+        spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
+    except ValidationError as error:
+        mistakes += [_told(mistake) for mistake in error.errors()]
+    mistakes += _cross_checks(raw)
+    if mistakes or spec is None:
+        raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
+    return spec
+
+
+def _count(mistakes: list[str]) -> str:
+    return "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+
+
+def _told(mistake: Any) -> str:
+    """One of pydantic's errors as a sentence that says where, what and what instead."""
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])
+        return f"{place}: unknown key{_nearest(key, _keys(parent))}"
+    if mistake["type"] == "missing":
+        return f"{place}: missing; it has to be given"
+    reason = str(mistake["msg"]).removeprefix("Value error, ")
+    given = "" if mistake["type"] == "value_error" else f", but it is {mistake['input']!r}"
+    return f"{place}: {reason}{given}"
+
+
+def _keys(parent: Iterable[object]) -> list[str]:
+    """The valid keys at a place in the spec."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
+        "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
+    }  # fmt: skip
+    section = next((str(part) for part in parent), None)
+    fields = (sections[section] if section else SearchSpec).model_fields
+    return [key for key in fields if key not in ("text", "folder")]
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _cross_checks(raw: dict[str, Any]) -> list[str]:
+    """What no single key can tell; works on the raw document, so that it is told beside all other mistakes."""
+    mistakes = []
+    devices = raw.get("devices", {"cpu-1": None})
+    budgets = raw.get("budgets")
+    for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
+        if not isinstance(budget, dict):
+            continue
+        device = budget.get("device")
+        if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
+            mistakes.append(f"budgets.{index}.device: no device {device!r}{_nearest(device, list(devices))}")
+        if not {"macs", "params"} & budget.keys():
+            mistakes.append(f"budgets.{index}: limits nothing; give macs, params or both")
+    if devices == {}:
+        mistakes.append("devices: empty; name at least one device or leave the key out")
+    data = raw.get("data")
+    needed = {"imagefolder": "root", "factory": "name"}
+    if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and key not in data:
+        mistakes.append(f"data.{key}: missing; source {data['source']!r} needs it")
+    methods, search = raw.get("methods"), raw.get("search")
+    trials = search.get("trials", 8) if isinstance(search, dict) else 8
+    if isinstance(methods, list) and isinstance(trials, int) and 0 < trials < len(methods) + 1:
+        mistakes.append(
+            f"search.trials: {trials} is too few for {len(methods)} methods and the baseline, which are each tried "
+            f"once per budget; give at least {len(methods) + 1}"
+        )
+    return mistakes

@@ -1,0 +1,305 @@
+"""From a spec to what a search works on: the teacher, the data splits, the metric."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from methods.base import Unsupported
+from methods.pipeline import Bench
+from methods.training import Metric, Recipe, evaluate, top1, train
+from search import cache, data, zoo
+from search.base import Report, WorkloadError
+from search.data import Splits
+from search.spec import ModelSpec, SearchSpec
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a search works on. The test set stays in the driver: workers are given `bench()` only."""
+
+    teacher: nn.Module
+    splits: Splits
+    metric: Metric
+    fingerprint: str
+
+    def bench(self) -> Bench:
+        """The part of it that workers may see."""
+        splits = self.splits
+        return Bench(self.teacher, splits.train, splits.validation, splits.calibration, self.metric)
+
+    @property
+    def example(self) -> Tensor:
+        """Two calibration images `(2, c, h, w)`."""
+        return torch.from_numpy(self.splits.calibration[:2].copy())
+
+
+def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
+    """The workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
+
+    Raises:
+        WorkloadError: a source, a file, a factory or a shape is wrong.
+        data.DataError: the data cannot be used.
+    """
+    report("data", 0, 1, spec.data.source)
+    splits = _splits(spec)
+    sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
+    report("data", 1, 1, sizes)
+    teacher = _teacher(spec, splits, report, fit=fit).eval()
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(True)
+    _check_forward(teacher, splits)
+    metric = top1 if spec.metric == "top1" else _imported(spec.metric, spec.folder)
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits))
+
+
+def fingerprint(teacher: nn.Module, splits: Splits) -> str:
+    """A hash of the teacher's structure and weights and of the data it is judged by."""
+    digest = hashlib.blake2b(str(teacher).encode(), digest_size=16)
+    for name, value in teacher.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(splits.fingerprint.encode())
+    return digest.hexdigest()
+
+
+def _splits(spec: SearchSpec) -> Splits:
+    settings = spec.data
+    root = None if settings.root is None else Path(spec.folder, settings.root).expanduser()
+    if settings.source == "digits":
+        pool, test = data.digits()
+    elif settings.source == "fashion-mnist":
+        pool, test = data.fashion_mnist(root)
+    elif settings.source == "imagefolder":
+        assert root is not None
+        pool, test = data.image_folder(root, settings.size)
+    else:
+        assert settings.name is not None
+        pool, test = data.from_factory(_made(settings.name, settings.args, spec.folder))
+    return data.split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
+
+
+def _teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
+    model = spec.model
+    if model.source == "zoo":
+        return _zoo_teacher(spec, splits, report, fit=fit)
+    if model.source == "torchvision":
+        return _torchvision_teacher(model, spec.folder)
+    if model.source == "mlflow":
+        return _mlflow_teacher(model, spec)
+    teacher = _made(model.name, model.args, spec.folder)
+    if not isinstance(teacher, nn.Module):
+        raise WorkloadError(
+            f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
+        )
+    return _loaded(teacher, model.weights, spec.folder)
+
+
+def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
+    model = spec.model
+    if model.name not in zoo.ZOO:
+        raise WorkloadError(f"no network {model.name!r} in the zoo; expected one of {', '.join(zoo.ZOO)}")
+    teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
+    if model.weights not in (None, "train"):
+        return _loaded(teacher, model.weights, spec.folder)
+    recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
+    key = hashlib.blake2b(f"{model.name} {splits.fingerprint} {asdict(recipe)}".encode(), digest_size=16).hexdigest()
+    path = cache.folder() / "teachers" / f"{key}.safetensors"
+    if path.is_file():
+        return _loaded(teacher, str(path), spec.folder)
+    if fit:
+        fit_teacher(teacher, splits, recipe, report)
+        cache.keep(path, lambda place: save_weights(teacher, place))
+    return teacher
+
+
+def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
+    """How zoo teachers are trained: 12 epochs of one-cycle SGD, but at least 600 steps."""
+    steps = max(600, 12 * images // 128)
+    return Recipe(
+        steps, learning_rate=0.15, warmup=0.25, precision="bf16" if precision == "bf16" else "fp32",
+        report_every=max(1, steps // 12),
+    )  # fmt: skip
+
+
+def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
+    """Trains a teacher in place from scratch, with seed 0."""
+    report("training the teacher", 0, recipe.steps, "")
+    for step in train(teacher, splits.train, recipe, seed=0):
+        report(
+            "training the teacher", step, recipe.steps,
+            f"validation top-1 {evaluate(teacher, splits.validation, top1):.4f}",
+        )  # fmt: skip
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes the state of `model` as a .safetensors file."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, path)
+
+
+def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
+    import torchvision
+
+    if model.name not in torchvision.models.list_models(module=torchvision.models):
+        raise WorkloadError(
+            f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models()"
+        )
+    is_file = model.weights is not None and Path(model.weights).suffix in (".safetensors", ".pt", ".pth")
+    try:
+        teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
+    except (ValueError, TypeError, OSError) as error:
+        raise WorkloadError(
+            f"torchvision could not make {model.name} with weights {model.weights!r}: {error}; "
+            "give a weights enum of that model, or a .safetensors or .pt file"
+        ) from error
+    return _loaded(teacher, model.weights if is_file else None, folder)
+
+
+def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
+    import mlflow
+
+    mlflow.set_tracking_uri(spec.tracking.uri)
+    try:
+        teacher = mlflow.pytorch.load_model(model.name)
+    except mlflow.exceptions.MlflowException as error:
+        raise WorkloadError(
+            f"MLflow cannot load {model.name!r}: {error}; expected a model URI such as models:/name/1 in the store "
+            f"{spec.tracking.uri}; check tracking.uri and the version"
+        ) from error
+    if not isinstance(teacher, nn.Module) or type(teacher).__name__ == "GraphModule":
+        raise WorkloadError(
+            f"{model.name} was logged as an exported graph, which cannot be cut or trained; expected a model logged "
+            "with its modules (serialization_format='pickle'), or use model.source factory with a weights file"
+        )
+    return teacher
+
+
+def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
+    """`model` with the weights of the file, which is read without unpickling code."""
+    if weights is None:
+        return model
+    path = Path(folder, weights).expanduser()
+    try:
+        if path.suffix == ".safetensors":
+            state: dict[str, Tensor] = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WorkloadError(
+            f"no weights at {path}; expected a .safetensors or .pt file; correct model.weights"
+        ) from error
+    except Exception as error:
+        raise WorkloadError(
+            f"cannot read the weights {path}: {error}; expected a .safetensors file or a .pt file that loads with "
+            "weights_only=True; save the model's state_dict()"
+        ) from error
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise WorkloadError(
+            f"the weights {path} do not fit the network: {error}; expected its state_dict(); "
+            "check model.name, the number of classes and the input channels"
+        ) from error
+    return model
+
+
+def _made(name: str, args: dict[str, Any], folder: str) -> object:
+    """What the user's factory returns."""
+    factory = _imported(name, folder)
+    try:
+        return factory(**args)
+    except Exception as error:
+        raise WorkloadError(
+            f"the factory {name} raised {type(error).__name__}: {error}; expected it to return; "
+            "run it by itself to mend it"
+        ) from error
+
+
+def _imported(name: str, folder: str) -> Callable[..., Any]:
+    """The function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
+
+    A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
+    """
+    source, _, attribute = name.rpartition(":")
+    if not source:
+        raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn")
+    module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source, folder)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise WorkloadError(f"{source} has no function {attribute!r}; expected one; check the name")
+    return function  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> object:
+    if not path.is_file():
+        raise WorkloadError(f"no file {path}; expected a Python file beside the spec; correct the path")
+    name = f"paredown_user_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    return _executed(lambda: found.loader.exec_module(module), str(path)) or module  # type: ignore[union-attr]
+
+
+def _from_package(source: str, folder: str) -> object:
+    sys.path.append(folder)
+    try:
+        return _executed(lambda: importlib.import_module(source), source)
+    finally:
+        sys.path.remove(folder)
+
+
+def _executed(load: Callable[[], object], source: str) -> object:
+    try:
+        return load()
+    except Exception as error:
+        raise WorkloadError(
+            f"importing {source} raised {type(error).__name__}: {error}; expected it to import; "
+            "run it by itself from the spec's folder to mend it"
+        ) from error
+
+
+def _check_forward(teacher: nn.Module, splits: Splits) -> None:
+    images = torch.from_numpy(splits.calibration[:2].copy())
+    try:
+        with torch.no_grad():
+            logits = teacher(images)
+    except Exception as error:
+        raise WorkloadError(
+            f"the network does not take inputs of shape {tuple(images.shape)}: {error}; expected it to accept the "
+            "data's images; check the input channels and the image size"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise Unsupported(f"the network must return logits (n, classes), but it returned {type(logits).__name__}")
+    if logits.shape[1] < splits.classes:
+        raise WorkloadError(
+            f"the network has {logits.shape[1]} outputs, but the labels go up to {splits.classes - 1}; "
+            "expected one output per class; check the number of classes"
+        )
+
+
+def user_modules(folder: str) -> list[ModuleType]:
+    """The imported modules that live in the spec's folder: workers elsewhere cannot import them by themselves."""
+    home = Path(folder).resolve()
+    ours = {"cluster", "search", "methods"}
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name == "__main__" or name.partition(".")[0] in ours or "site-packages" in file:
+            continue
+        if Path(file).resolve().is_relative_to(home):
+            found.append(module)
+    return found

@@ -1,0 +1,233 @@
+"""Laws and oracles of `search.frontier`: dominance, hypervolume, winners, and the JSON that other programs read."""
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search.frontier import (
+    BudgetResult,
+    Candidate,
+    Cost,
+    SearchResult,
+    Teacher,
+    beats,
+    frontier,
+    hypervolume,
+    non_dominated,
+    winner,
+)
+
+Point = tuple[float, float]
+
+TEACHER = Teacher(top1_validation=0.9, top1_test=0.88, macs=1000, params=200, size_bytes=800)
+
+# A coarse grid makes ties and duplicates common; the free floats make them rare.
+grid_points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8).map(lambda n: n / 8)), max_size=8)
+free_points = st.lists(st.tuples(st.floats(0, 120), st.floats(0, 1)), max_size=8)
+
+
+def candidate(run_id: str = "a", **values: Any) -> Candidate:
+    known: dict[str, Any] = {
+        "trial": 0,
+        "budget": "half",
+        "method": "alds",
+        "knobs": {},
+        "state": "complete",
+        "macs": 500,
+        "params": 100,
+        "size_bytes": 400,
+        "top1_validation": 0.8,
+    }
+    return Candidate(run_id, **(known | values))
+
+
+def dominates(one: Point, other: Point) -> bool:
+    return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+
+def swept_area(points: list[Point], reference: float) -> Fraction:
+    """The same volume cell by cell: every cell between neighbouring coordinates counts if some point covers it."""
+    costs = sorted({Fraction(0), Fraction(reference)} | {min(Fraction(c), Fraction(reference)) for c, _ in points})
+    heights = sorted({Fraction(0)} | {Fraction(t) for _, t in points})
+    area = Fraction(0)
+    for left, right in pairwise(costs):
+        for low, high in pairwise(heights):
+            if any(cost <= left and top1 >= high for cost, top1 in points):
+                area += (right - left) * (high - low)
+    return area / Fraction(reference)
+
+
+@given(grid_points | free_points)
+def test_kept_points_are_exactly_the_undominated_ones_without_duplicates(points: list[Point]) -> None:
+    kept = non_dominated(points)
+    expected = [
+        index
+        for index, point in enumerate(points)
+        if not any(dominates(other, point) for other in points) and point not in points[:index]
+    ]
+    assert sorted(kept) == expected
+    assert [points[index][0] for index in kept] == sorted(points[index][0] for index in kept)
+
+
+@given(grid_points | free_points)
+def test_hypervolume_equals_the_cell_by_cell_sum(points: list[Point]) -> None:
+    assert hypervolume(points, reference_cost=8.0) == float(swept_area(points, 8.0))
+
+
+@given(st.data(), grid_points | free_points, st.tuples(st.floats(-1, 20), st.floats(-1, 2)))
+def test_hypervolume_is_order_free_and_never_shrinks(data: st.DataObject, points: list[Point], more: Point) -> None:
+    before = hypervolume(points, reference_cost=7.3)
+    assert hypervolume(data.draw(st.permutations(points)), reference_cost=7.3) == before
+    assert 0 <= before <= hypervolume([*points, more], reference_cost=7.3) <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 40])
+def test_staircase_of_n_steps_fills_the_triangle_under_it(steps: int) -> None:
+    """Points (k/n, k/n), k = 1..n, against cost 1: the sum of (1 - k/n)/n is (n - 1)/2n."""
+    points = [(k / steps, k / steps) for k in range(1, steps + 1)]
+    assert hypervolume(points, reference_cost=1.0) == pytest.approx((steps - 1) / (2 * steps), abs=1e-15)
+
+
+def test_hypervolume_needs_a_positive_reference() -> None:
+    with pytest.raises(ValueError, match=r"reference_cost is 0.*positive.*teacher"):
+        hypervolume([(1.0, 0.5)], reference_cost=0)
+
+
+def test_winner_may_come_from_another_budget_and_meets_every_limit() -> None:
+    found = [
+        candidate("over-params", top1_validation=0.95, params=151),
+        candidate("over-macs", top1_validation=0.95, macs=601),
+        candidate("stopped", top1_validation=0.95, state="stopped"),
+        candidate("fits", top1_validation=0.85, macs=600, params=150, budget="tiny"),
+        candidate("worse", top1_validation=0.84),
+    ]
+    best = winner(found, {"macs": 600, "params": 150})
+    assert best is not None
+    assert best.run_id == "fits"
+    assert winner(found, {"macs": 10}) is None
+    assert winner([], {}) is None
+
+
+def test_ties_go_to_macs_then_params_then_trial_then_run_id() -> None:
+    ladder = [
+        candidate("z", macs=499, params=300, trial=9),
+        candidate("y", macs=500, params=99, trial=9),
+        candidate("x", trial=1),
+        candidate("b", trial=2),
+        candidate("c", trial=2),
+    ]
+    for start in range(len(ladder)):
+        for rest in (ladder[start:], ladder[start:][::-1]):
+            assert winner(rest, {}) is ladder[start]
+
+
+def test_frontier_holds_the_teacher_until_a_student_beats_it() -> None:
+    small, bad = candidate("small", macs=400, params=199), candidate("bad", macs=450, params=10, top1_validation=0.7)
+    failed = candidate("failed", state="failed", macs=1, top1_validation=1.0)
+    found = [small, bad, failed]
+    assert [point["run_id"] for point in frontier(TEACHER, found, "macs")] == ["small", None]
+    assert [point["run_id"] for point in frontier(TEACHER, found, "params")] == ["bad", "small", None]
+    better = candidate("better", macs=1000, top1_validation=0.91)
+    assert [point["run_id"] for point in frontier(TEACHER, [better], "macs")] == ["better"]
+
+
+costs = st.integers(0, 3)
+
+
+@given(st.lists(st.tuples(costs, costs, costs, costs), min_size=1, max_size=6), costs, costs)
+def test_what_is_beaten_wins_nothing_and_stands_on_no_frontier(
+    rows: list[tuple[int, int, int, int]], macs: int, params: int
+) -> None:
+    found = [
+        candidate(str(place), macs=row[0], params=row[1], top1_validation=row[2] / 3, trial=row[3])
+        for place, row in enumerate(rows)
+    ]
+    beaten = {other.run_id for one in found for other in found if beats(one, other)}
+    standing = {point["run_id"] for axis in ("macs", "params") for point in frontier(TEACHER, found, axis)}
+    best = winner(found, {"macs": macs, "params": params})
+    assert beaten.isdisjoint(standing)
+    assert best is None or best.run_id not in beaten
+
+
+def test_beating_needs_more_than_a_tie_on_one_axis() -> None:
+    first = candidate("first")
+    assert beats(candidate("a", top1_validation=0.81), first)
+    assert beats(candidate("a", macs=499, params=99), first)
+    assert not beats(candidate("a", macs=499), first)
+    assert not beats(candidate("a", top1_validation=0.81, params=101), first)
+    assert not beats(first, first)
+
+
+def test_complete_candidate_without_its_cost_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a' is complete, but its macs is None.*state 'failed'"):
+        candidate(macs=None)
+    with pytest.raises(ValueError, match="top1_validation is nan"):
+        candidate(top1_validation=float("nan"))
+    assert not candidate(state="infeasible", macs=None, params=None).fits({"macs": 5})
+
+
+def test_json_has_exactly_the_keys_other_programs_read() -> None:
+    times = {"cpu-1": {"min": 1.0, "p50": 1.5, "p95": 2.0}}
+    best = candidate("run-7", latency_ms=times, macs_expected=410.5, plan={"choices": {}}, knobs={"rank": 2})
+    budgets = [
+        BudgetResult("half", {"macs": 500}, best, "models:/digits@half", "half", 0.79),
+        BudgetResult("tiny", {"macs": 50, "params": 9}),
+    ]
+    result = SearchResult("digits", TEACHER, budgets, [best], Cost(12.5, 40.0, 3, 1), "2026-01-02T03:04:05Z", "name: x")
+    values = result.to_json()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values == {
+        "name": "digits",
+        "teacher": {"top1_validation": 0.9, "top1_test": 0.88, "macs": 1000, "params": 200, "size_bytes": 800},
+        "budgets": [
+            {
+                "name": "half",
+                "limits": {"macs": 500},
+                "winner": {
+                    "run_id": "run-7",
+                    "model_uri": "models:/digits@half",
+                    "alias": "half",
+                    "method": "alds",
+                    "top1_validation": 0.8,
+                    "top1_test": 0.79,
+                    "macs": 500,
+                    "macs_expected": 410.5,
+                    "params": 100,
+                    "size_bytes": 400,
+                    "latency_ms": times,
+                },
+            },
+            {"name": "tiny", "limits": {"macs": 50, "params": 9}, "winner": None},
+        ],
+        "frontier": {
+            axis: [
+                {
+                    "run_id": "run-7",
+                    "method": "alds",
+                    "budget": "half",
+                    "top1_validation": 0.8,
+                    "macs": 500,
+                    "macs_expected": 410.5,
+                    "params": 100,
+                    "size_bytes": 400,
+                },
+                {
+                    "run_id": None,
+                    "method": "teacher",
+                    "budget": None,
+                    "top1_validation": 0.9,
+                    "macs": 1000,
+                    "macs_expected": None,
+                    "params": 200,
+                    "size_bytes": 800,
+                },
+            ]
+            for axis in ("macs", "params")
+        },
+        "cost": {"wall_s": 12.5, "device_s": 40.0, "trials": 3, "stopped": 1},
+    }

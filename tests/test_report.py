@@ -1,0 +1,253 @@
+"""The report as a browser would get it: whole, closed to the network, with every number and no unescaped text."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import search
+from methods.channels import ChannelGroup, Member, to_choices
+from search.figures import LABELS, TEACHER_MARK, figure, method_marks
+from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher, winner
+from search.report import Bar, headline, html, plan_view
+
+EVIL = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"
+TEACHER = Teacher(top1_validation=0.972, top1_test=0.966, macs=12_500_000, params=272_000, size_bytes=1_113_000)
+LIMITS = {"half": {"macs": 6_250_000}, "tiny": {"macs": 3_125_000, "params": 108_800}, "none": {"macs": 1000}}
+
+
+class Page(HTMLParser):
+    """What a document is made of; complains of a tag that closes nothing or stays open."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input"})
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.chunks: dict[str, list[str]] = {"text": [], "script": [], "style": []}
+        self.feed(document)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        kind = self.open[-1] if self.open and self.open[-1] in self.chunks else "text"
+        self.chunks[kind].append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.chunks["text"]).split())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = json.loads(self.chunks["script"][0])
+        return figures
+
+
+def candidate(run_id: str, method: str, **values: Any) -> Candidate:
+    known: dict[str, Any] = {
+        "trial": 0,
+        "budget": "half",
+        "knobs": {},
+        "state": "complete",
+        "plan": {"method": method, "choices": {"dropped": ["stage1.2"]}, "notes": []},
+        "macs": 6_100_000,
+        "params": 150_000,
+        "size_bytes": 620_000,
+        "top1_surgery": 0.411,
+        "top1_bn": 0.822,
+        "top1_validation": 0.953,
+        "seconds": 12.34,
+    }
+    return Candidate(run_id, method=method, **(known | values))
+
+
+def search_result(candidates: list[Candidate], **values: Any) -> SearchResult:
+    budgets = []
+    for name, limits in LIMITS.items():
+        best = winner(candidates, limits)
+        registered: dict[str, Any] = (
+            {"model_uri": f"models:/digits@{name}", "alias": name, "top1_test": 0.944} if best else {}
+        )
+        budgets.append(BudgetResult(name, limits, best, **registered))
+    cost = Cost(wall_s=754, device_s=8000, trials=len(candidates), stopped=1)
+    return replace(SearchResult("digits", TEACHER, budgets, candidates, cost, "2026-03-04", "name: digits\n"), **values)
+
+
+def times(p50: float) -> dict[str, dict[str, float]]:
+    return {"cpu-1": {"min": 0.9 * p50, "p50": p50, "p95": 2 * p50}}
+
+
+FOUND = [
+    candidate("a", "itpruner", knobs={"beta_rel": 1.23456}, latency_ms=times(1.2), teacher_latency_ms=times(2.0)),
+    candidate("b", "practise+alds", budget="tiny", macs=3_000_000, params=100_000, top1_validation=0.921, trial=1),
+    candidate("c", "alds", top1_validation=0.9, trial=2),
+    Candidate("d", 3, "none", "manidp", {}, "infeasible", error="budget 'none' allows 1000 MACs; ManiDP needs 0.9M"),
+    Candidate("e", 4, "tiny", "alds", {}, "failed", error="ScoreError: group 'conv1' has a NaN"),
+]
+
+
+def test_page_is_whole_and_asks_nothing_of_the_network() -> None:
+    page = Page(html(search_result(FOUND)))
+    assert page.tags.count("html") == 1
+    assert [link for link in page.links if link != "data:,"] == []
+    assert page.tags.count("script") == 3
+    assert "Plotly" in page.chunks["script"][1]
+    assert not re.search(r"@import|url\(|https?:", page.chunks["style"][0])
+    assert "http" not in page.chunks["script"][2]
+
+
+def test_page_holds_every_winner_with_limits_and_values() -> None:
+    text = Page(html(search_result(FOUND))).text
+    for piece in (
+        "half: 48.8 % MACs at \u22121.9 points",
+        "tiny: 24.0 % MACs and 36.8 % params at \u22125.1 points",
+        "none: no model fits",
+        "6.10M · 48.8 %limit 6.25M · 50.0 %",
+        "0.15M · 55.1 %no limit",
+        "3.00M · 24.0 %limit 3.12M · 25.0 %",
+        "0.10M · 36.8 %limit 0.11M · 40.0 %",
+        "620.0 kB55.7 %",
+        "1.20 ms60.0 % of 2.00 ms",
+        'mlflow.pytorch.load_model("models:/digits@half")',
+        'mlflow.pytorch.load_model("models:/digits@tiny")',
+        "beta_rel = 1.235",
+        "41.1 %82.2 %95.3 %",
+        "wins half",
+        "FLOPs = 2 \u00d7 MACs",
+        "ScoreError: group 'conv1' has a NaN",
+        "12 min 34 swall time",
+        "2 h 13 mindevice time",
+        "name: digits",
+    ):
+        assert piece in text, piece
+    assert text.count("budget 'none' allows 1000 MACs; ManiDP needs 0.9M") == 2
+
+
+def test_texts_of_users_stay_texts() -> None:
+    evil = candidate(
+        EVIL,
+        EVIL,
+        budget=EVIL,
+        knobs={EVIL: EVIL},
+        latency_ms={EVIL: {"min": 1.0, "p50": 1.0, "p95": 1.0}},
+        plan={"method": EVIL, "choices": {EVIL: EVIL, "groups": [[EVIL, 1, 2]]}, "notes": [EVIL]},
+    )
+    failed = Candidate("f", 0, EVIL, EVIL, {}, "failed", error=EVIL)
+    budget = BudgetResult(EVIL, {"macs": 7_000_000}, evil, EVIL, EVIL, 0.9)
+    page = Page(html(search_result([evil, failed], name=EVIL, budgets=[budget], spec=EVIL, started=EVIL)))
+    assert page.tags.count("script") == 3
+    assert "img" not in page.tags
+    assert page.links == ["data:,"]
+    assert page.text.count(EVIL) >= 12
+    drawn = json.dumps(page.figures)
+    assert "&lt;img" in drawn
+    assert "<img" not in drawn
+    assert "<" not in page.chunks["script"][0]
+
+
+def test_figures_draw_each_complete_candidate_once_and_the_limits() -> None:
+    result = search_result(FOUND)
+    for axis in ("macs", "params"):
+        drawn = figure(result, axis, method_marks(["itpruner", "alds", "practise+alds"]))
+        dots = [x for trace in drawn["data"] for x in trace["x"] if trace.get("hoverinfo") == "text"]
+        shares = [100 * getattr(c, axis) / getattr(TEACHER, axis) for c in FOUND if c.state == "complete"]
+        assert sorted(dots) == pytest.approx(sorted([*shares, 100]))
+    limits = {a["text"]: a["x"] for a in figure(result, "params", {})["layout"]["annotations"]}
+    assert limits == pytest.approx({"tiny": 40})
+    texts = [
+        text
+        for trace in figure(result, "macs", method_marks(["itpruner"]))["data"]
+        for text in trace.get("hovertext", [])
+    ]
+    assert any("after surgery 41.1 %" in text and "cpu-1 p50 1.20 ms" in text for text in texts)
+
+
+def test_near_limits_are_labelled_one_above_the_other_and_equal_ones_together() -> None:
+    limits = {"a": 0.5, "b": 0.5, "c": 0.55, "d": 0.9}
+    budgets = [BudgetResult(name, {"macs": int(share * TEACHER.macs)}) for name, share in limits.items()]
+    drawn = figure(search_result([], budgets=budgets), "macs", {})["layout"]["annotations"]
+    assert [(label["text"], label["yshift"]) for label in drawn] == [("a, b", 0), ("c", 15), ("d", 0)]
+
+
+def test_every_colour_a_figure_names_is_in_the_style_sheet_for_both_schemes() -> None:
+    style = (Path(search.__path__[0]) / "templates" / "report.css").read_text()
+    light, dark = (set(re.findall(r"(--[\w-]+):", rules)) for rules in style.split("@media (prefers", 1))
+    marks = method_marks([*LABELS, "x", "y", "z"])
+    drawn = json.dumps(figure(search_result(FOUND), "macs", marks))
+    named = set(re.findall(r'"(--[\w-]+)"', drawn)) | {m.colour for m in [*marks.values(), TEACHER_MARK]}
+    assert named <= light
+    assert named - dark <= {"--font"}
+
+
+def test_marks_of_the_methods_do_not_depend_on_what_else_ran() -> None:
+    everything = method_marks([*LABELS, "practise+alds", "other"])
+    assert len({(mark.colour, mark.symbol) for mark in everything.values()}) == len(everything)
+    for name in LABELS:
+        assert method_marks([name]) == {name: everything[name]}
+
+
+def test_expected_macs_have_a_column_only_where_a_candidate_has_them() -> None:
+    assert "Expected" not in Page(html(search_result(FOUND))).text
+    gated = candidate("g", "manidp", macs=12_600_000, macs_expected=6.0e6, budget="half")
+    text = Page(html(search_result([*FOUND, gated]))).text
+    assert "100.8 %48.0 %" in text
+    assert "A masked channel is not a saved one" in text
+
+
+@pytest.mark.parametrize("found", [[], FOUND[3:], FOUND[3:4]], ids=["empty", "failed", "infeasible"])
+def test_search_without_a_winner_still_reports(found: list[Candidate]) -> None:
+    page = Page(html(search_result(found)))
+    assert page.text.count("no model fits") == 2 * len(LIMITS)
+    assert "load_model" not in page.text
+    assert "What each winner keeps" not in page.text
+    assert ("No trial was run." in page.text) == (not found)
+
+
+def test_headline_names_only_the_limited_costs() -> None:
+    budget = BudgetResult("small", {"params": 200_000}, candidate("a", "alds", top1_validation=0.972))
+    assert headline(TEACHER, budget) == "small: 55.1 % params at ±0.0 points"
+
+
+def test_plan_of_a_channel_method_becomes_bars() -> None:
+    groups = [ChannelGroup("stem", 16, ()), ChannelGroup("conv1", 32, (Member("conv1", "out", 0, 1, 18),))]
+    view = plan_view(
+        {"method": "itpruner", "choices": to_choices(groups, {"stem": 16, "conv1": 20}, "l1"), "notes": []}
+    )
+    assert view.bars == [Bar("stem", 16, 16), Bar("conv1", 20, 32)]
+    assert view.facts == [("criterion", "l1")]
+
+
+def test_plans_become_tables_links_and_facts_by_their_shapes() -> None:
+    layers = [{"name": "conv1", "slices": 2, "rank": 5}, {"name": "conv2", "slices": 1, "rank": 7, "scheme": 0}]
+    alds = {"method": "alds", "choices": {"measure": "rss", "layers": layers}, "notes": ["one layer left whole"]}
+    view = plan_view(
+        {"method": "practise+alds", "choices": {"links": [alds], "thresholds": {"a": 0.25}, "sizes": [1, 2]}}
+    )
+    assert view.title == "PRACTISE + ALDS"
+    assert view.facts == [("thresholds", "a: 0.25"), ("sizes", "1, 2")]
+    (link,) = view.links
+    assert link.tables == [
+        (["name", "slices", "rank", "scheme"], [["conv1", "2", "5", ""], ["conv2", "1", "7", "0"]]),
+    ]
+    assert link.facts == [("measure", "rss"), ("note", "one layer left whole")]
+    named = plan_view({"method": "x", "choices": {"layers": {"conv1": {"rank": 3}}}})
+    assert named.tables == [(["layers", "rank"], [["conv1", "3"]])]
+    assert plan_view({}).facts == []
