@@ -124,7 +124,9 @@ def _with_depthwise(model: nn.Module) -> nn.Module:
 
 def _is_producer(module: nn.Module) -> bool:
     """Whether the outputs of `module` are channels of their own; those of a depthwise convolution are its inputs'."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups != module.out_channels)
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 or module.groups != module.out_channels
+    return isinstance(module, nn.Linear)
 
 
 def _fix_shared_parameters(drafts: Sequence[_Draft], model: nn.Module) -> None:

@@ -109,7 +109,7 @@ def _filters(layer: nn.Module, criterion: str) -> Tensor:
     weight = _weight(layer).flatten(1)
     if criterion == "fpgm":
         return torch.cdist(weight, weight).sum(1)
-    return weight.norm(p=1 if criterion == "l1" else 2, dim=1)
+    return weight.abs().sum(1) if criterion == "l1" else weight.square().sum(1).sqrt()
 
 
 def _weight(module: nn.Module) -> Tensor:

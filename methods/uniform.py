@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,15 +23,12 @@ from methods.profile import Profile
 class Uniform:
     """One remain rate for all channel groups, rounded down to each group's legal widths, at least one step.
 
-    It measures nothing; `loss` of its plans is one minus the remain rate.
+    It measures nothing; the `loss` of a plan is one minus the remain rate. Knob: `criterion` chooses the channels that
+    stay, see `methods.cut.channel_scores`.
     """
 
-    name: str = "uniform"
-
-    @property
-    def knobs(self) -> Mapping[str, Knob]:
-        """How to choose the channels that stay; see `methods.cut.channel_scores`."""
-        return {"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")}
+    name: ClassVar[str] = "uniform"
+    knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")})
 
     def accepts(self, profile: Profile) -> str | None:
         """`None`, or why no channel of this network can be cut."""
@@ -94,7 +93,7 @@ class Uniform:
         return cut(teacher, groups, widths, criterion)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: training.TrainingSet, recipe: training.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: training.Samples, recipe: training.Recipe, seed: int
     ) -> Iterator[int]:
         """Distils the teacher into the student; see `methods.training.recover`."""
         return training.recover(student, teacher, data, recipe, seed)
