@@ -18,6 +18,7 @@ from cluster.base import Done, Event, Failed, Step, values
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
+PATIENCE_S = 300
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 
 
@@ -27,6 +28,8 @@ class ClusterError(Exception):
 
 class RayCluster:
     """Actors on a Ray cluster, each with one CPU thread and `context` in memory.
+
+    A process that is connected to Ray already stays as it is; otherwise the object connects, and `close` disconnects.
 
     Args:
         context: what every worker holds; shipped once per node through the object store.
@@ -48,10 +51,17 @@ class RayCluster:
         gpus_per_worker: float = 0,
         by_value: Sequence[ModuleType] = (),
     ) -> None:
-        _connect(address)
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            _connect(address)
         for module in by_value:
             cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-        self.workers = _capacity(max_parallel, gpus_per_worker)
+        try:
+            self.workers = _capacity(max_parallel, gpus_per_worker)
+        except ClusterError:
+            if self._is_ours:
+                ray.shutdown()
+            raise
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, scheduling_strategy="SPREAD")(_Worker)
         self._context = ray.put(context)
         self._idle = [self._actor.remote(self._context) for _ in range(self.workers)]
@@ -65,8 +75,7 @@ class RayCluster:
                 index, attempt = waiting.popleft()
                 worker = self._idle.pop()
                 active[worker.run.remote(function, items[index])] = (worker, index, attempt)
-            ready, _ = ray.wait(list(active), num_returns=1, fetch_local=False)
-            stream: Any = ready[0]
+            stream = _first_ready(list(active))
             worker, index, attempt = active[stream]
             try:
                 is_last, value = ray.get(next(stream))
@@ -89,8 +98,12 @@ class RayCluster:
                 self._idle.append(worker)
 
     def close(self) -> None:
-        """Stops the workers, and Ray where we started it."""
-        ray.shutdown()
+        """Stops the workers, and Ray too where this object connected to it."""
+        for worker in self._idle:
+            ray.kill(worker)
+        self._idle = []
+        if self._is_ours:
+            ray.shutdown()
 
 
 class _Worker:
@@ -127,12 +140,21 @@ def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float) -> in
     if gpus_per_worker:
         fits = min(fits, int(resources.get("GPU", 0) / gpus_per_worker))
     if fits < 1:
-        ray.shutdown()
         raise ClusterError(
             f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; expected one CPU "
             f"and {gpus_per_worker:g} GPUs for a worker; lower cluster.gpus_per_trial or add a node"
         )
     return fits if max_parallel == "auto" else min(max_parallel, fits)
+
+
+def _first_ready(streams: list[Any]) -> Any:
+    """Waits for the next value of any stream; says so where it takes long, since Ray waits for free CPUs in silence."""
+    while True:
+        ready, _ = ray.wait(streams, num_returns=1, timeout=PATIENCE_S, fetch_local=False)
+        if ready:
+            return ready[0]
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        log.warning("no news from %d workers for %d s; free CPUs: %g", len(streams), PATIENCE_S, free.get("CPU", 0))
 
 
 def _first_line(error: Exception) -> str:
