@@ -1,7 +1,8 @@
-"""The command `paredown`: thin words around the library. Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing fits."""
+"""The command `paredown`. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done, but nothing fits some budget."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
@@ -39,7 +40,9 @@ def check(spec: Spec, as_json: AsJson = False) -> None:
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, InlineCluster, report)
     print(json.dumps(found.to_json(), indent=2)) if as_json else console.show_preflight(found)
-    if not all(budget.is_reachable for budget in found.budgets):
+    beyond = [budget.budget for budget in found.budgets if not budget.is_reachable]
+    if beyond:
+        typer.echo(f"paredown: no method reaches {', '.join(beyond)}; raise the limits to what is reachable", err=True)
         raise typer.Exit(NOTHING_FITS)
 
 
@@ -62,8 +65,12 @@ def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None
             by_value=user_modules(settings.folder),
         )
 
-    with console.bars(hidden=as_json) as report:
-        result = loop.search(settings, workers, report)
+    try:
+        with console.bars(hidden=as_json) as report:
+            result = loop.search(settings, workers, report)
+    except KeyboardInterrupt:
+        typer.echo("stopped; every finished trial is kept, and the same command goes on from there", err=True)
+        raise typer.Exit(FAILED) from None
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
@@ -126,21 +133,35 @@ def main() -> NoReturn:
     """Runs the command line; errors a user can mend end in one paragraph and no traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _refuse_foreign_modules()
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _stop(_message(error), code)
+    raise SystemExit(0)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """What an error that a user can mend ends with; None for a fault of ours."""
     from cluster import ClusterError
     from methods.base import Infeasible, MethodError
     from search.base import SearchError
+    from search.compress import CompressionFailed
 
-    try:
-        app(standalone_mode=True)
-    except Infeasible as error:
-        _stop(str(error), NOTHING_FITS)
-    except (SearchError, ClusterError, MethodError) as error:
-        _stop(str(error), WRONG_INPUT)
-    except PermissionError as error:
-        _stop(
-            f"cannot write {error.filename}: {error.strerror}; expected a writable folder; choose another", WRONG_INPUT
-        )
-    raise SystemExit(0)
+    if isinstance(error, Infeasible):
+        return NOTHING_FITS
+    if isinstance(error, CompressionFailed | FloatingPointError):
+        return FAILED
+    is_file = isinstance(error, OSError) and error.filename is not None
+    return WRONG_INPUT if is_file or isinstance(error, SearchError | ClusterError | MethodError) else None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
+    return str(error)
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -149,17 +170,15 @@ def _stop(message: str, code: int) -> NoReturn:
 
 
 def _refuse_foreign_modules() -> None:
-    """Our packages have common names: stops where one of them is somebody else's."""
-    import cluster
-    import methods
-
+    """Our packages have common names: stops where one of them is somebody else's, before any of it is run."""
     home = Path(__file__).resolve().parent.parent
-    for module in (cluster, methods):
-        found = Path(str(module.__file__)).resolve().parent.parent
-        if found != home:
+    for name in ("cluster", "methods"):
+        found = importlib.util.find_spec(name)
+        place = None if found is None or found.origin is None else Path(found.origin).resolve()
+        if place != home / name / "__init__.py":
             _stop(
-                f"the module {module.__name__!r} comes from {found}, not from Paredown in {home}; expected ours; "
-                "rename that file, or run from another folder",
+                f"the module {name!r} is {place}, not Paredown's own in {home}; expected ours; "
+                "rename that file, or take its folder off PYTHONPATH",
                 WRONG_INPUT,
             )
 

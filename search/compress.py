@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from cluster import Cluster, Failed, Step
+from cluster import Cluster, Done, Failed
 from methods import METHODS
-from methods.base import MethodError, defaults
+from methods.base import MethodError, Plan, defaults
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search import trial
 from search.base import Report, SpecError
-from search.loop import prepare, recipe
+from search.prepare import Prepared, prepare, recipe
 from search.spec import SearchSpec
 from search.study import RECOVERY
+from search.trial import Measured
 from search.workload import load, save_weights
+
+
+class CompressionFailed(Exception):
+    """The trial of a compression raised; the message says where its trace is."""
 
 
 def compress(
@@ -29,18 +35,19 @@ def compress(
     """Compresses with `method` at its defaults for `budget`; writes weights, plan, program and figures to `out`.
 
     Returns:
-        The figures: counted costs, the three validation top-1 figures, test top-1, latency and seconds.
+        The figures: counted costs, the three validation top-1 figures, test top-1, latency and seconds; and the
+        teacher's.
 
     Raises:
         SpecError: no such method or budget.
         Infeasible: the budget is out of the method's reach.
+        CompressionFailed: surgery or recovery raised.
+        OSError: `out` cannot be written; found before anything costs time.
     """
-    if method not in METHODS:
-        raise SpecError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
-    if budget not in {one.name for one in spec.budgets}:
-        known = ", ".join(one.name for one in spec.budgets)
-        raise SpecError(f"no budget {budget!r} in the spec; expected one of {known}; correct --budget")
+    _check_names(spec, method, budget)
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
     workload = load(spec, report)
     cluster = make_cluster(workload.bench())
     prepared = prepare(spec, workload, cluster, report, only=[method])
@@ -49,31 +56,63 @@ def compress(
     chosen = METHODS[method]
     limits = next(one for one in prepared.budgets if one.name == budget)
     plan = chosen.allocate(prepared.scores[method], prepared.profile, limits, defaults(chosen))
-    how = recipe(spec.recovery, {name: knob.default for name, knob in RECOVERY.items()})
-    measured = None
-    for event in cluster.run(trial.run, [(chosen, plan, how, spec.search.seed, spec.devices)]):
-        if isinstance(event, Failed):
-            raise MethodError(f"{method} failed: {event.error}\n{event.trace}")
-        if isinstance(event, Step):
-            report("recovering", event.value.step, event.value.steps, f"validation top-1 {event.value.top1:.4f}")
-        else:
-            measured = event.value
-    assert measured is not None
-    student = rebuild(workload.teacher, chosen, plan, measured.outcome.state)
+    teacher = _teacher(prepared)
+    measured = _trial(spec, cluster, plan, out, report)
+    student = rebuild(workload.teacher.cpu(), chosen, plan, measured.outcome.state)
     figures = {name: value for name, value in vars(measured.outcome).items() if name != "state"}
     figures |= {
         "method": method,
         "budget": budget,
         "limits": limits.limits(),
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
-        "teacher": {"macs": prepared.profile.macs, "params": prepared.profile.params},
+        "teacher": teacher,
         "latency_ms": measured.latency_ms,
         "teacher_latency_ms": measured.teacher_latency_ms,
     }
-    save_weights(student, out / "student.safetensors")
     (out / "plan.json").write_text(json.dumps(plan.to_json(), indent=2))
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(student, (workload.example,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, out / "student.pt2")
+    save_weights(student, out / "student.safetensors")
+    _save_program(student, workload.example, out / "student.pt2")
     return figures
+
+
+def _check_names(spec: SearchSpec, method: str, budget: str) -> None:
+    if method not in METHODS:
+        raise SpecError(f"no method {method!r}; expected one of {', '.join(METHODS)}; correct --method")
+    known = [one.name for one in spec.budgets]
+    if budget not in known:
+        raise SpecError(f"no budget {budget!r} in the spec; expected one of {', '.join(known)}; correct --budget")
+
+
+def _save_program(student: nn.Module, example: Tensor, path: Path) -> None:
+    """Writes a program for any batch size, which `torch.export.load` reads without this project."""
+    batch = torch.export.Dim("batch", min=1)
+    torch.export.save(torch.export.export(student, (example,), dynamic_shapes=({0: batch},)), path)
+
+
+def _teacher(prepared: Prepared) -> dict[str, float]:
+    workload = prepared.workload
+    return {
+        "macs": prepared.profile.macs,
+        "params": prepared.profile.params,
+        "top1_validation": evaluate(workload.teacher, workload.splits.validation, workload.metric),
+        "top1_test": evaluate(workload.teacher, workload.splits.test, workload.metric),
+    }
+
+
+def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, out: Path, report: Report) -> Measured:
+    """What came of the plan; the trace of a failure is written to `out`."""
+    how = recipe(spec.recovery, {name: knob.default for name, knob in RECOVERY.items()})
+    item = (METHODS[plan.method], plan, how, spec.search.seed, spec.devices)
+    for event in cluster.run(trial.run, [item]):
+        if isinstance(event, Failed):
+            (out / "failure.txt").write_text(event.trace)
+            raise CompressionFailed(
+                f"{plan.method} failed: {event.error}; expected a compressed network; "
+                f"see {out / 'failure.txt'} for where it happened"
+            )
+        if isinstance(event, Done):
+            measured: Measured = event.value
+            return measured
+        report("recovering", event.value.step, event.value.steps, f"validation top-1 {event.value.top1:.4f}")
+    raise AssertionError("a cluster ends every item")

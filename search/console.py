@@ -42,11 +42,11 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     """The winners, the frontier's size, the cost of the search and where to go on."""
     teacher = result.teacher
     table = Table(title=f"{result.name}: the best network for every budget", title_justify="left")
-    for heading in ("budget", "method", "MACs", "params", "size", "validation top-1", "test top-1", "latency p50"):
+    for heading in ("budget", "method", "MACs", "params", "size", "validation", "test", "latency"):
         table.add_column(heading, justify="left" if heading in ("budget", "method") else "right")
     table.add_row(
         "", "teacher", count(teacher.macs), count(teacher.params), size(teacher.size_bytes),
-        percent(teacher.top1_validation), percent(teacher.top1_test), "", style="dim",
+        percent(teacher.top1_validation), percent(teacher.top1_test), "1.00x", style="dim",
     )  # fmt: skip
     for budget in result.budgets:
         found = budget.winner
@@ -54,7 +54,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
             table.add_row(budget.name, "[red]nothing fits[/]", *_limits(budget.limits))
             continue
         table.add_row(
-            budget.name, found.method, _share(found.macs, teacher.macs), _share(found.params, teacher.params),
+            budget.name, found.method, _percent(found.macs, teacher.macs), _percent(found.params, teacher.params),
             size(found.size_bytes), percent(found.top1_validation), percent(budget.top1_test), _latency(found),
         )  # fmt: skip
     out.print(table)
@@ -62,7 +62,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     failed = sum(one.state == "failed" for one in result.candidates)
     out.print(
         f"{cost.trials} trials ({failed} failed) in {cost.wall_s:.0f} s, {cost.device_s:.0f} device-seconds. "
-        "MACs are multiply-accumulates; FLOPs = 2 x MACs."
+        "Costs are shares of the teacher's (FLOPs = 2 x MACs); validation and test are top-1."
     )
     for budget in result.budgets:
         if budget.model_uri:
@@ -100,8 +100,8 @@ def show_figures(figures: Mapping[str, Any]) -> None:
         "size": size(figures["size_bytes"]),
         "validation top-1 after surgery": percent(figures["top1_surgery"]),
         "validation top-1 after BN": percent(figures["top1_bn"]),
-        "validation top-1 after recovery": percent(figures["top1_validation"]),
-        "test top-1": percent(figures["top1_test"]),
+        "validation top-1 after recovery": _beside(figures, "top1_validation"),
+        "test top-1": _beside(figures, "top1_test"),
         "seconds": f"{figures['seconds']:.1f}",
     }
     for name, times in figures["latency_ms"].items():
@@ -112,8 +112,16 @@ def show_figures(figures: Mapping[str, Any]) -> None:
     out.print(table)
 
 
+def _beside(figures: Mapping[str, Any], name: str) -> str:
+    return f"{percent(figures[name])} (teacher {percent(figures['teacher'][name])})"
+
+
+def _percent(value: int | None, teacher: int) -> str:
+    return percent(None if value is None else value / teacher)
+
+
 def _share(value: int | None, teacher: int) -> str:
-    return f"{count(value)} ({percent(None if value is None else value / teacher)})"
+    return f"{count(value)} ({_percent(value, teacher)})"
 
 
 def _limits(limits: Mapping[str, int]) -> list[str]:
@@ -121,9 +129,7 @@ def _limits(limits: Mapping[str, int]) -> list[str]:
 
 
 def _latency(found: Candidate) -> str:
-    """The first device's median beside the teacher's, as a ratio."""
+    """The first device's median, as a ratio to the teacher's."""
     for name, times in found.latency_ms.items():
-        beside = found.teacher_latency_ms.get(name, {}).get("p50")
-        ratio = f" ({times['p50'] / beside:.2f}x)" if beside else ""
-        return f"{times['p50']:.2f} ms{ratio}"
+        return f"{times['p50'] / found.teacher_latency_ms[name]['p50']:.2f}x"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,12 @@ class Pictures:
         from torchvision.io import ImageReadMode, decode_image
         from torchvision.transforms.v2 import functional as tv
 
-        image = decode_image(path, ImageReadMode.RGB)
+        try:
+            image = decode_image(path, ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise DataError(
+                f"cannot read the picture {path}; expected a JPEG, PNG, GIF or WebP file; mend or remove it"
+            ) from error
         if draw is None:
             image = tv.center_crop(tv.resize(image, [self.size * 8 // 7], antialias=True), [self.size, self.size])
         else:
@@ -121,9 +127,31 @@ class Indexed:
         return len(self.source)
 
     def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The pairs of these indices, stacked."""
-        images, labels = zip(*(self.source[int(i)] for i in indices), strict=True)
-        return torch.stack([torch.as_tensor(image).float() for image in images]), torch.tensor(labels)
+        """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
+        images, labels = zip(*(self._pair(int(index)) for index in indices), strict=True)
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise DataError(
+                f"the data set's images have the shapes {' and '.join(map(str, sorted(shapes)))}; "
+                "expected one shape (c, h, w) for all; resize them in the data set"
+            )
+        return torch.stack(images), torch.tensor(labels)
+
+    def _pair(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.source[index]
+            pixels, number = torch.as_tensor(image).float(), operator.index(label)
+        except Exception as error:
+            raise DataError(
+                f"item {index} of the data set raised {type(error).__name__}: {error}; "
+                "expected a pair of an image tensor (c, h, w) and an integer label; mend the data set"
+            ) from error
+        if pixels.ndim != 3 or not torch.isfinite(pixels).all():
+            fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
+            raise DataError(
+                f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data"
+            )
+        return pixels, number
 
 
 @dataclass(frozen=True)
@@ -131,7 +159,8 @@ class Splits:
     """What a search may see, and when: `train` by recovery, `calibration` by scoring, `validation` by decisions.
 
     `test` is read once per registered version. `calibration` is `(n, c, h, w)` float32, a part of train, unaugmented.
-    `fingerprint` changes with any image, label, split or seed.
+    `fingerprint` changes with the split, any of its labels and any of its images held in memory; of images read on
+    demand, those of `calibration` count.
     """
 
     train: Samples
@@ -150,43 +179,53 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
         calibration: the number of training images scoring may see; all of them where there are fewer.
 
     Raises:
-        DataError: a split is empty, or the calibration images hold NaN or infinity.
+        DataError: a split is empty, a label is negative, or a calibration image cannot be used.
     """
     order = np.random.default_rng(seed).permutation(len(pool))
     held = max(1, round(len(pool) * validation))
     validation_part, rest = order[:held], order[held:]
     if test is None:
         test, rest = Subset(pool, rest[:held]), rest[held:]
-    parts = {"train": Subset(pool, rest), "validation": Subset(pool, validation_part), "test": test}
+    parts: dict[str, Samples] = {
+        "train": Subset(pool, rest), "validation": Subset(pool, validation_part), "test": test,
+    }  # fmt: skip
     for name, part in parts.items():
         if len(part) == 0:
             raise DataError(
                 f"the {name} split is empty: {len(pool)} images with data.validation = {validation}; "
                 "expected at least one image in every split; add images or change data.validation"
             )
-    sample = rest[:calibration]
-    images, _ = pool.batch(np.sort(sample))
-    if not torch.isfinite(images).all():
-        bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
+    images, _ = pool.batch(np.sort(rest[:calibration]))
+    if (shape := test.batch(np.arange(1))[0].shape[1:]) != images.shape[1:]:
         raise DataError(
-            f"{bad} of {len(images)} calibration images hold NaN or infinity; "
-            "expected finite pixels; clean the data or drop those images"
+            f"training images are {tuple(images.shape[1:])}, test images {tuple(shape)}; expected one shape (c, h, w); "
+            "prepare both sets in the same way"
         )
-    labels = _labels(parts["train"]), _labels(parts["validation"])
-    digest = hashlib.blake2b(images.numpy().tobytes(), digest_size=16)
-    for array in (order, *labels):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    classes = int(max(part.max() for part in labels)) + 1
+    labels = _labels(pool)[np.concatenate([rest, validation_part])]
+    if labels.min() < 0:
+        raise DataError(f"a label is {labels.min()}; expected classes counted from 0; renumber the labels")
     return Splits(
-        parts["train"], parts["validation"], test, images.numpy(), classes=classes, fingerprint=digest.hexdigest()
+        **parts,
+        calibration=images.numpy(),
+        classes=int(labels.max()) + 1,
+        fingerprint=_digest(images.numpy(), rest, validation_part, labels, *_held(pool)),
     )
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _held(samples: Samples) -> list[np.ndarray]:
+    return [samples.images] if isinstance(samples, Arrays) else []
 
 
 def _labels(samples: Samples) -> np.ndarray:
     """Every label of `samples`, without reading an image where the set can tell."""
-    if isinstance(samples, Subset):
-        picked: np.ndarray = _labels(samples.source)[samples.indices]
-        return picked
     if isinstance(samples, Arrays | Pictures):
         return samples.labels
     chunks = np.array_split(np.arange(len(samples)), -(-len(samples) // 256))
@@ -241,35 +280,56 @@ def _idx(path: Path) -> np.ndarray | None:
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         return None
-    content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    try:
+        content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (ValueError, IndexError, OSError, EOFError) as error:
+        raise DataError(f"{path} is no whole IDX file: {error}; expected one of bytes; fetch it again") from error
 
 
 def image_folder(root: Path, size: int) -> tuple[Samples, Samples | None]:
     """Pictures under `root/train/CLASS/` and `root/test/CLASS/` (or `val`), or under `root/CLASS/` with no test set.
 
     Raises:
-        DataError: there is no class folder with a picture in it.
+        DataError: a class folder holds no picture, or the test set's classes are not the training set's.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    def read(folder: Path) -> Samples:
-        try:
-            classes = find_classes(str(folder))[1]
-            found = make_dataset(str(folder), classes, extensions=IMG_EXTENSIONS)
-        except (FileNotFoundError, OSError) as error:
-            raise DataError(
-                f"no pictures by class in {folder}: {error}; expected one sub-folder per class; correct data.root"
-            ) from error
-        paths, labels = zip(*found, strict=True)
-        return Pictures(paths, np.array(labels, dtype=np.int64), size)
-
     if not (root / "train").is_dir():
-        return read(root), None
+        return _pictures(root, _classes(root), size), None
+    classes = _classes(root / "train")
+    train = _pictures(root / "train", classes, size)
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    return read(root / "train"), read(held_out) if held_out else None
+    if held_out is None:
+        return train, None
+    if _classes(held_out) != classes:
+        differing = ", ".join(sorted(_classes(held_out).keys() ^ classes.keys()))
+        raise DataError(
+            f"{held_out} and {root / 'train'} have different classes ({differing}); expected the same sub-folders in "
+            "both; complete them"
+        )
+    return train, _pictures(held_out, classes, size)
+
+
+def _classes(folder: Path) -> dict[str, int]:
+    """The numbers of the classes, which are the sub-folders in the order of their names."""
+    names = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    try:
+        found = make_dataset(str(folder), classes, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"pictures are missing in {folder}: {error}; expected some in every class; add them or remove its folder"
+        ) from error
+    paths, labels = zip(*found, strict=True)
+    return Pictures(paths, np.array(labels, dtype=np.int64), size)
 
 
 def from_factory(made: object) -> tuple[Samples, Samples | None]:
@@ -279,7 +339,7 @@ def from_factory(made: object) -> tuple[Samples, Samples | None]:
     `images` `(n, c, h, w)` and `labels` `(n,)`.
 
     Raises:
-        DataError: it is none of these, or its images hold NaN, or images and labels differ in number.
+        DataError: it is none of these, or an image or label in it cannot be used.
     """
     train, test = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     return _samples(train), None if test is None else _samples(test)
@@ -287,21 +347,30 @@ def from_factory(made: object) -> tuple[Samples, Samples | None]:
 
 def _samples(source: object) -> Samples:
     if isinstance(source, dict) and {"images", "labels"} <= source.keys():
-        images, labels = np.asarray(source["images"]), np.asarray(source["labels"]).astype(np.int64)
-        if images.ndim != 4 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"
-                "; return arrays of these shapes"
-            )
-        if not np.isfinite(images).all():
-            raise DataError(
-                f"{int((~np.isfinite(images)).sum())} pixels from the data factory are NaN or infinite; "
-                "expected finite values; clean the data"
-            )
-        return Arrays(images, labels)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return _arrays(np.asarray(source["images"]), np.asarray(source["labels"]))
+    is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
         return Indexed(source)
     raise DataError(
         f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
         "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them"
     )
+
+
+def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"
+            "; return arrays of these shapes"
+        )
+    if images.dtype.kind not in "buif" or labels.dtype.kind not in "ui":
+        raise DataError(
+            f"the data factory gave images of {images.dtype} and labels of {labels.dtype}; expected real numbers and "
+            "integers; convert them"
+        )
+    if not np.isfinite(images).all():
+        raise DataError(
+            f"{int((~np.isfinite(images)).sum())} pixels from the data factory are NaN or infinite; "
+            "expected finite values; clean the data"
+        )
+    return Arrays(images, labels.astype(np.int64))

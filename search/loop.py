@@ -8,68 +8,25 @@ same command goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cluster import Cluster, Failed, Step
 from methods import METHODS
-from methods.base import Budget, Infeasible, KnobValue, Method, Plan, Scores, defaults
+from methods.base import Infeasible, Plan
 from methods.pipeline import size_bytes
-from methods.profile import Profile, profile
-from methods.training import Recipe, evaluate
+from methods.training import evaluate
 from search import trial
 from search.base import Report
 from search.frontier import SearchResult, Teacher, beats
+from search.prepare import Prepared, prepare, recipe
 from search.register import register
 from search.report import html
-from search.scoring import scores
-from search.spec import RecoverySpec, SearchSpec
+from search.spec import SearchSpec
 from search.study import BudgetStudy, Proposal, storage
-from search.tracking import Tracker, open_search
+from search.tracking import Tracker, check_store, open_search
 from search.workload import Workload, load
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that is known before the first trial: `reach` says per budget which methods can meet it, or why not."""
-
-    spec: SearchSpec
-    workload: Workload
-    profile: Profile
-    budgets: tuple[Budget, ...]
-    scores: Mapping[str, Scores]
-    refused: Mapping[str, str]
-    reach: Mapping[str, Mapping[str, Plan | str]]
-
-    def able(self, budget: str) -> list[Method]:
-        """The methods that can meet a budget, the baseline last."""
-        return [METHODS[name] for name, found in self.reach[budget].items() if isinstance(found, Plan)]
-
-
-def prepare(
-    spec: SearchSpec, workload: Workload, cluster: Cluster, report: Report, only: Sequence[str] | None = None
-) -> Prepared:
-    """Profile, scores and, per budget and method, whether a plan exists: all before any training."""
-    found = profile(workload.teacher, workload.example)
-    names = spec.candidates if only is None else only
-    refused = {name: why for name in names if (why := METHODS[name].accepts(found)) is not None}
-    methods = [METHODS[name] for name in names if name not in refused]
-    scored = scores(methods, workload, found, cluster, report)
-    budgets = spec.limits(found)
-    reach = {
-        budget.name: {method.name: _reach(method, scored[method.name], found, budget) for method in methods}
-        for budget in budgets
-    }
-    return Prepared(spec, workload, found, budgets, scored, refused, reach)
-
-
-def _reach(method: Method, scored: Scores, found: Profile, budget: Budget) -> Plan | str:
-    try:
-        return method.allocate(scored, found, budget, defaults(method))
-    except Infeasible as error:
-        return str(error)
 
 
 def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> SearchResult:
@@ -80,7 +37,10 @@ def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report
         report: told of progress.
     """
     started = time.monotonic()
+    check_store(spec.tracking.uri)
     studies_at = storage(spec.tracking.studies)
+    path = report_path(spec)
+    path.parent.mkdir(parents=True, exist_ok=True)
     workload = load(spec, report)
     cluster = make_cluster(workload)
     try:
@@ -88,22 +48,26 @@ def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report
         tracker = _tracker(prepared)
         studies = [
             BudgetStudy(
-                studies_at, f"{tracker.key}/{name}", name, methods, spec.search.seed, labels=spec.recovery.labels
+                studies_at, f"{tracker.run_id}/{name}", name, methods, spec.search.seed, labels=spec.recovery.labels
             )
             for name in prepared.reach
             if (methods := prepared.able(name))
         ]
-        _rounds(prepared, tracker, studies, cluster, report, deadline=started + spec.search.timeout)
+        has_run = _rounds(prepared, tracker, studies, cluster, report)
     finally:
         cluster.close()
     register(workload, tracker, report)
-    tracker.add_seconds(time.monotonic() - started)
+    if has_run:
+        tracker.add_seconds(time.monotonic() - started)
     result = tracker.result()
-    path = report_path(spec)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(result))
     tracker.finish(path)
     return result
+
+
+def report_path(spec: SearchSpec) -> Path:
+    """Where the search's HTML report is written, in the current folder."""
+    return Path("paredown.reports", f"{spec.name}.html")
 
 
 def _tracker(prepared: Prepared) -> Tracker:
@@ -130,29 +94,26 @@ def _tracker(prepared: Prepared) -> Tracker:
     return tracker
 
 
-def report_path(spec: SearchSpec) -> Path:
-    """Where the search's HTML report is written, in the current folder."""
-    return Path("paredown.reports", f"{spec.name}.html")
-
-
 def _rounds(
     prepared: Prepared,
     tracker: Tracker,
     studies: Sequence[BudgetStudy],
     cluster: Cluster,
     report: Report,
-    deadline: float,
-) -> None:
-    """Asks, runs and tells whole rounds until every budget has its trials or the time is up."""
-    trials = prepared.spec.search.trials
+) -> bool:
+    """Asks, runs and tells whole rounds until every budget has its trials or time is up; whether there were any."""
+    settings = prepared.spec.search
+    deadline = time.monotonic() + settings.timeout
+    trials, has_run = settings.trials, False
     for run_id in tracker.unfinished():
         tracker.discard(run_id)
     while time.monotonic() < deadline:
         rounds = [_round(study, trials) for study in studies]
         proposals = [proposal for one in rounds for proposal in one]
         if not proposals:
-            return
-        recorded = {(one.budget, one.trial): one.top1_validation for one in tracker.result().candidates}
+            break
+        has_run = True
+        recorded = {(one.budget, one.trial): one.top1_validation for one in tracker.trials()}
         missing = [proposal for proposal in proposals if proposal.key not in recorded]
         report("trials", len(recorded), trials * len(studies), "")
         results = recorded | _run(
@@ -161,6 +122,7 @@ def _rounds(
         for study, one in zip(studies, rounds, strict=True):
             for proposal in one:
                 study.tell(proposal.number, results[proposal.key])
+    return has_run
 
 
 def _shifted(report: Report, done: int, total: int) -> Report:
@@ -189,7 +151,7 @@ def _run(
         except Infeasible as error:
             tracker.fail(run_id, "infeasible", str(error))
             results[proposal.key] = None
-    so_far = tracker.result().complete()
+    so_far = [one for one in tracker.trials() if one.state == "complete"]
     for event in cluster.run(trial.run, [_item(prepared.spec, proposal, plan) for proposal, _, plan in runs]):
         proposal, run_id, plan = runs[event.index]
         label = f"{proposal.budget} {proposal.number} {proposal.method}"
@@ -220,15 +182,3 @@ def _item(spec: SearchSpec, proposal: Proposal, plan: Plan) -> tuple[object, ...
     """The arguments of `trial.run` beside the bench."""
     how = recipe(spec.recovery, proposal.recovery)
     return METHODS[proposal.method], plan, how, proposal.seed(spec.search.seed), spec.devices
-
-
-def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
-    """The recovery recipe: what the spec fixes, and the knobs' values."""
-    return Recipe(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        labels=settings.labels,
-        precision=settings.precision,
-        report_every=max(1, settings.steps // 5),
-        **{name: float(value) for name, value in knobs.items()},
-    )

@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster import Cluster
@@ -14,7 +14,7 @@ from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
-from search.loop import Prepared, prepare
+from search.prepare import Prepared, prepare
 from search.spec import SearchSpec
 from search.workload import Workload, load
 
@@ -93,7 +93,8 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
     method = METHODS[name]
     least: dict[str, int] = {}
     for cost in ("macs", "params"):
-        nothing = replace(Budget("nothing", channels=prepared.budgets[0].channels), **{cost: 1})
+        limit = {cost: 1}
+        nothing = Budget("nothing", limit.get("macs"), limit.get("params"), prepared.budgets[0].channels)
         try:
             plan = method.allocate(prepared.scores[name], prepared.profile, nothing, defaults(method))
             least[cost] = getattr(plan, cost)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 import numpy as np
@@ -40,19 +41,18 @@ class Tracker:
     def __init__(self, client: MlflowClient, experiment: str, parent: Run) -> None:
         self._client = client
         self._experiment = experiment
-        self._parent = parent.info.run_id
-        self.key = parent.data.tags["paredown.digest"]
+        self.run_id: str = parent.info.run_id
         self.registered_model = parent.data.tags["paredown.registered_model"]
 
     def write_teacher(self, teacher: Teacher) -> None:
         """Records the teacher's figures."""
         figures = {f"teacher/{key}": value for key, value in asdict(teacher).items() if value is not None}
-        self._log(self._parent, figures)
+        self._log(self.run_id, figures)
 
     def start_trial(self, proposal: Proposal) -> str:
         """A child run for a proposal; its id."""
         tags = {
-            "mlflow.parentRunId": self._parent,
+            "mlflow.parentRunId": self.run_id,
             "paredown.knobs": json.dumps(dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)),
         }
         name = f"{proposal.budget}-{proposal.number:03d}-{proposal.method}"
@@ -95,7 +95,8 @@ class Tracker:
         """A trial that ended, without its plan."""
         return _candidate(self._client.get_run(run_id))
 
-    def _candidates(self) -> list[Candidate]:
+    def trials(self) -> list[Candidate]:
+        """Every trial that ended, by budget and number, without its plan."""
         ended = [_candidate(run) for run in self._children() if "paredown.state" in run.data.tags]
         return sorted(ended, key=lambda candidate: (candidate.budget, candidate.trial))
 
@@ -150,18 +151,18 @@ class Tracker:
 
     def add_seconds(self, wall_s: float) -> None:
         """Adds to the wall seconds this search has taken, over all its sittings."""
-        before = self._client.get_run(self._parent).data.metrics.get("wall_s", 0.0)
-        self._log(self._parent, {"wall_s": before + wall_s})
+        before = self._client.get_run(self.run_id).data.metrics.get("wall_s", 0.0)
+        self._log(self.run_id, {"wall_s": before + wall_s})
 
     def finish(self, report: Path) -> None:
         """Ends the parent run, with the report beside it."""
-        self._client.log_artifact(self._parent, str(report))
-        self._client.set_terminated(self._parent, "FINISHED")
+        self._client.log_artifact(self.run_id, str(report))
+        self._client.set_terminated(self.run_id, "FINISHED")
 
     def result(self) -> SearchResult:
         """The whole search as it stands in the record."""
-        run = self._client.get_run(self._parent)
-        candidates = self._candidates()
+        run = self._client.get_run(self.run_id)
+        candidates = self.trials()
         tags, figures = run.data.tags, run.data.metrics
         limits: dict[str, dict[str, int]] = json.loads(tags["paredown.limits"])
         return SearchResult(
@@ -196,7 +197,7 @@ class Tracker:
         token = None
         while True:
             page = self._client.search_runs(
-                [self._experiment], f"tags.`mlflow.parentRunId` = '{self._parent}'", max_results=1000, page_token=token
+                [self._experiment], f"tags.`mlflow.parentRunId` = '{self.run_id}'", max_results=1000, page_token=token
             )
             found += page
             token = page.token
@@ -223,6 +224,23 @@ class Tracker:
         self._client.set_terminated(run_id, "FAILED" if state == "failed" else "FINISHED")
 
 
+def check_store(uri: str) -> None:
+    """Makes sure that the MLflow store can be read and written, before anything costs time.
+
+    Raises:
+        TrackingError: it cannot.
+    """
+    path = _sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise TrackingError(_unwritable(uri, "permission denied"))
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(_unwritable(uri, str(error))) from error
+
+
 def open_search(
     uri: str, name: str, *, digest: str, spec: str, model: str, limits: Sequence[Budget], started: str
 ) -> Tracker:
@@ -247,10 +265,7 @@ def open_search(
             parents = [client.create_run(experiment, tags=tags, run_name=name)]
         return Tracker(client, experiment, parents[0])
     except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"cannot write to the MLflow store {uri}: {error}; expected a store this process may write to; "
-            "correct tracking.uri or the folder's permissions"
-        ) from error
+        raise TrackingError(_unwritable(uri, str(error))) from error
 
 
 def find_search(uri: str, name: str) -> Tracker:
@@ -273,6 +288,13 @@ def find_search(uri: str, name: str) -> Tracker:
         names = [experiment.name for experiment in client.search_experiments() if experiment.name != "Default"]
         raise TrackingError(f"no search {name!r} in {uri}; it holds {', '.join(names) or 'none'}; check the name")
     return Tracker(client, found.experiment_id, parents[0])
+
+
+def _unwritable(uri: str, reason: str) -> str:
+    return (
+        f"cannot use the MLflow store {uri}: {reason}; expected a store this process may read and write; "
+        "correct tracking.uri, or the permissions of its folder"
+    )
 
 
 def _client(uri: str) -> MlflowClient:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import math
+import pickle
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +48,27 @@ class Workload:
         return torch.from_numpy(self.splits.calibration[:2].copy())
 
 
+@dataclass(frozen=True)
+class UserMetric:
+    """The user's own metric; what it raises becomes a `WorkloadError` that names it."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], float]
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> float:
+        """Its value, finite, for logits `(n, classes)` and labels `(n,)`."""
+        try:
+            value = float(self.function(logits, labels))
+        except Exception as error:
+            raise WorkloadError(
+                f"the metric {self.name} raised {type(error).__name__}: {brief(error)}; expected a number to maximise "
+                "for logits (n, classes) and labels (n,); run it by itself to mend it"
+            ) from error
+        if not math.isfinite(value):
+            raise WorkloadError(f"the metric {self.name} gave {value}; expected a finite number; mend it")
+        return value
+
+
 def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     """The workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
 
@@ -53,14 +77,14 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
         data.DataError: the data cannot be used.
     """
     report("data", 0, 1, spec.data.source)
-    splits = _splits(spec)
+    splits = read_splits(spec)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
     teacher = _teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
     _check_forward(teacher, splits)
-    metric = top1 if spec.metric == "top1" else _imported(spec.metric, spec.folder)
+    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, _imported(spec.metric, spec.folder))
     return Workload(teacher, splits, metric, fingerprint(teacher, splits))
 
 
@@ -74,7 +98,7 @@ def fingerprint(teacher: nn.Module, splits: Splits) -> str:
     return digest.hexdigest()
 
 
-def _splits(spec: SearchSpec) -> Splits:
+def read_splits(spec: SearchSpec) -> Splits:
     settings = spec.data
     root = None if settings.root is None else Path(spec.folder, settings.root).expanduser()
     if settings.source == "digits":
@@ -125,11 +149,11 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
 
 
 def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
-    """How zoo teachers are trained: 12 epochs of one-cycle SGD, but at least 600 steps."""
-    steps = max(600, 12 * images // 128)
+    """How zoo teachers are trained: 16 epochs of one-cycle SGD, but at least 600 steps."""
+    steps = max(600, 16 * images // 128)
     return Recipe(
-        steps, learning_rate=0.15, warmup=0.25, precision="bf16" if precision == "bf16" else "fp32",
-        report_every=max(1, steps // 12),
+        steps, learning_rate=0.1, warmup=0.25, precision="bf16" if precision == "bf16" else "fp32",
+        report_every=max(1, steps // 16),
     )  # fmt: skip
 
 
@@ -159,9 +183,9 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
     is_file = model.weights is not None and Path(model.weights).suffix in (".safetensors", ".pt", ".pth")
     try:
         teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
-    except (ValueError, TypeError, OSError) as error:
+    except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
-            f"torchvision could not make {model.name} with weights {model.weights!r}: {error}; "
+            f"torchvision could not make {model.name} with weights {model.weights!r}: {brief(error)}; "
             "give a weights enum of that model, or a .safetensors or .pt file"
         ) from error
     return _loaded(teacher, model.weights if is_file else None, folder)
@@ -175,8 +199,8 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
         teacher = mlflow.pytorch.load_model(model.name)
     except mlflow.exceptions.MlflowException as error:
         raise WorkloadError(
-            f"MLflow cannot load {model.name!r}: {error}; expected a model URI such as models:/name/1 in the store "
-            f"{spec.tracking.uri}; check tracking.uri and the version"
+            f"MLflow cannot load {model.name!r}: {brief(error)}; expected a model URI such as models:/name/1 in "
+            f"the store {spec.tracking.uri}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or type(teacher).__name__ == "GraphModule":
         raise WorkloadError(
@@ -201,15 +225,17 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
             f"no weights at {path}; expected a .safetensors or .pt file; correct model.weights"
         ) from error
     except Exception as error:
+        # torch's own message advises to unpickle the file without protection
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else brief(error)
         raise WorkloadError(
-            f"cannot read the weights {path}: {error}; expected a .safetensors file or a .pt file that loads with "
+            f"cannot read the weights {path}: {reason}; expected a .safetensors file or a .pt file that loads with "
             "weights_only=True; save the model's state_dict()"
         ) from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise WorkloadError(
-            f"the weights {path} do not fit the network: {error}; expected its state_dict(); "
+            f"the weights {path} do not fit the network: {brief(error)}; expected its state_dict(); "
             "check model.name, the number of classes and the input channels"
         ) from error
     return model
@@ -220,9 +246,9 @@ def _made(name: str, args: dict[str, Any], folder: str) -> object:
     factory = _imported(name, folder)
     try:
         return factory(**args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkloadError(
-            f"the factory {name} raised {type(error).__name__}: {error}; expected it to return; "
+            f"the factory {name} raised {type(error).__name__}: {brief(error)}; expected it to return; "
             "run it by itself to mend it"
         ) from error
 
@@ -235,7 +261,11 @@ def _imported(name: str, folder: str) -> Callable[..., Any]:
     source, _, attribute = name.rpartition(":")
     if not source:
         raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn")
-    module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source, folder)
+    sys.path.insert(0, folder)
+    try:
+        module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source)
+    finally:
+        sys.path.remove(folder)
     function = getattr(module, attribute, None)
     if not callable(function):
         raise WorkloadError(f"{source} has no function {attribute!r}; expected one; check the name")
@@ -254,20 +284,16 @@ def _from_file(path: Path) -> object:
     return _executed(lambda: found.loader.exec_module(module), str(path)) or module  # type: ignore[union-attr]
 
 
-def _from_package(source: str, folder: str) -> object:
-    sys.path.append(folder)
-    try:
-        return _executed(lambda: importlib.import_module(source), source)
-    finally:
-        sys.path.remove(folder)
+def _from_package(source: str) -> object:
+    return _executed(lambda: importlib.import_module(source), source)
 
 
 def _executed(load: Callable[[], object], source: str) -> object:
     try:
         return load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkloadError(
-            f"importing {source} raised {type(error).__name__}: {error}; expected it to import; "
+            f"importing {source} raised {type(error).__name__}: {brief(error)}; expected it to import; "
             "run it by itself from the spec's folder to mend it"
         ) from error
 
@@ -279,8 +305,8 @@ def _check_forward(teacher: nn.Module, splits: Splits) -> None:
             logits = teacher(images)
     except Exception as error:
         raise WorkloadError(
-            f"the network does not take inputs of shape {tuple(images.shape)}: {error}; expected it to accept the "
-            "data's images; check the input channels and the image size"
+            f"the network does not take inputs of shape {tuple(images.shape)}: {brief(error)}; expected it to "
+            "accept the data's images; check the input channels and the image size"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise Unsupported(f"the network must return logits (n, classes), but it returned {type(logits).__name__}")
@@ -289,6 +315,16 @@ def _check_forward(teacher: nn.Module, splits: Splits) -> None:
             f"the network has {logits.shape[1]} outputs, but the labels go up to {splits.classes - 1}; "
             "expected one output per class; check the number of classes"
         )
+    if not torch.isfinite(logits).all():
+        raise WorkloadError(
+            "the network's outputs hold NaN or infinity on the calibration images; expected finite logits; "
+            "check model.weights"
+        )
+
+
+def brief(error: BaseException) -> str:
+    """What another library's error says, on one line and at most 400 characters long."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...")
 
 
 def user_modules(folder: str) -> list[ModuleType]:

@@ -1,0 +1,29 @@
+"""Trains the zoo teacher a spec names and writes its weights beside the spec, where `model.weights` says.
+
+    python examples/train_teacher.py examples/fashion_mnist.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from methods.training import evaluate, top1
+from search import spec, workload, zoo
+
+
+def main() -> None:
+    """Trains, tests once, writes."""
+    path = Path(sys.argv[1])
+    wanted = spec.load(path)
+    assert wanted.model.weights is not None
+    splits = workload.read_splits(wanted)
+    teacher = zoo.build(wanted.model.name, splits.calibration.shape[1], splits.classes, wanted.data.seed)
+    recipe = workload.teacher_recipe(len(splits.train), wanted.recovery.precision)
+    workload.fit_teacher(teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True))
+    print(f"test top-1 {evaluate(teacher, splits.test, top1):.4f}")
+    workload.save_weights(teacher, path.parent / wanted.model.weights)
+
+
+if __name__ == "__main__":
+    main()
