@@ -1,0 +1,103 @@
+"""The study of one budget: defaults first, seeded draws, and the same proposals after a driver was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from methods import METHODS
+from methods.base import Choice, Range, defaults
+from search.study import RECOVERY, BudgetStudy, Proposal, storage
+
+
+def study(path: Path, *, name: str = "one", labels: bool = True, seed: int = 0) -> BudgetStudy:
+    return BudgetStudy(storage(str(path)), name, "half", list(METHODS.values()), seed, labels=labels)
+
+
+def objective(proposal: Proposal) -> float:
+    """A made-up accuracy that depends on the proposal alone."""
+    return 0.5 + 0.4 * float(proposal.recovery["distill"]) - 0.1 * (proposal.method == "uniform")
+
+
+def run(made: BudgetStudy, rounds: int) -> list[Proposal]:
+    found = []
+    for _ in range(rounds):
+        asked = [made.ask() for _ in range(made.round)]
+        for proposal in asked:
+            made.tell(proposal.number, objective(proposal))
+        found += asked
+    return found
+
+
+def test_every_method_is_first_tried_with_its_defaults(tmp_path: Path) -> None:
+    first = run(study(tmp_path / "s"), 1)
+    assert [proposal.method for proposal in first] == list(METHODS)
+    assert [proposal.number for proposal in first] == [0, 1, 2]
+    for proposal in first:
+        assert proposal.knobs == defaults(METHODS[proposal.method])
+        assert proposal.recovery == {name: knob.default for name, knob in RECOVERY.items()}
+
+
+def test_later_proposals_stay_within_every_knob(tmp_path: Path) -> None:
+    for proposal in run(study(tmp_path / "s"), 5)[3:]:
+        knobs = METHODS[proposal.method].knobs
+        assert proposal.knobs.keys() == knobs.keys()
+        for name, value in proposal.knobs.items():
+            knob = knobs[name]
+            assert value in knob.options if isinstance(knob, Choice) else knob.low <= value <= knob.high
+        rate = RECOVERY["learning_rate"]
+        assert isinstance(rate, Range)
+        assert rate.low <= proposal.recovery["learning_rate"] <= rate.high
+
+
+def test_without_labels_there_is_nothing_to_weigh(tmp_path: Path) -> None:
+    assert study(tmp_path / "s", labels=False).ask().recovery.keys() == {"learning_rate"}
+
+
+@pytest.mark.parametrize("killed_after", range(1, 12))
+def test_a_killed_driver_proposes_what_an_undisturbed_one_would(tmp_path: Path, killed_after: int) -> None:
+    """Four rounds of three; the driver dies after that many proposals, some told, some not."""
+    undisturbed = run(study(tmp_path / "calm"), 4)
+    first = study(tmp_path / "killed")
+    whole = killed_after // first.round
+    run(first, whole)
+    for _ in range(killed_after % first.round):
+        first.ask()
+
+    resumed = study(tmp_path / "killed")
+    left = resumed.unfinished()
+    assert left == undisturbed[whole * resumed.round : killed_after]
+    left += [resumed.ask() for _ in range(-len(left) % resumed.round if left else 0)]
+    for proposal in left:
+        resumed.tell(proposal.number, objective(proposal))
+    rest = run(resumed, (12 - resumed.told) // resumed.round)
+    assert undisturbed[: whole * 3] + left + rest == undisturbed
+
+
+def test_a_driver_killed_between_a_proposals_knobs(tmp_path: Path) -> None:
+    """The trial exists in the storage, its parameters only in part: the same draw completes it."""
+    undisturbed = run(study(tmp_path / "calm"), 3)
+    killed = study(tmp_path / "killed")
+    run(killed, 2)
+    killed._sampling(6).ask().suggest_categorical("method", list(METHODS))
+    assert study(tmp_path / "killed").unfinished() == undisturbed[6:7]
+
+
+def test_seeds_differ_by_budget_and_number_and_search() -> None:
+    proposals = [Proposal(budget, number, "alds", {}, {}) for budget in ("half", "tiny") for number in range(3)]
+    seeds = {proposal.seed(base) for proposal in proposals for base in (0, 1)}
+    assert len(seeds) == 12
+
+
+def test_failures_count_as_told(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    made.tell(made.ask().number, None)
+    assert made.told == 1
+    assert made.unfinished() == []
+
+
+def test_a_database_holds_studies_too(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/studies.db"
+    made = BudgetStudy(storage(url), "one", "half", list(METHODS.values()), 0, labels=True)
+    assert run(made, 1) == run(study(tmp_path / "s"), 1)
