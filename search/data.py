@@ -65,14 +65,15 @@ class Pictures:
         return torch.stack(images), torch.from_numpy(self.labels[indices])
 
     def _read(self, path: str, draw: np.ndarray | None) -> Tensor:
-        from torchvision.io import ImageReadMode, decode_image
+        from PIL import Image
         from torchvision.transforms.v2 import functional as tv
 
         try:
-            image = decode_image(path, ImageReadMode.RGB)
-        except RuntimeError as error:
+            with Image.open(path) as picture:
+                image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, SyntaxError) as error:
             raise DataError(
-                f"cannot read the picture {path}; expected a JPEG, PNG, GIF or WebP file; mend or remove it"
+                f"cannot read the picture {path}: {error}; expected a file such as JPEG or PNG; mend or remove it"
             ) from error
         if draw is None:
             image = tv.center_crop(tv.resize(image, [self.size * 8 // 7], antialias=True), [self.size, self.size])
@@ -149,7 +150,7 @@ class Indexed:
         if pixels.ndim != 3 or not torch.isfinite(pixels).all():
             fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
             raise DataError(
-                f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data"
+                f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
         return pixels, number
 

@@ -7,6 +7,7 @@ One experiment per search; a parent run per spec; a child run per trial. The dri
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
@@ -298,12 +299,12 @@ def _unwritable(uri: str, reason: str) -> str:
 
 
 def _client(uri: str) -> MlflowClient:
-    import logging
-
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    mlflow.set_tracking_uri(uri)
-    return MlflowClient(tracking_uri=uri)
+    path = _sqlite_path(uri)
+    absolute = uri if path is None else f"sqlite:///{path.resolve()}"
+    mlflow.set_tracking_uri(absolute)
+    return MlflowClient(tracking_uri=absolute)
 
 
 def _sqlite_path(uri: str) -> Path | None:

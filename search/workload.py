@@ -6,10 +6,12 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import os
 import pickle
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -192,17 +194,19 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
     mlflow.set_tracking_uri(spec.tracking.uri)
     try:
-        teacher = mlflow.pytorch.load_model(model.name)
-    except mlflow.exceptions.MlflowException as error:
+        with _importable(spec.folder):
+            teacher = mlflow.pytorch.load_model(model.name)
+    except Exception as error:
         raise WorkloadError(
             f"MLflow cannot load {model.name!r}: {brief(error)}; expected a model URI such as models:/name/1 in "
             f"the store {spec.tracking.uri}; check tracking.uri and the version"
         ) from error
-    if not isinstance(teacher, nn.Module) or type(teacher).__name__ == "GraphModule":
+    if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
             f"{model.name} was logged as an exported graph, which cannot be cut or trained; expected a model logged "
             "with its modules (serialization_format='pickle'), or use model.source factory with a weights file"
@@ -261,15 +265,22 @@ def _imported(name: str, folder: str) -> Callable[..., Any]:
     source, _, attribute = name.rpartition(":")
     if not source:
         raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn")
-    sys.path.insert(0, folder)
-    try:
+    with _importable(folder):
         module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source)
-    finally:
-        sys.path.remove(folder)
     function = getattr(module, attribute, None)
     if not callable(function):
         raise WorkloadError(f"{source} has no function {attribute!r}; expected one; check the name")
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Modules in `folder` can be imported while the context is open."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _from_file(path: Path) -> object:

@@ -1,0 +1,225 @@
+"""The whole story on real parts: digits, a real Optuna study, a real MLflow store; inline, and once on Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cluster import Cluster, Done, Event, InlineCluster, RayCluster
+from methods.base import Plan
+from methods.training import Recipe, evaluate, top1
+from search import data, loop, spec, workload, zoo
+from search.frontier import SearchResult
+from search.prepare import prepare
+from search.tracking import find_search
+from search.workload import Workload
+
+SPEC = """
+name: digits
+model: {source: zoo, name: resnet8, weights: teacher.safetensors}
+data: {source: digits, validation: 0.2, calibration: 128}
+metric: %s
+methods: [itpruner, alds]
+budgets:
+  - {name: half, macs: 50%%}
+  - {name: small, params: 30%%, macs: 60%%}
+  - {name: impossible, params: 100}
+search: {trials: 4}
+recovery: {steps: 4, batch_size: 64}
+"""
+
+
+def quiet(stage: str, done: int, total: int, note: str) -> None:
+    """A report nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
+    pool, test = data.digits()
+    splits = data.split(pool, test, validation=0.2, calibration=128, seed=0)
+    model = zoo.build("resnet8", 1, 10, 0)
+    workload.fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), quiet)
+    assert evaluate(model, splits.test, top1) > 0.9
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    workload.save_weights(model, path)
+    return path
+
+
+@pytest.fixture
+def wanted(teacher: Path, tmp_path: Path) -> spec.SearchSpec:
+    (tmp_path / "teacher.safetensors").write_bytes(teacher.read_bytes())
+    return spec.parse(SPEC % "top1", folder=tmp_path)
+
+
+def inline(made: Workload) -> Cluster:
+    return InlineCluster(made.bench())
+
+
+def figures(result: SearchResult) -> list[tuple[Any, ...]]:
+    """What must not depend on where, when or how often interrupted a search ran."""
+    return [(one.budget, one.trial, one.method, one.knobs, one.macs, one.top1_validation) for one in result.candidates]
+
+
+def test_a_search_from_spec_to_registry(wanted: spec.SearchSpec, tmp_path: Path) -> None:
+    result = loop.search(wanted, inline, quiet)
+
+    half, small, impossible = result.budgets
+    assert impossible.winner is None
+    for budget in (half, small):
+        assert budget.winner is not None
+        assert budget.winner.fits(budget.limits)
+        assert budget.model_uri == f"models:/digits@{budget.name}"
+    assert len(result.candidates) == 8
+    assert {one.method for one in result.candidates} == {"itpruner", "alds", "uniform"}
+    assert all(one.state == "complete" and one.latency_ms["cpu-1"]["min"] > 0 for one in result.candidates)
+    assert find_search(wanted.tracking.uri, "digits").result() == result
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 9
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for candidate in result.candidates:
+        assert "plan.json" in {file.path for file in client.list_artifacts(candidate.run_id)}
+    assert Path("paredown.reports/digits.html").stat().st_size > 1_000_000
+
+    again = loop.search(wanted, inline, quiet)
+    assert again == result
+    assert len(client.search_runs([experiment.experiment_id])) == 9
+    assert [int(found.version) for found in client.search_model_versions("name='digits'")] == [2, 1]
+
+    _check_in_a_fresh_python(result, tmp_path)
+
+
+def _check_in_a_fresh_python(result: SearchResult, folder: Path) -> None:
+    """The winner loads without this project and has the registered accuracy and cost."""
+    import numpy as np
+
+    pool, _ = data.digits()
+    splits = data.split(pool, None, validation=0.2, calibration=128, seed=0)
+    images, labels = splits.test.batch(np.arange(len(splits.test)))
+    np.savez(folder / "test.npz", images=images.numpy(), labels=labels.numpy())
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(["cluster", "search", "methods"]))
+import json, mlflow, numpy, torch
+from torch.utils.flop_counter import FlopCounterMode
+mlflow.set_tracking_uri("sqlite:///paredown.db")
+model = mlflow.pytorch.load_model("models:/digits@half")
+test = numpy.load("test.npz")
+images = torch.from_numpy(test["images"])
+with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    model(images[:1])
+top1 = (model(images).argmax(1).numpy() == test["labels"]).mean()
+params = sum(parameter.numel() for parameter in model.parameters())
+print(json.dumps({"top1": top1, "macs": flops.get_total_flops() // 2, "params": params}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    found = json.loads(done.stdout.splitlines()[-1])
+    half = result.budgets[0]
+    assert half.winner is not None
+    assert found["top1"] == pytest.approx(half.top1_test, abs=1e-6)
+    assert found["macs"] == half.winner.macs <= half.limits["macs"]
+    assert found["params"] == half.winner.params
+
+
+@dataclass
+class Killed:
+    """A cluster whose driver dies after so many finished items: the search sees no more of it."""
+
+    inner: Cluster
+    left: int
+
+    @property
+    def workers(self) -> int:
+        return self.inner.workers
+
+    def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
+        for event in self.inner.run(function, items):
+            if function is loop.trial.run and isinstance(event, Done):
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+            yield event
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_a_killed_search_ends_as_an_undisturbed_one(
+    wanted: spec.SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calm").mkdir()
+    monkeypatch.chdir(tmp_path / "calm")
+    calm = loop.search(wanted, inline, quiet)
+    monkeypatch.chdir(tmp_path)
+    for survived in (2, 1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            loop.search(wanted, lambda made, left=survived: Killed(inline(made), left), quiet)
+    resumed = loop.search(wanted, inline, quiet)
+    assert figures(resumed) == figures(calm)
+    assert [budget.winner and budget.winner.top1_validation for budget in resumed.budgets] == [
+        budget.winner and budget.winner.top1_validation for budget in calm.budgets
+    ]
+    client = MlflowClient()
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
+
+
+METRIC = """
+from pathlib import Path
+
+def brittle(logits, labels):
+    calls = Path("calls")
+    calls.write_text(calls.read_text() + "." if calls.exists() else ".")
+    if len(calls.read_text()) == 6:
+        raise RuntimeError("the sixth call is too much")
+    return float((logits.argmax(1) == labels).double().mean())
+"""
+
+
+def test_an_exception_in_a_trial_is_recorded_and_the_search_goes_on(wanted: spec.SearchSpec, tmp_path: Path) -> None:
+    (tmp_path / "metric.py").write_text(METRIC)
+    result = loop.search(spec.parse(SPEC % "./metric.py:brittle", folder=tmp_path), inline, quiet)
+    failed = [one for one in result.candidates if one.state == "failed"]
+    assert len(failed) == 1
+    assert "RuntimeError: the sixth call is too much" in str(failed[0].error)
+    assert len(result.complete()) == 7
+    assert MlflowClient().get_run(failed[0].run_id).info.status == "FAILED"
+    assert all(budget.winner is not None for budget in result.budgets[:2])
+
+
+PLAIN = """
+def plain(logits, labels):
+    return float((logits.argmax(1) == labels).float().mean())
+"""
+
+
+@pytest.mark.ray
+def test_a_search_on_ray_follows_the_plans_of_this_process(wanted: spec.SearchSpec, tmp_path: Path) -> None:
+    """Scores do not depend on where shards ran; a user's metric travels to the workers by value."""
+    (tmp_path / "metric.py").write_text(PLAIN)
+    wanted = spec.parse(SPEC % "./metric.py:plain", folder=tmp_path)
+    here = workload.load(wanted, quiet)
+    planned = prepare(wanted, here, InlineCluster(here.bench()), quiet)
+
+    def on_ray(made: Workload) -> Cluster:
+        (tmp_path / "cache").rename(tmp_path / "scored here")
+        return RayCluster(made.bench(), max_parallel=2, by_value=workload.user_modules(wanted.folder))
+
+    result = loop.search(wanted, on_ray, quiet)
+    assert [one.state for one in result.candidates] == ["complete"] * 8
+    for one in result.candidates:
+        plan = planned.reach[one.budget][one.method]
+        assert isinstance(plan, Plan)
+        if one.trial < 3:
+            assert (one.macs, one.params) == (plan.macs, plan.params)
