@@ -64,7 +64,7 @@ class RayCluster:
             raise
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, scheduling_strategy="SPREAD")(_Worker)
         self._context = ray.put(context)
-        self._idle = [self._actor.remote(self._context) for _ in range(self.workers)]
+        self._idle: list[Any] = [self._actor.remote(self._context) for _ in range(self.workers)]
 
     def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
         """See `Cluster.run`: one item per worker at a time; an item that loses `ATTEMPTS` workers counts as failed."""

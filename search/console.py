@@ -42,7 +42,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     """The winners, the frontier's size, the cost of the search and where to go on."""
     teacher = result.teacher
     table = Table(title=f"{result.name}: the best network for every budget", title_justify="left")
-    for heading in ("budget", "method", "MACs", "params", "size", "validation", "test", "latency"):
+    for heading in ("budget", "method", "MACs", "params", "size", "val.", "test", "latency"):
         table.add_column(heading, justify="left" if heading in ("budget", "method") else "right")
     table.add_row(
         "", "teacher", count(teacher.macs), count(teacher.params), size(teacher.size_bytes),
@@ -62,7 +62,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     failed = sum(one.state == "failed" for one in result.candidates)
     out.print(
         f"{cost.trials} trials ({failed} failed) in {cost.wall_s:.0f} s, {cost.device_s:.0f} device-seconds. "
-        "Costs are shares of the teacher's (FLOPs = 2 x MACs); validation and test are top-1."
+        "Costs are shares of the teacher's (FLOPs = 2 x MACs); val. and test are top-1."
     )
     for budget in result.budgets:
         if budget.model_uri:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -32,8 +32,10 @@ from torch import nn
 from methods.base import Budget, Plan
 from search.base import TrackingError
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
-from search.study import Proposal
-from search.trial import Measured
+
+if TYPE_CHECKING:
+    from search.study import Proposal
+    from search.trial import Measured
 
 
 class Tracker:
