@@ -110,17 +110,13 @@ class BudgetStudy:
 
 def storage(location: str) -> BaseStorage:
     """Optuna's storage at a database URL, or in a journal file at that path."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in location:
         return RDBStorage(location)
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=5)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def quiet() -> None:
-    """Keeps Optuna's own lines off the terminal, but not its warnings."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _suggest(trial: Trial, name: str, knob: Knob) -> KnobValue:

@@ -114,14 +114,12 @@ class Tracker:
     def log_model(self, run_id: str, student: nn.Module, example: np.ndarray) -> str:
         """Stores `student` with its trial as a pt2 program, which needs no project code and no pickle; its URI."""
         requirements = [f"{package}=={version(package)}" for package in ("torch", "mlflow", "numpy")]
-        status = self._client.get_run(run_id).info.status
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with mlflow.start_run(run_id=run_id):
                 info = mlflow.pytorch.log_model(
                     student, name="model", input_example=example, pip_requirements=requirements
                 )
-        self._client.set_terminated(run_id, status)
         self._client.set_tag(run_id, "paredown.model_uri", info.model_uri)
         uri: str = info.model_uri
         return uri
@@ -223,8 +221,8 @@ class Tracker:
         return path
 
     def _end(self, run_id: str, state: str) -> None:
-        self._client.set_tag(run_id, "paredown.state", state)
         self._client.set_terminated(run_id, "FAILED" if state == "failed" else "FINISHED")
+        self._client.set_tag(run_id, "paredown.state", state)
 
 
 def check_store(uri: str) -> None:
