@@ -1,6 +1,6 @@
 """Trains the zoo teacher a spec names and writes its weights beside the spec, where `model.weights` says.
 
-    python examples/train_teacher.py examples/fashion_mnist.yaml
+python examples/train_teacher.py examples/fashion_mnist.yaml
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def main() -> None:
     splits = workload.read_splits(wanted)
     teacher = zoo.build(wanted.model.name, splits.calibration.shape[1], splits.classes, wanted.data.seed)
     recipe = workload.teacher_recipe(len(splits.train), wanted.recovery.precision)
-    workload.fit_teacher(teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True))
+    workload.fit_teacher(
+        teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True)
+    )
     print(f"test top-1 {evaluate(teacher, splits.test, top1):.4f}")
     workload.save_weights(teacher, path.parent / wanted.model.weights)
 

@@ -84,7 +84,7 @@ def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -
     for step in method.recover(student, teacher, bench.train, recipe, seed):
         top1 = evaluate(student, bench.validation, bench.metric)
         yield Progress(step, recipe.steps, top1)
-    state = {name: value.detach().cpu().numpy() for name, value in student.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous().numpy() for name, value in student.state_dict().items()}
     return Outcome(
         top1_surgery=surgery,
         top1_bn=recalibrated,

@@ -68,8 +68,9 @@ def train(
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
     )
+    warmup = recipe.warmup if recipe.warmup * recipe.steps > 1 else 0.0  # one step of it: torch would divide by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, recipe.steps, pct_start=recipe.warmup, cycle_momentum=False
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=warmup, cycle_momentum=False
     )
     objective = _objective(model, teacher, recipe)
     torch.manual_seed(seed)
@@ -101,7 +102,12 @@ def recover(student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recip
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None:
-    """Re-estimates every batch norm's running statistics of `model`, in place, as plain averages over `images`."""
+    """Re-estimates every batch norm's running statistics of `model`, in place, as plain averages over `images`.
+
+    They are averages over equal batches, none of which is a single image: that has no variance.
+    """
+    if len(images) < 2:
+        return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -109,9 +115,8 @@ def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None
         norm.momentum = None
         norm.train()
     device = next(model.parameters()).device
-    for batch in torch.split(images, batch_size):
-        if len(batch) > 1:
-            model(batch.to(device))
+    for batch in torch.tensor_split(images, -(-len(images) // batch_size)):
+        model(batch.to(device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -87,7 +87,7 @@ def show_preflight(found: Preflight) -> None:
     for budget in found.budgets:
         for reason in filter(None, budget.reasons.values()):
             out.print(f"  {reason}", highlight=False, markup=False)
-    out.print(f"A search takes about {max(1, round(found.minutes))} minutes on this machine.")
+    out.print(f"A search takes about {max(1, round(found.minutes))} min on this machine.")
 
 
 def show_figures(figures: Mapping[str, Any]) -> None:

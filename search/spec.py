@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +27,7 @@ class Amount:
     """A limit as the user wrote it: a share of the teacher in (0, 1], or an absolute number of units."""
 
     text: str
-    share: float | None = None
+    share: Fraction | None = None
     units: int | None = None
 
     def of(self, teacher: int) -> int:
@@ -33,7 +35,7 @@ class Amount:
         if self.units is not None:
             return self.units
         assert self.share is not None
-        return int(teacher * self.share)
+        return floor(teacher * self.share)
 
 
 SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -47,7 +49,7 @@ def _amount(value: object) -> Amount:
     found = re.fullmatch(r"([0-9.]+)\s*([%kMG]?)", text)
     if isinstance(value, bool) or not found or found[1].count(".") > 1 or found[1] == ".":
         raise ValueError(f"{text!r} is not an amount; write 50% (of the teacher), 20M, 1.2G or a plain number")
-    number, unit = float(found[1]), found[2]
+    number, unit = Fraction(found[1]), found[2]
     if number <= 0:
         raise ValueError(f"{text!r} is not positive; a limit has to leave something")
     if unit != "%":

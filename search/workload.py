@@ -135,7 +135,9 @@ def _teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
     model = spec.model
     if model.name not in zoo.ZOO:
-        raise WorkloadError(f"no network {model.name!r} in the zoo; expected one of {', '.join(zoo.ZOO)}")
+        raise WorkloadError(
+            f"no network {model.name!r} in the zoo; expected one of {', '.join(zoo.ZOO)}; correct model.name"
+        )
     teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
     if model.weights not in (None, "train"):
         return _loaded(teacher, model.weights, spec.folder)
@@ -180,7 +182,8 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
 
     if model.name not in torchvision.models.list_models(module=torchvision.models):
         raise WorkloadError(
-            f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models()"
+            f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models(); "
+            "correct model.name"
         )
     is_file = model.weights is not None and Path(model.weights).suffix in (".safetensors", ".pt", ".pth")
     try:
@@ -188,7 +191,7 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
             f"torchvision could not make {model.name} with weights {model.weights!r}: {brief(error)}; "
-            "give a weights enum of that model, or a .safetensors or .pt file"
+            "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
     return _loaded(teacher, model.weights if is_file else None, folder)
 
@@ -203,13 +206,13 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
             teacher = mlflow.pytorch.load_model(model.name)
     except Exception as error:
         raise WorkloadError(
-            f"MLflow cannot load {model.name!r}: {brief(error)}; expected a model URI such as models:/name/1 in "
-            f"the store {spec.tracking.uri}; check tracking.uri and the version"
+            f"MLflow cannot load {model.name!r}: {type(error).__name__}: {brief(error)}; expected a model URI such as "
+            f"models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
-            f"{model.name} was logged as an exported graph, which cannot be cut or trained; expected a model logged "
-            "with its modules (serialization_format='pickle'), or use model.source factory with a weights file"
+            f"{model.name} was logged as an exported graph, which cannot be cut or trained; expected one logged with "
+            "its modules (serialization_format='pickle'); log it so, or use model.source factory with a weights file"
         )
     return teacher
 
@@ -264,7 +267,7 @@ def _imported(name: str, folder: str) -> Callable[..., Any]:
     """
     source, _, attribute = name.rpartition(":")
     if not source:
-        raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn")
+        raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn; correct the name")
     with _importable(folder):
         module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source)
     function = getattr(module, attribute, None)
@@ -347,6 +350,6 @@ def user_modules(folder: str) -> list[ModuleType]:
         file = getattr(module, "__file__", None)
         if not file or name == "__main__" or name.partition(".")[0] in ours or "site-packages" in file:
             continue
-        if Path(file).resolve().is_relative_to(home):
+        if Path(file).is_absolute() and Path(file).resolve().is_relative_to(home):  # torch.ops says "_ops.py"
             found.append(module)
     return found

@@ -1,4 +1,4 @@
-"""Both clusters keep one promise: every item ends once, in steps and a result or an error, whatever happens to workers."""
+"""Both clusters keep one promise: every item ends once, in steps and a result or an error, whoever dies."""
 
 from __future__ import annotations
 
