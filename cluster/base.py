@@ -18,19 +18,24 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """Item number `index` ended with `value`."""
+    """Item number `index` ended with `value`, `seconds` of a worker after it began."""
 
     index: int
     value: Any
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Item number `index` raised, or lost its worker too often; `error` says what in one line, `trace` where."""
+    """Item number `index` raised, or lost its worker too often; `error` says what in one line, `trace` where.
+
+    `seconds` are of a worker, from when the item last began.
+    """
 
     index: int
     error: str
     trace: str
+    seconds: float
 
 
 Event: TypeAlias = Step | Done | Failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ class InlineCluster:
     def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
         """See `Cluster.run`."""
         for index, item in enumerate(items):
+            began = time.monotonic()
             try:
                 for is_last, value in values(function, self._context, item):
-                    yield Done(index, value) if is_last else Step(index, value)
+                    yield Done(index, value, time.monotonic() - began) if is_last else Step(index, value)
             except Exception as error:  # noqa: BLE001 - whatever an item raises is its result
-                yield Failed(index, f"{type(error).__name__}: {error}", traceback.format_exc())
+                seconds = time.monotonic() - began
+                yield Failed(index, f"{type(error).__name__}: {error}", traceback.format_exc(), seconds)
 
     def close(self) -> None:
         """Nothing to stop."""

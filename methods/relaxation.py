@@ -91,7 +91,10 @@ def upper_bound(worth: Worth, charges: Mapping[str, Charge], limits: Mapping[str
     for accuracy in _ACCURACIES:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Solution may be inaccurate")
-            problem.solve(solver=cp.CLARABEL, tol_gap_abs=accuracy, tol_gap_rel=accuracy, tol_feas=accuracy)
+            try:
+                problem.solve(solver=cp.CLARABEL, tol_gap_abs=accuracy, tol_gap_rel=accuracy, tol_feas=accuracy)
+            except cp.SolverError:
+                continue
         if problem.status == cp.OPTIMAL:
             value = float(problem.value)
             return value + 10 * accuracy * (1 + abs(value))

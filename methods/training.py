@@ -31,7 +31,7 @@ class Recipe:
     """How to train: SGD with Nesterov momentum on a one-cycle schedule.
 
     `distill` is the weight of the teacher's softened outputs beside the labels, 0 to 1. Without `labels` the student
-    mimics the teacher alone: its features before the classifier where the cut left their width, its outputs otherwise.
+    mimics the teacher alone: its features where the cut left them and the classifier whole, its outputs otherwise.
     `report_every` is the number of steps between two evaluations; the last step is always one.
     """
 
@@ -62,16 +62,7 @@ def train(
         return
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        _parameter_groups(model, recipe.weight_decay),
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-    )
-    warmup = recipe.warmup if recipe.warmup * recipe.steps > 1 else 0.0  # one step of it: torch would divide by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, recipe.steps, pct_start=warmup, cycle_momentum=False
-    )
+    optimizer, schedule = _optimizer(model, recipe)
     objective = _objective(model, teacher, recipe)
     torch.manual_seed(seed)
     model.train()
@@ -124,7 +115,11 @@ def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
-    """`metric` of `model` in eval mode over all of `data`."""
+    """`metric` of `model` in eval mode over all of `data`.
+
+    Raises:
+        FloatingPointError: a logit is NaN, which an argmax would take for the first class.
+    """
     model.eval()
     device = next(model.parameters()).device
     logits, labels = [], []
@@ -132,6 +127,8 @@ def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 
         images, truth = data.batch(indices)
         logits.append(model(images.to(device)).float().cpu())
         labels.append(truth)
+    if any(bool(part.isnan().any()) for part in logits):
+        raise FloatingPointError("the network returned NaN logits; expected numbers; lower the learning rate")
     return float(metric(torch.cat(logits), torch.cat(labels)))
 
 
@@ -157,6 +154,19 @@ def _batches(data: Samples, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor,
                 return
             step += 1
             yield data.batch(permutation[start : start + size], augment)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
+    optimizer = torch.optim.SGD(
+        _parameter_groups(model, recipe.weight_decay),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+    )
+    warmup = recipe.warmup if recipe.warmup * recipe.steps > 1 else 0.0  # one step of it: torch would divide by zero
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=warmup, cycle_momentum=False
+    )
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -189,7 +199,9 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> C
             target_output = teacher(images)
         with _input_of(model, name) as features:
             output = model(images)
-        if features[0].shape == target[0].shape:
+        if features[0].shape == target[0].shape and type(model.get_submodule(name)) is type(
+            teacher.get_submodule(name)
+        ):
             return F.mse_loss(features[0], target[0])
         return _softened_divergence(output, target_output, recipe.temperature)
 

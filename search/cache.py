@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from search.base import SearchError
 
 
 def folder() -> Path:
@@ -25,3 +30,23 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Holds `what` for this process; the system lets go of it however the process ends.
+
+    Raises:
+        SearchError: another process holds it.
+    """
+    path = folder() / "locks" / hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SearchError(
+                "this search is running already, in another process; expected one driver per search; "
+                "wait for it, stop it, or give this spec another name"
+            ) from error
+        yield

@@ -112,7 +112,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the search itself cost: wall seconds, seconds summed over devices, trials run, trials stopped early."""
+    """What the search cost: wall seconds, seconds of all trials summed over devices, trials run and stopped early."""
 
     wall_s: float
     device_s: float

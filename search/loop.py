@@ -8,7 +8,8 @@ same command goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from methods import METHODS
 from methods.base import Infeasible, Plan
 from methods.pipeline import size_bytes
 from methods.training import evaluate
-from search import trial
+from search import cache, trial
 from search.base import Report
 from search.frontier import SearchResult, Teacher, beats
 from search.prepare import Prepared, prepare, recipe
 from search.register import register
 from search.report import html
 from search.spec import SearchSpec
-from search.study import BudgetStudy, Proposal, storage
+from search.study import BudgetStudy, Proposal, Storage, storage
 from search.tracking import Tracker, check_store, open_search
 from search.workload import Workload, load
 
@@ -36,33 +37,44 @@ def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report
         make_cluster: gives the workers, which hold the workload's `bench()`.
         report: told of progress.
     """
-    started = time.monotonic()
     check_store(spec.tracking.uri)
     studies_at = storage(spec.tracking.studies)
     path = report_path(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    workload = load(spec, report)
-    cluster = make_cluster(workload)
-    try:
-        prepared = prepare(spec, workload, cluster, report)
-        tracker = _tracker(prepared)
-        studies = [
-            BudgetStudy(
-                studies_at, f"{tracker.run_id}/{name}", name, methods, spec.search.seed, labels=spec.recovery.labels
-            )
-            for name in prepared.reach
-            if (methods := prepared.able(name))
-        ]
-        has_run = _rounds(prepared, tracker, studies, cluster, report)
-    finally:
-        cluster.close()
-    register(workload, tracker, report)
-    if has_run:
-        tracker.add_seconds(time.monotonic() - started)
-    result = tracker.result()
-    path.write_text(html(result))
-    tracker.finish(path)
-    return result
+    with cache.alone(f"{Path.cwd()} {spec.tracking.uri} {spec.name}"):
+        clock = _Clock(time.monotonic())
+        workload = load(spec, report)
+        cluster = make_cluster(workload)
+        try:
+            prepared = prepare(spec, workload, cluster, report)
+            tracker = _tracker(prepared)
+            studies = _studies(prepared, tracker, studies_at)
+            rounds = 0
+            for rounds in _rounds(prepared, tracker, studies, cluster, report):
+                tracker.add_seconds(clock.lap())
+        finally:
+            cluster.close()
+        try:
+            register(workload, tracker, report)
+        finally:
+            tracker.add_seconds(clock.lap() if rounds else 0.0)
+            result = tracker.result()
+            path.write_text(html(result))
+        tracker.finish(path)
+        return result
+
+
+@dataclass
+class _Clock:
+    """Wall seconds since it was last looked at."""
+
+    last: float
+
+    def lap(self) -> float:
+        """The seconds since the last lap."""
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        return passed
 
 
 def report_path(spec: SearchSpec) -> Path:
@@ -73,6 +85,13 @@ def report_path(spec: SearchSpec) -> Path:
 def _tracker(prepared: Prepared) -> Tracker:
     """The record of this search, with its teacher's figures."""
     spec, workload = prepared.spec, prepared.workload
+    teacher = Teacher(
+        top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
+        top1_test=None,
+        macs=prepared.profile.macs,
+        params=prepared.profile.params,
+        size_bytes=size_bytes(workload.teacher),
+    )
     tracker = open_search(
         spec.tracking.uri,
         spec.name,
@@ -82,37 +101,37 @@ def _tracker(prepared: Prepared) -> Tracker:
         limits=prepared.budgets,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    tracker.write_teacher(
-        Teacher(
-            top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
-            top1_test=None,
-            macs=prepared.profile.macs,
-            params=prepared.profile.params,
-            size_bytes=size_bytes(workload.teacher),
-        )
-    )
+    tracker.write_teacher(teacher)
     return tracker
 
 
+def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage) -> list[BudgetStudy]:
+    """One study per budget that some method can meet."""
+    spec = prepared.spec
+    return [
+        BudgetStudy(
+            studies_at, f"{tracker.run_id}/{name}", name, methods, spec.search.seed, labels=spec.recovery.labels
+        )
+        for name in prepared.reach
+        if (methods := prepared.able(name))
+    ]
+
+
 def _rounds(
-    prepared: Prepared,
-    tracker: Tracker,
-    studies: Sequence[BudgetStudy],
-    cluster: Cluster,
-    report: Report,
-) -> bool:
-    """Asks, runs and tells whole rounds until every budget has its trials or time is up; whether there were any."""
-    settings = prepared.spec.search
-    deadline = time.monotonic() + settings.timeout
-    trials, has_run = settings.trials, False
+    prepared: Prepared, tracker: Tracker, studies: Sequence[BudgetStudy], cluster: Cluster, report: Report
+) -> Iterator[int]:
+    """Asks, runs and tells whole rounds until every budget has its trials or time is up; yields how many so far."""
+    trials = prepared.spec.search.trials
+    deadline = time.monotonic() + prepared.spec.search.timeout
     for run_id in tracker.unfinished():
         tracker.discard(run_id)
+    number = 0
     while time.monotonic() < deadline:
+        number += 1
         rounds = [_round(study, trials) for study in studies]
         proposals = [proposal for one in rounds for proposal in one]
         if not proposals:
-            break
-        has_run = True
+            return
         recorded = {(one.budget, one.trial): one.top1_validation for one in tracker.trials()}
         missing = [proposal for proposal in proposals if proposal.key not in recorded]
         report("trials", len(recorded), trials * len(studies), "")
@@ -122,7 +141,7 @@ def _rounds(
         for study, one in zip(studies, rounds, strict=True):
             for proposal in one:
                 study.tell(proposal.number, results[proposal.key])
-    return has_run
+        yield number
 
 
 def _shifted(report: Report, done: int, total: int) -> Report:
@@ -149,7 +168,7 @@ def _run(
         try:
             runs.append((proposal, run_id, _planned(prepared, proposal)))
         except Infeasible as error:
-            tracker.fail(run_id, "infeasible", str(error))
+            tracker.fail(run_id, "infeasible", str(error), device_s=0.0)
             results[proposal.key] = None
     so_far = [one for one in tracker.trials() if one.state == "complete"]
     for event in cluster.run(trial.run, [_item(prepared.spec, proposal, plan) for proposal, _, plan in runs]):
@@ -159,12 +178,13 @@ def _run(
             progress = event.value
             note = f"{label}: step {progress.step}/{progress.steps}, top-1 {progress.top1:.4f}"
         elif isinstance(event, Failed):
-            tracker.fail(run_id, "failed", f"{event.error}\n{event.trace}")
+            tracker.fail(run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
             results[proposal.key] = None
             note = f"{label} failed: {event.error}"
         else:
             outcome = event.value.outcome
-            tracker.complete(run_id, plan, event.value, keep_weights=not any(beats(one, outcome) for one in so_far))
+            keep = not any(beats(one, outcome) for one in so_far)
+            tracker.complete(run_id, plan, event.value, event.seconds, keep_weights=keep)
             so_far.append(tracker.candidate(run_id))
             results[proposal.key] = outcome.top1_validation
             note = f"{label}: top-1 {outcome.top1_validation:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from methods import METHODS
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report
-from search.frontier import AXES, BudgetResult, SearchResult, Teacher, frontier
+from search.frontier import AXES, BudgetResult, SearchResult, frontier
 from search.tracking import Tracker
 from search.workload import Workload
 
@@ -24,7 +25,7 @@ def register(workload: Workload, tracker: Tracker, report: Report) -> None:
     teacher = workload.teacher.cpu()
     if result.teacher.top1_test is None:
         test = evaluate(teacher, workload.splits.test, workload.metric)
-        tracker.write_teacher(Teacher(**{**vars(result.teacher), "top1_test": test}))
+        tracker.write_teacher(replace(result.teacher, top1_test=test))
     winners = {one.winner.run_id: one for one in result.budgets if one.winner is not None}
     members = [*winners, *(run_id for run_id in _frontier_runs(result) if run_id not in winners)]
     uris: dict[str, str] = {}

@@ -61,7 +61,7 @@ def _read(path: Path) -> Scores | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError):
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError):
         return None
 
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import optuna
@@ -15,6 +15,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 
 from methods.base import Choice, Knob, KnobValue, Method, Range, defaults
+
+Storage: TypeAlias = BaseStorage
 
 RECOVERY: dict[str, Knob] = {
     "learning_rate": Range(0.01, 0.2, default=0.05, log=True),
@@ -51,7 +53,7 @@ class BudgetStudy:
     """
 
     def __init__(
-        self, storage: BaseStorage, name: str, budget: str, methods: Sequence[Method], seed: int, *, labels: bool
+        self, storage: Storage, name: str, budget: str, methods: Sequence[Method], seed: int, *, labels: bool
     ) -> None:
         self.budget = budget
         self._methods = {method.name: method for method in methods}
@@ -108,7 +110,7 @@ class BudgetStudy:
         return Proposal(self.budget, trial.number, method, knobs, recovery)
 
 
-def storage(location: str) -> BaseStorage:
+def storage(location: str) -> Storage:
     """Optuna's storage at a database URL, or in a journal file at that path."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in location:

@@ -66,23 +66,23 @@ class Tracker:
         self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
         return run_id
 
-    def complete(self, run_id: str, plan: Plan, measured: Measured, *, keep_weights: bool) -> None:
+    def complete(self, run_id: str, plan: Plan, measured: Measured, device_s: float, *, keep_weights: bool) -> None:
         """Ends a trial's run with its figures, its plan and, where they may be needed again, its weights."""
         outcome = measured.outcome
         figures = {
             key: float(getattr(outcome, key))
-            for key in ("top1_surgery", "top1_bn", "top1_validation", "macs", "params", "size_bytes", "seconds")
+            for key in ("top1_surgery", "top1_bn", "top1_validation", "macs", "params", "size_bytes")
         }
-        figures |= {"device_s": outcome.seconds} | _flat("latency_ms", measured.latency_ms)
+        figures |= {"seconds": outcome.seconds, "device_s": device_s} | _flat("latency_ms", measured.latency_ms)
         self._log(run_id, figures | _flat("teacher_latency_ms", measured.teacher_latency_ms))
         self._client.log_dict(run_id, plan.to_json(), "plan.json")
         if keep_weights:
             self._log_weights(run_id, outcome.state)
         self._end(run_id, "complete")
 
-    def fail(self, run_id: str, state: str, error: str, seconds: float = 0.0) -> None:
+    def fail(self, run_id: str, state: State, error: str, device_s: float) -> None:
         """Ends a trial's run as `failed` or `infeasible`, saying why."""
-        self._log(run_id, {"seconds": seconds, "device_s": seconds})
+        self._log(run_id, {"seconds": device_s, "device_s": device_s})
         self._client.set_tag(run_id, "paredown.error", error[:5000])
         self._end(run_id, state)
 
@@ -130,23 +130,27 @@ class Tracker:
         return uri
 
     def register(self, alias: str, run_id: str, uri: str, tags: Mapping[str, object]) -> None:
-        """Registers the stored model of a trial as a new version, and points `alias` at it."""
+        """Registers the stored model of a trial as a version, once, and points `alias` at it."""
         model = self.registered_model
         try:
             self._client.create_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        created = self._client.create_model_version(
-            model, source=uri, run_id=run_id, tags={key: str(value) for key, value in tags.items()}
-        )
-        self._client.set_registered_model_alias(model, alias, created.version)
+        versions = self._client.search_model_versions(f"name='{model}' and run_id='{run_id}'")
+        made = next((one for one in versions if one.tags.get("budget") == alias), None)
+        if made is None:
+            told = {"budget": alias} | {key: str(value) for key, value in tags.items()}
+            made = self._client.create_model_version(model, source=uri, run_id=run_id, tags=told)
+        self._client.set_registered_model_alias(model, alias, made.version)
 
     def _registered(self, alias: str) -> tuple[str | None, Mapping[str, str]]:
         """The run and the tags of the version an alias points at, if it does."""
         try:
             found = self._client.get_model_version_by_alias(self.registered_model, alias)
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
             return None, {}
         return found.run_id, found.tags
 
@@ -256,14 +260,13 @@ def open_search(
         experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(uri, name))
         parents = list(client.search_runs([experiment], f"tags.`paredown.digest` = '{digest}'"))
         if not parents:
-            tags = {
-                "paredown.digest": digest,
-                "paredown.spec": spec,
-                "paredown.registered_model": model,
-                "paredown.limits": json.dumps({budget.name: budget.limits() for budget in limits}),
-                "paredown.started": started,
-            }
-            parents = [client.create_run(experiment, tags=tags, run_name=name)]
+            born = {"paredown.digest": digest, "paredown.started": started}
+            parents = [client.create_run(experiment, tags=born, run_name=name)]
+        run_id = parents[0].info.run_id
+        client.set_tag(run_id, "paredown.spec", spec)
+        client.set_tag(run_id, "paredown.registered_model", model)
+        client.set_tag(run_id, "paredown.limits", json.dumps({budget.name: budget.limits() for budget in limits}))
+        parents = [client.get_run(run_id)]
         return Tracker(client, experiment, parents[0])
     except (MlflowException, OSError) as error:
         raise TrackingError(_unwritable(uri, str(error))) from error
@@ -288,6 +291,8 @@ def find_search(uri: str, name: str) -> Tracker:
     if not found or not parents:
         names = [experiment.name for experiment in client.search_experiments() if experiment.name != "Default"]
         raise TrackingError(f"no search {name!r} in {uri}; it holds {', '.join(names) or 'none'}; check the name")
+    if "teacher/top1_validation" not in parents[0].data.metrics:
+        raise TrackingError(f"search {name!r} in {uri} has only begun; expected its teacher's figures; try again later")
     return Tracker(client, found.experiment_id, parents[0])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,7 +45,8 @@ def run(
 
 def latency(models: Mapping[str, nn.Module], bench: Bench, device: DeviceSpec) -> dict[str, dict[str, float]]:
     """The latency of each model on this machine's CPU, measured in turn, as `min`, `p50` and `p95` milliseconds."""
-    images = torch.from_numpy(bench.calibration[: device.batch].copy())
+    shape = (device.batch, *bench.calibration.shape[1:])
+    images = torch.from_numpy(np.resize(bench.calibration, shape))  # repeated where the batch asks for more
     on_cpu = {name: copy.deepcopy(model).cpu().eval() for name, model in models.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(device.threads)

@@ -47,4 +47,4 @@ def test_ray_accepts_the_cluster_file() -> None:
     config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
     validate_config(prepare_config(config))
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
-    assert config["available_node_types"]["gpu_worker"]["min_workers"] == 0
+    assert "~/.ray/auth_token" in config["file_mounts"]
