@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from methods.base import Choice, Knob, KnobValue, Method, Range, defaults
+from search.base import SearchError
 
 Storage: TypeAlias = BaseStorage
 
@@ -114,7 +117,13 @@ def storage(location: str) -> Storage:
     """Optuna's storage at a database URL, or in a journal file at that path."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in location:
-        return RDBStorage(location)
+        try:
+            return RDBStorage(location)
+        except (SQLAlchemyError, ImportError) as error:
+            raise SearchError(
+                f"cannot use tracking.studies: {textwrap.shorten(str(error), 300)}; expected a database URL that "
+                "SQLAlchemy can open, or a file name; correct it, or leave it out"
+            ) from error
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=5)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,7 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
 from methods.base import Budget, Plan
@@ -36,6 +39,10 @@ from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, 
 if TYPE_CHECKING:
     from search.study import Proposal
     from search.trial import Measured
+
+
+FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
+"""What a store that cannot be used raises: a server, a database, a file, a driver that is not installed."""
 
 
 class Tracker:
@@ -242,7 +249,7 @@ def check_store(uri: str) -> None:
             raise TrackingError(_unwritable(uri, "permission denied"))
     try:
         _client(uri).search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except FAULTS as error:
         raise TrackingError(_unwritable(uri, str(error))) from error
 
 
@@ -268,7 +275,7 @@ def open_search(
         client.set_tag(run_id, "paredown.limits", json.dumps({budget.name: budget.limits() for budget in limits}))
         parents = [client.get_run(run_id)]
         return Tracker(client, experiment, parents[0])
-    except (MlflowException, OSError) as error:
+    except FAULTS as error:
         raise TrackingError(_unwritable(uri, str(error))) from error
 
 
@@ -281,6 +288,7 @@ def find_search(uri: str, name: str) -> Tracker:
     path = _sqlite_path(uri)
     if path is not None and not path.is_file():
         raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
+    check_store(uri)
     client = _client(uri)
     found = client.get_experiment_by_name(name)
     parents = (
@@ -297,10 +305,11 @@ def find_search(uri: str, name: str) -> Tracker:
 
 
 def _unwritable(uri: str, reason: str) -> str:
-    return (
-        f"cannot use the MLflow store {uri}: {reason}; expected a store this process may read and write; "
-        "correct tracking.uri, or the permissions of its folder"
+    message = (
+        f"cannot use the MLflow store {uri}: {textwrap.shorten(reason, 300)}; expected a store this process may read "
+        "and write; correct tracking.uri, or the permissions of its folder"
     )
+    return re.sub(r"//([^:/@\s]+):[^@\s]+@", r"//\1:***@", message)
 
 
 def _client(uri: str) -> MlflowClient:

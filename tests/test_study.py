@@ -8,6 +8,7 @@ import pytest
 
 from methods import METHODS
 from methods.base import Choice, Range, defaults
+from search.base import SearchError
 from search.study import RECOVERY, BudgetStudy, Proposal, storage
 
 
@@ -101,3 +102,10 @@ def test_a_database_holds_studies_too(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/studies.db"
     made = BudgetStudy(storage(url), "one", "half", list(METHODS.values()), 0, labels=True)
     assert run(made, 1) == run(study(tmp_path / "s"), 1)
+
+
+def test_a_database_that_cannot_be_opened_is_told() -> None:
+    with pytest.raises(SearchError, match=r"cannot use tracking\.studies"):
+        storage("sqlite:////nowhere/at/all.db")
+    with pytest.raises(SearchError, match="expected a database URL"):
+        storage("foo://bar")
