@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from search.frontier import SearchResult
     from search.workload import Workload
 
 FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
@@ -52,7 +52,7 @@ def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None
     from cluster import RayCluster
     from search import console, loop
     from search.spec import load
-    from search.workload import user_modules
+    from search.usercode import user_modules
 
     settings = load(spec)
 
@@ -62,7 +62,7 @@ def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None
             address=address or settings.cluster.address,
             max_parallel=settings.cluster.max_parallel,
             gpus_per_worker=settings.cluster.gpus_per_trial,
-            by_value=user_modules(settings.folder),
+            by_value=user_modules(),
         )
 
     try:
@@ -75,7 +75,7 @@ def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None
         print(json.dumps(result.to_json(), indent=2))
     else:
         console.show_result(result, loop.report_path(settings))
-    _end(result.to_json()["budgets"])
+    _end(result)
 
 
 @app.command()
@@ -96,7 +96,7 @@ def frontier(
         print(json.dumps(result.to_json(), indent=2))
     else:
         console.show_result(result, html)
-    _end(result.to_json()["budgets"])
+    _end(result)
 
 
 @app.command()
@@ -119,9 +119,16 @@ def compress(
     print(json.dumps(figures, indent=2)) if as_json else console.show_figures(figures)
 
 
-def _end(budgets: list[dict[str, Any]]) -> None:
-    """Exits with 3 where a budget has no winner, naming it."""
-    empty = [budget["name"] for budget in budgets if budget["winner"] is None]
+def _end(result: SearchResult) -> None:
+    """Exits where a budget has no winner: with 1 and the first error where every trial failed, else with 3."""
+    empty = [budget.name for budget in result.budgets if budget.winner is None]
+    if empty and result.candidates and all(one.state == "failed" for one in result.candidates):
+        error = (result.candidates[0].error or "no reason on record").partition("\n")[0]
+        _stop(
+            f"all {len(result.candidates)} trials failed, the first with {error}; expected compressed networks; "
+            "see the trials' runs in MLflow for where it happened",
+            FAILED,
+        )
     if empty:
         typer.echo(
             f"no feasible model for {', '.join(empty)}; paredown check says what each method can reach", err=True
@@ -132,7 +139,6 @@ def _end(budgets: list[dict[str, Any]]) -> None:
 def main() -> NoReturn:
     """Runs the command line; errors a user can mend end in one paragraph and no traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    _refuse_foreign_modules()
     try:
         app(standalone_mode=True)
     except Exception as error:
@@ -167,20 +173,6 @@ def _message(error: Exception) -> str:
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"paredown: {message}", err=True)
     raise SystemExit(code)
-
-
-def _refuse_foreign_modules() -> None:
-    """Our packages have common names: stops where one of them is somebody else's, before any of it is run."""
-    home = Path(__file__).resolve().parent.parent
-    for name in ("cluster", "methods"):
-        found = importlib.util.find_spec(name)
-        place = None if found is None or found.origin is None else Path(found.origin).resolve()
-        if place != home / name / "__init__.py":
-            _stop(
-                f"the module {name!r} is {place}, not Paredown's own in {home}; expected ours; "
-                "rename that file, or take its folder off PYTHONPATH",
-                WRONG_INPUT,
-            )
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from cluster import Cluster, Done, Failed
 from methods import METHODS
-from methods.base import MethodError, Plan, defaults
+from methods.base import Budget, MethodError, Plan, defaults
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search import trial
@@ -22,7 +21,7 @@ from search.prepare import Prepared, prepare, recipe
 from search.spec import SearchSpec
 from search.study import RECOVERY
 from search.trial import Measured
-from search.workload import load, save_weights
+from search.workload import exported, load, save_weights
 
 
 class CompressionFailed(Exception):
@@ -45,25 +44,19 @@ def compress(
         OSError: `out` cannot be written; found before anything costs time.
     """
     _check_names(spec, method, budget)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
+    _make_folder(out)
     workload = load(spec, report)
     cluster = make_cluster(workload.bench())
     prepared = prepare(spec, workload, cluster, report, only=[method])
-    if method in prepared.refused:
-        raise MethodError(prepared.refused[method])
-    chosen = METHODS[method]
-    limits = next(one for one in prepared.budgets if one.name == budget)
-    plan = chosen.allocate(prepared.scores[method], prepared.profile, limits, defaults(chosen))
-    teacher = _teacher(prepared)
+    plan = _plan(prepared, method, budget)
+    teacher = _teacher(prepared)  # before the trial: it tells first what is wrong with the metric
     measured = _trial(spec, cluster, plan, out, report)
-    student = rebuild(workload.teacher.cpu(), chosen, plan, measured.outcome.state)
+    student = rebuild(workload.teacher.cpu(), METHODS[method], plan, measured.outcome.state)
     figures = {name: value for name, value in vars(measured.outcome).items() if name != "state"}
     figures |= {
         "method": method,
         "budget": budget,
-        "limits": limits.limits(),
+        "limits": _limits(prepared, budget).limits(),
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
         "teacher": teacher,
         "latency_ms": measured.latency_ms,
@@ -72,8 +65,27 @@ def compress(
     (out / "plan.json").write_text(json.dumps(plan.to_json(), indent=2))
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     save_weights(student, out / "student.safetensors")
-    _save_program(student, workload.example, out / "student.pt2")
+    torch.export.save(exported(student, workload.example), out / "student.pt2")
     return figures
+
+
+def _limits(prepared: Prepared, budget: str) -> Budget:
+    return next(one for one in prepared.budgets if one.name == budget)
+
+
+def _plan(prepared: Prepared, method: str, budget: str) -> Plan:
+    """The method's plan at its defaults; raises where it cannot handle the network or meet the budget."""
+    if method in prepared.refused:
+        raise MethodError(prepared.refused[method])
+    chosen = METHODS[method]
+    return chosen.allocate(prepared.scores[method], prepared.profile, _limits(prepared, budget), defaults(chosen))
+
+
+def _make_folder(out: Path) -> None:
+    """Makes the folder, and writes to it before anything costs time."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
 
 
 def _check_names(spec: SearchSpec, method: str, budget: str) -> None:
@@ -82,12 +94,6 @@ def _check_names(spec: SearchSpec, method: str, budget: str) -> None:
     known = [one.name for one in spec.budgets]
     if budget not in known:
         raise SpecError(f"no budget {budget!r} in the spec; expected one of {', '.join(known)}; correct --budget")
-
-
-def _save_program(student: nn.Module, example: Tensor, path: Path) -> None:
-    """Writes a program for any batch size, which `torch.export.load` reads without this project."""
-    batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(student, (example,), dynamic_shapes=({0: batch},)), path)
 
 
 def _teacher(prepared: Prepared) -> dict[str, float]:

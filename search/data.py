@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import operator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Indexed:
     def _pair(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.source[index]
-            pixels, number = torch.as_tensor(image).float(), operator.index(label)
+            pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
         except Exception as error:
             raise DataError(
                 f"item {index} of the data set raised {type(error).__name__}: {error}; "
@@ -180,7 +181,7 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
         calibration: the number of training images scoring may see; all of them where there are fewer.
 
     Raises:
-        DataError: a split is empty, a label is negative, or a calibration image cannot be used.
+        DataError: a split is empty, a label is none of the classes, or a calibration image cannot be used.
     """
     order = np.random.default_rng(seed).permutation(len(pool))
     held = max(1, round(len(pool) * validation))
@@ -190,12 +191,7 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
     parts: dict[str, Samples] = {
         "train": Subset(pool, rest), "validation": Subset(pool, validation_part), "test": test,
     }  # fmt: skip
-    for name, part in parts.items():
-        if len(part) == 0:
-            raise DataError(
-                f"the {name} split is empty: {len(pool)} images with data.validation = {validation}; "
-                "expected at least one image in every split; add images or change data.validation"
-            )
+    _check_sizes(parts, len(pool), validation)
     images, _ = pool.batch(np.sort(rest[:calibration]))
     if (shape := test.batch(np.arange(1))[0].shape[1:]) != images.shape[1:]:
         raise DataError(
@@ -203,14 +199,36 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
             "prepare both sets in the same way"
         )
     labels = _labels(pool)[np.concatenate([rest, validation_part])]
-    if labels.min() < 0:
-        raise DataError(f"a label is {labels.min()}; expected classes counted from 0; renumber the labels")
     return Splits(
         **parts,
         calibration=images.numpy(),
-        classes=int(labels.max()) + 1,
+        classes=_count_classes(labels, test),
         fingerprint=_digest(images.numpy(), rest, validation_part, labels, *_held(pool)),
     )
+
+
+def _check_sizes(parts: Mapping[str, Samples], images: int, validation: float) -> None:
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise DataError(
+                f"the {name} split is empty: {images} images with data.validation = {validation}; "
+                "expected at least one image in every split; add images or change data.validation"
+            )
+
+
+def _count_classes(labels: np.ndarray, test: Samples) -> int:
+    """One more than the greatest of the train and validation labels; those of a test set in memory must be below it."""
+    if labels.min() < 0:
+        raise DataError(f"a label is {labels.min()}; expected classes counted from 0; renumber the labels")
+    classes = int(labels.max()) + 1
+    if isinstance(test, Arrays | Pictures):
+        strange = test.labels[(test.labels < 0) | (test.labels >= classes)]
+        if len(strange):
+            raise DataError(
+                f"the test set has the label {strange[0]}; expected 0 to {classes - 1}, as in training; "
+                "number both sets in the same way"
+            )
+    return classes
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -348,7 +366,7 @@ def from_factory(made: object) -> tuple[Samples, Samples | None]:
 
 def _samples(source: object) -> Samples:
     if isinstance(source, dict) and {"images", "labels"} <= source.keys():
-        return _arrays(np.asarray(source["images"]), np.asarray(source["labels"]))
+        return _arrays(_array(source["images"]), _array(source["labels"]))
     is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
         return Indexed(source)
@@ -356,6 +374,11 @@ def _samples(source: object) -> Samples:
         f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
         "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them"
     )
+
+
+def _array(values: Any) -> np.ndarray:
+    """The values of an array, or of a tensor wherever it lives."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:

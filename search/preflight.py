@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from cluster import Cluster
 from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.prepare import Prepared, prepare
-from search.spec import SearchSpec
+from search.spec import RecoverySpec, SearchSpec
 from search.workload import Workload, load
 
 TIMED_STEPS = 4
@@ -105,8 +107,20 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
 
 def _minutes(spec: SearchSpec, workload: Workload) -> float:
     """Trials x (steps + evaluations), from a few timed steps of the teacher's copy on one core's share."""
-    model = copy.deepcopy(workload.teacher)
     settings = spec.recovery
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every worker has
+    try:
+        step, look = _seconds(workload, settings)
+    finally:
+        torch.set_num_threads(threads)
+    trials = spec.search.trials * len(spec.budgets)
+    return trials * (settings.steps * step + 8 * look) / (os.cpu_count() or 1) / 60
+
+
+def _seconds(workload: Workload, settings: RecoverySpec) -> tuple[float, float]:
+    """What a training step and an evaluation take."""
+    model = copy.deepcopy(workload.teacher)
     quick = Recipe(TIMED_STEPS, batch_size=settings.batch_size, learning_rate=1e-6, precision=settings.precision)
     started = time.perf_counter()
     for _ in train(model, workload.splits.train, quick, seed=0, teacher=workload.teacher):
@@ -114,6 +128,4 @@ def _minutes(spec: SearchSpec, workload: Workload) -> float:
     step = (time.perf_counter() - started) / TIMED_STEPS
     started = time.perf_counter()
     evaluate(model, workload.splits.validation, workload.metric)
-    look = time.perf_counter() - started
-    trials = spec.search.trials * len(spec.budgets)
-    return trials * (settings.steps * step + 8 * look) / (os.cpu_count() or 1) / 60
+    return step, time.perf_counter() - started

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from methods import METHODS
 from methods.base import Budget
@@ -53,7 +53,12 @@ def _amount(value: object) -> Amount:
     if number <= 0:
         raise ValueError(f"{text!r} is not positive; a limit has to leave something")
     if unit != "%":
-        return Amount(text, units=int(number * SCALES[unit]))
+        units = int(number * SCALES[unit])
+        if units == 0:
+            raise ValueError(
+                f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
+            )
+        return Amount(text, units=units)
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
     return Amount(text, share=number / 100)
@@ -72,20 +77,23 @@ def _unique(values: tuple[Any, ...], what: str) -> None:
         raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
 
 
-def _method(value: object) -> str:
-    if isinstance(value, str) and value in METHODS and value != "uniform":
-        return value
+def _is_method(value: object) -> bool:
+    return isinstance(value, str) and value in METHODS and value != "uniform"
+
+
+def _refusal(value: object) -> str:
     if value == "uniform":
-        raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
-    raise ValueError(f"{value!r} is not a method; known: {', '.join(m for m in METHODS if m != 'uniform')}")
+        return "'uniform' is the baseline of every search; leave it out of the list"
+    return f"{value!r} is not a method; known: {', '.join(filter(_is_method, METHODS))}"
 
 
 def _methods(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list with at least one method, such as [itpruner, alds]")
-    names = tuple(_method(name) for name in value)
-    _unique(names, "method")
-    return names
+    if refusals := [_refusal(name) for name in value if not _is_method(name)]:
+        raise ValueError("; ".join(refusals))
+    _unique(tuple(value), "method")
+    return tuple(value)
 
 
 def _budgets(value: object) -> object:
@@ -101,6 +109,18 @@ def _alias(value: object) -> object:
     return value
 
 
+def _gpus(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
+    return value
+
+
+def _registered(value: object) -> object:
+    if isinstance(value, str) and (not value.strip() or set(value) & set("/:")):
+        raise ValueError(f"{value!r} is no name for MLflow; write one that is not empty and has no '/' and no ':'")
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
@@ -108,6 +128,7 @@ class _Strict(BaseModel):
 Limit = Annotated[Amount, BeforeValidator(_amount)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class ModelSpec(_Strict):
@@ -129,7 +150,7 @@ class DataSpec(_Strict):
     size: Positive = 224
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     calibration: Annotated[int, Field(ge=4)] = 512
-    seed: int = 0
+    seed: Seed = 0
 
 
 class DeviceSpec(_Strict):
@@ -155,7 +176,7 @@ class SearchSettings(_Strict):
 
     trials: Positive = 8
     timeout: Annotated[float, BeforeValidator(_seconds)] = 3600.0
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RecoverySpec(_Strict):
@@ -172,7 +193,7 @@ class ClusterSpec(_Strict):
     """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers."""
 
     address: str = "auto"
-    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_gpus)] = 0
     max_parallel: Literal["auto"] | Positive = "auto"
 
 
@@ -180,7 +201,7 @@ class TrackingSpec(_Strict):
     """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
 
     uri: str = "sqlite:///paredown.db"
-    registered_model: str | None = None
+    registered_model: Annotated[str | None, BeforeValidator(_registered)] = None
     studies: str = "paredown.studies"
 
 
@@ -212,8 +233,13 @@ class SearchSpec(_Strict):
         return self.tracking.registered_model or self.name
 
     def digest(self) -> str:
-        """A hash of all that decides the result; where it runs and where it is recorded do not."""
-        decisive = self.model_dump(mode="json", exclude={"cluster", "tracking"})
+        """A hash of all that decides what is proposed and what comes of it: not of where it runs or is recorded.
+
+        A search may be given more trials or more time: it goes on, because neither changes what is proposed next.
+        """
+        decisive = self.model_dump(
+            mode="json", exclude={"cluster": True, "tracking": True, "search": {"trials", "timeout"}}
+        )
         return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def limits(self, profile: Profile) -> tuple[Budget, ...]:
@@ -246,12 +272,12 @@ def load(path: Path) -> SearchSpec:
 def parse(text: str, *, folder: Path) -> SearchSpec:
     """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
     try:
-        raw = yaml.safe_load(text)
+        raw, mistakes = _read(text)
     except yaml.YAMLError as error:
         raise SpecError(f"the spec is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise SpecError(f"the spec is {type(raw).__name__}; expected keys such as name, model, data and budgets")
-    mistakes = [f"unknown key {key!r}; it is set from outside" for key in ("text", "folder") if key in raw]
+    mistakes += [f"unknown key {key!r}; it is set from outside" for key in ("text", "folder") if key in raw]
     spec = None
     try:
         spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
@@ -261,6 +287,33 @@ def parse(text: str, *, folder: Path) -> SearchSpec:
     if mistakes or spec is None:
         raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
     return spec
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that remembers the keys which a mapping gives twice."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping; the last of two equal keys would win without a word."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                self.twice.append(f"line {key.start_mark.line + 1}: key {key.value!r} given twice; keep one of them")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return node
+
+
+def _read(text: str) -> tuple[object, list[str]]:
+    """The YAML document and the mistakes that only its text shows."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data(), loader.twice
+    finally:
+        loader.dispose()
 
 
 def _count(mistakes: list[str]) -> str:
@@ -307,17 +360,18 @@ def _cross_checks(raw: dict[str, Any]) -> list[str]:
         device = budget.get("device")
         if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
             mistakes.append(f"budgets.{index}.device: no device {device!r}{_nearest(device, list(devices))}")
-        if not {"macs", "params"} & budget.keys():
+        if budget.get("macs") is None and budget.get("params") is None:
             mistakes.append(f"budgets.{index}: limits nothing; give macs, params or both")
     if devices == {}:
         mistakes.append("devices: empty; name at least one device or leave the key out")
     data = raw.get("data")
     needed = {"imagefolder": "root", "factory": "name"}
-    if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and key not in data:
+    if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
         mistakes.append(f"data.{key}: missing; source {data['source']!r} needs it")
-    methods, search = raw.get("methods"), raw.get("search")
+    given, search = raw.get("methods"), raw.get("search")
+    methods = {name for name in given if _is_method(name)} if isinstance(given, list) else set()
     trials = search.get("trials", 8) if isinstance(search, dict) else 8
-    if isinstance(methods, list) and isinstance(trials, int) and 0 < trials < len(methods) + 1:
+    if methods and isinstance(trials, int) and 0 < trials < len(methods) + 1:
         mistakes.append(
             f"search.trials: {trials} is too few for {len(methods)} methods and the baseline, which are each tried "
             f"once per budget; give at least {len(methods) + 1}"

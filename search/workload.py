@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import importlib
-import importlib.util
-import math
 import os
 import pickle
-import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from methods.base import Unsupported
 from methods.pipeline import Bench
 from methods.training import Metric, Recipe, evaluate, top1, train
 from search import cache, data, zoo
 from search.base import Report, WorkloadError
 from search.data import Splits
 from search.spec import ModelSpec, SearchSpec
+from search.usercode import UserMetric, brief, first_line, importable, imported, made
 
 
 @dataclass(frozen=True)
@@ -47,37 +40,22 @@ class Workload:
     @property
     def example(self) -> Tensor:
         """Two calibration images `(2, c, h, w)`."""
-        return torch.from_numpy(self.splits.calibration[:2].copy())
+        return _two(self.splits)
 
 
-@dataclass(frozen=True)
-class UserMetric:
-    """The user's own metric; what it raises becomes a `WorkloadError` that names it."""
-
-    name: str
-    function: Callable[[Tensor, Tensor], float]
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """Its value, finite, for logits `(n, classes)` and labels `(n,)`."""
-        try:
-            value = float(self.function(logits, labels))
-        except Exception as error:
-            raise WorkloadError(
-                f"the metric {self.name} raised {type(error).__name__}: {brief(error)}; expected a number to maximise "
-                "for logits (n, classes) and labels (n,); run it by itself to mend it"
-            ) from error
-        if not math.isfinite(value):
-            raise WorkloadError(f"the metric {self.name} gave {value}; expected a finite number; mend it")
-        return value
+def _two(splits: Splits) -> Tensor:
+    """The first calibration image and the last one, which is the first again where there is no other."""
+    return torch.from_numpy(splits.calibration[[0, -1]])
 
 
 def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     """The workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
 
     Raises:
-        WorkloadError: a source, a file, a factory or a shape is wrong.
+        WorkloadError: a source, a file, a factory, a shape or the cache folder is wrong.
         data.DataError: the data cannot be used.
     """
+    _check_cache(cache.folder())
     report("data", 0, 1, spec.data.source)
     splits = read_splits(spec)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
@@ -85,9 +63,22 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     teacher = _teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
-    _check_forward(teacher, splits)
-    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, _imported(spec.metric, spec.folder))
+    _check_teacher(teacher, _two(splits), splits.classes)
+    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, imported(spec.metric, spec.folder))
     return Workload(teacher, splits, metric, fingerprint(teacher, splits))
+
+
+def _check_cache(place: Path) -> None:
+    """Writes to the cache folder before anything costs time."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise WorkloadError(
+            f"the cache folder {place} cannot be written: {error.strerror}; expected a place this process may write; "
+            "set the environment variable PAREDOWN_CACHE to one"
+        ) from error
 
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
@@ -112,7 +103,7 @@ def read_splits(spec: SearchSpec) -> Splits:
         pool, test = data.image_folder(root, settings.size)
     else:
         assert settings.name is not None
-        pool, test = data.from_factory(_made(settings.name, settings.args, spec.folder))
+        pool, test = data.from_factory(made(settings.name, settings.args, spec.folder))
     return data.split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
 
 
@@ -124,7 +115,7 @@ def _teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> 
         return _torchvision_teacher(model, spec.folder)
     if model.source == "mlflow":
         return _mlflow_teacher(model, spec)
-    teacher = _made(model.name, model.args, spec.folder)
+    teacher = made(model.name, model.args, spec.folder)
     if not isinstance(teacher, nn.Module):
         raise WorkloadError(
             f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
@@ -202,7 +193,7 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
 
     mlflow.set_tracking_uri(spec.tracking.uri)
     try:
-        with _importable(spec.folder):
+        with importable(spec.folder):
             teacher = mlflow.pytorch.load_model(model.name)
     except Exception as error:
         raise WorkloadError(
@@ -248,85 +239,12 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
     return model
 
 
-def _made(name: str, args: dict[str, Any], folder: str) -> object:
-    """What the user's factory returns."""
-    factory = _imported(name, folder)
-    try:
-        return factory(**args)
-    except (Exception, SystemExit) as error:
+def _check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
+    """Refuses a network that does not give finite logits, cannot be trained or cannot be exported."""
+    logits = _logits(teacher, images)
+    if logits.shape[1] < classes:
         raise WorkloadError(
-            f"the factory {name} raised {type(error).__name__}: {brief(error)}; expected it to return; "
-            "run it by itself to mend it"
-        ) from error
-
-
-def _imported(name: str, folder: str) -> Callable[..., Any]:
-    """The function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
-
-    A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
-    """
-    source, _, attribute = name.rpartition(":")
-    if not source:
-        raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn; correct the name")
-    with _importable(folder):
-        module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise WorkloadError(f"{source} has no function {attribute!r}; expected one; check the name")
-    return function  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Modules in `folder` can be imported while the context is open."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _from_file(path: Path) -> object:
-    if not path.is_file():
-        raise WorkloadError(f"no file {path}; expected a Python file beside the spec; correct the path")
-    name = f"paredown_user_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    return _executed(lambda: found.loader.exec_module(module), str(path)) or module  # type: ignore[union-attr]
-
-
-def _from_package(source: str) -> object:
-    return _executed(lambda: importlib.import_module(source), source)
-
-
-def _executed(load: Callable[[], object], source: str) -> object:
-    try:
-        return load()
-    except (Exception, SystemExit) as error:
-        raise WorkloadError(
-            f"importing {source} raised {type(error).__name__}: {brief(error)}; expected it to import; "
-            "run it by itself from the spec's folder to mend it"
-        ) from error
-
-
-def _check_forward(teacher: nn.Module, splits: Splits) -> None:
-    images = torch.from_numpy(splits.calibration[:2].copy())
-    try:
-        with torch.no_grad():
-            logits = teacher(images)
-    except Exception as error:
-        raise WorkloadError(
-            f"the network does not take inputs of shape {tuple(images.shape)}: {brief(error)}; expected it to "
-            "accept the data's images; check the input channels and the image size"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise Unsupported(f"the network must return logits (n, classes), but it returned {type(logits).__name__}")
-    if logits.shape[1] < splits.classes:
-        raise WorkloadError(
-            f"the network has {logits.shape[1]} outputs, but the labels go up to {splits.classes - 1}; "
+            f"the network has {logits.shape[1]} outputs, but the labels go up to {classes - 1}; "
             "expected one output per class; check the number of classes"
         )
     if not torch.isfinite(logits).all():
@@ -334,22 +252,38 @@ def _check_forward(teacher: nn.Module, splits: Splits) -> None:
             "the network's outputs hold NaN or infinity on the calibration images; expected finite logits; "
             "check model.weights"
         )
+    with torch.random.fork_rng(devices=[]):
+        _logits(copy.deepcopy(teacher).train(), images)
+    try:
+        exported(teacher, images)
+    except Exception as error:
+        raise WorkloadError(
+            f"torch.export cannot export the network: {type(error).__name__}: {first_line(error)}; expected a network "
+            "that it takes with any batch size, because winners are stored as exported programs; rewrite its forward"
+        ) from error
 
 
-def brief(error: BaseException) -> str:
-    """What another library's error says, on one line and at most 400 characters long."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...")
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The outputs `(n, classes)` of `model` as it is, in train or eval mode."""
+    mode = "in training" if model.training else "in evaluation"
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except Exception as error:
+        raise WorkloadError(
+            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {brief(error)}; expected it to "
+            "accept the data's images; check the input channels and the image size"
+        ) from error
+    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
+        return logits
+    what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    raise WorkloadError(
+        f"{mode}, the network returned {what} for inputs of shape {tuple(images.shape)}; expected logits (n, classes); "
+        "return them alone, or wrap the network in a module that does"
+    )
 
 
-def user_modules(folder: str) -> list[ModuleType]:
-    """The imported modules that live in the spec's folder: workers elsewhere cannot import them by themselves."""
-    home = Path(folder).resolve()
-    ours = {"cluster", "search", "methods"}
-    found = []
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or name == "__main__" or name.partition(".")[0] in ours or "site-packages" in file:
-            continue
-        if Path(file).is_absolute() and Path(file).resolve().is_relative_to(home):  # torch.ops says "_ops.py"
-            found.append(module)
-    return found
+def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """`model` as a program for any batch size, which `torch.export.load` reads without this project."""
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))

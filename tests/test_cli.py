@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import typer
 import yaml
 
 import search.spec
 from search import cli, workload
+from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher
 
 THINGS = """
 import numpy as np
@@ -52,13 +55,19 @@ class Net(nn.Sequential):
 
 class Stubborn(Net):
     def forward(self, x):
-        if self.training:
+        if self.training and len(x) > 2:
             raise RuntimeError("it will not learn")
         return super().forward(x)
 
 
 def broken():
     raise ValueError("out of luck")
+
+
+def watched(logits, labels):
+    with open("threads", "w") as file:
+        print(torch.get_num_threads(), file=file)
+    return float((logits.argmax(1) == labels).float().mean())
 """
 
 GOOD: dict[str, Any] = {
@@ -152,6 +161,16 @@ def test_check_as_json(run: Run, tmp_path: Path) -> None:
     assert small["limits"] == {"macs": int(macs * 0.7), "params": int(params * 0.6)}
     assert half["is_reachable"]
     assert half["reasons"] == {"itpruner": None, "alds": None, "uniform": None}
+
+
+def test_time_is_estimated_with_the_one_thread_of_a_worker(run: Run, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    try:
+        assert run("check", write(tmp_path, metric="./things.py:watched")).code == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert Path("threads").read_text() == "1\n"
 
 
 PROGRAM = """
@@ -332,11 +351,45 @@ def test_a_fault_of_ours_keeps_its_traceback(run: Run, tmp_path: Path, monkeypat
         run("check", write(tmp_path))
 
 
+def result(*states: str) -> SearchResult:
+    """A search of one budget that nothing won."""
+    candidates = [
+        Candidate(str(number), number, "half", "alds", {}, state, error=f"ValueError: number {number}\nTraceback")
+        for number, state in enumerate(states)
+    ]
+    return SearchResult(
+        "tiny",
+        Teacher(top1_validation=0.9, top1_test=None, macs=100, params=10, size_bytes=40),
+        [BudgetResult("half", {"macs": 50})],
+        candidates,
+        Cost(1.0, 1.0, len(states), 0),
+        "2026-01-01T00:00:00+00:00",
+        "",
+    )
+
+
+def test_a_search_of_which_every_trial_failed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli._end(result("failed", "failed"))
+    told = Ended(caught.value.code, *capsys.readouterr()).reason(1)
+    assert told.startswith(
+        "all 2 trials failed, the first with ValueError: number 0; expected compressed networks; see"
+    )
+
+
+@pytest.mark.parametrize("states", [(), ("failed", "infeasible"), ("infeasible",)])
+def test_a_budget_without_a_winner_is_named(capsys: pytest.CaptureFixture[str], states: tuple[str, ...]) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        cli._end(result(*states))
+    assert caught.value.exit_code == 3
+    assert "no feasible model for half; paredown check says" in capsys.readouterr().err
+
+
 # In processes of their own
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from search.cli import main; main()", *map(str, arguments)]
+    command = [Path(sys.executable).with_name("paredown"), *map(str, arguments)]
     return subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -354,7 +407,7 @@ def test_the_real_command_ends_as_the_tested_one(tmp_path: Path) -> None:
     assert json.loads(ended.out)["budgets"][0]["is_reachable"] is False
 
 
-@pytest.mark.parametrize("name", ["methods", "cluster"])
+@pytest.mark.parametrize("name", ["methods", "cluster", "search"])
 def test_a_foreign_module_of_our_name_stops_before_it_runs(tmp_path: Path, name: str) -> None:
     foreign = tmp_path / "elsewhere"
     foreign.mkdir()
@@ -363,3 +416,10 @@ def test_a_foreign_module_of_our_name_stops_before_it_runs(tmp_path: Path, name:
     assert reason.startswith(f"the module {name!r} is {foreign / name}.py, not Paredown's own")
     assert "rename that file, or take its folder off PYTHONPATH" in reason
     assert not Path("ran").exists()
+
+
+def test_the_command_runs_as_a_module_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "search.cli", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "compress" in ended.stdout

@@ -133,6 +133,12 @@ def test_wrong_labels_and_shapes_are_refused() -> None:
     pool = numbered(20)
     with pytest.raises(DataError, match="a label is -1; expected classes counted from 0; renumber"):
         parted(Arrays(pool.images, pool.labels - 1))
+    for label in (-1, 3):
+        test = Arrays(pool.images, np.where(pool.labels == 1, label, pool.labels))
+        told = rf"the test set has the label {label}; expected 0 to 2, as in training; number both"
+        with pytest.raises(DataError, match=told):
+            parted(pool, test)
+    assert parted(pool, Arrays(pool.images, np.full(20, 2))).classes == 3
     wide = Arrays(np.zeros((4, 1, 1, 2), dtype=np.float32), np.zeros(4, dtype=np.int64))
     with pytest.raises(
         DataError, match=r"training images are \(1, 1, 1\), test images \(1, 1, 2\); expected one shape"
@@ -224,6 +230,23 @@ def test_every_kind_of_factory_result_is_read() -> None:
     assert test is not None
     assert (len(train), len(test)) == (4, 4)
     assert torch.equal(train.batch(np.array([3]))[0], test.batch(np.array([3]))[0])
+
+
+def test_tensors_that_take_part_in_training_are_read() -> None:
+    images, labels = torch.rand(9, 1, 2, 2, requires_grad=True) * 2, torch.arange(9) % 3
+    for made in ({"images": images, "labels": labels}, list(zip(images, labels.tolist(), strict=True))):
+        found = parted(from_factory(made)[0])
+        inputs, _ = found.train.batch(np.arange(len(found.train)))
+        assert not inputs.requires_grad
+        assert found.calibration.shape == (5, 1, 2, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tensors_on_a_gpu_are_read() -> None:
+    images, labels = torch.rand(9, 1, 2, 2, device="cuda"), torch.arange(9, device="cuda") % 3
+    for made in ({"images": images, "labels": labels}, list(zip(images, labels, strict=True))):
+        assert parted(from_factory(made)[0]).calibration.shape == (5, 1, 2, 2)
 
 
 def test_what_is_no_data_set_is_refused() -> None:

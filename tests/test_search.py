@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from cluster import Cluster, Done, Event, InlineCluster, RayCluster
 from methods.base import Plan
 from methods.training import Recipe, evaluate, top1
-from search import data, loop, spec, workload, zoo
+from search import data, loop, spec, usercode, workload, zoo
 from search.frontier import SearchResult
 from search.prepare import prepare
 from search.tracking import find_search
@@ -214,7 +214,7 @@ def test_a_search_on_ray_follows_the_plans_of_this_process(wanted: spec.SearchSp
 
     def on_ray(made: Workload) -> Cluster:
         (tmp_path / "cache").rename(tmp_path / "scored here")
-        return RayCluster(made.bench(), max_parallel=2, by_value=workload.user_modules(wanted.folder))
+        return RayCluster(made.bench(), max_parallel=2, by_value=usercode.user_modules())
 
     result = loop.search(wanted, on_ray, quiet)
     assert [one.state for one in result.candidates] == ["complete"] * 8

@@ -89,6 +89,21 @@ budgets:
         ("methods: [itprune]", "is not a method; known: itpruner"),
         ("methods: [alds, alds]", "method alds given twice"),
         ("methods: alds", "expected a list"),
+        ("methods: [itprune, uniform, 3]", "'itprune' is not a method"),
+        ("methods: [itprune, uniform, 3]", "'uniform' is the baseline"),
+        ("methods: [itprune, uniform, 3]", "3 is not a method"),
+        ("budgets: [{name: a, macs: 0.5}]", "budgets.0.macs: '0.5' is less than one unit; write 50% for a share"),
+        ("budgets: [{name: a, params: 0.0004k}]", "'0.0004k' is less than one unit"),
+        ("budgets: [{name: a, macs: null}]", "budgets.0: limits nothing; give macs, params or both"),
+        ("data: {source: factory, name: null}", "data.name: missing; source 'factory' needs it"),
+        ("data: {source: digits, seed: -1}", "data.seed: Input should be greater than or equal to 0, but it is -1"),
+        ("search: {seed: -1}", "search.seed: Input should be greater than or equal to 0, but it is -1"),
+        ("cluster: {gpus_per_trial: 1.5}", "cluster.gpus_per_trial: 1.5 GPUs cannot be had; write 0, a share up to 1,"),
+        ("cluster: {gpus_per_trial: -1}", "cluster.gpus_per_trial: Input should be greater than or equal to 0"),
+        ("cluster: {gpus_per_trial: .inf}", "cluster.gpus_per_trial: inf GPUs cannot be had"),
+        ("tracking: {registered_model: a/b}", "tracking.registered_model: 'a/b' is no name for MLflow; write one"),
+        ("tracking: {registered_model: 'a:b'}", "'a:b' is no name for MLflow"),
+        ("tracking: {registered_model: ''}", "'' is no name for MLflow"),
         ("search: {trials: 2}", "too few for 2 methods and the baseline"),
         ("search: {timeout: soon}", "is not a duration"),
         ("data: {source: imagefolder}", "data.root: missing"),
@@ -99,6 +114,39 @@ budgets:
 def test_single_mistakes(change: str, told: str) -> None:
     document = yaml.safe_load(GOOD) | yaml.safe_load(change)
     assert told in mistakes(yaml.safe_dump(document))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 1.0, 2, 3.0])
+def test_shares_of_a_gpu_and_whole_ones(gpus: float) -> None:
+    assert spec(GOOD + f"cluster: {{gpus_per_trial: {gpus}}}").cluster.gpus_per_trial == gpus
+
+
+def test_too_few_trials_are_counted_over_the_methods_that_exist() -> None:
+    told = mistakes(GOOD.replace("[itpruner, alds]", "[itpruner, itpruner, magic]").replace("trials: 4", "trials: 2"))
+    assert "'magic' is not a method" in told
+    assert "too few" not in told
+    told = mistakes(GOOD.replace("[itpruner, alds]", "[itpruner, alds, magic]").replace("trials: 4", "trials: 2"))
+    assert "search.trials: 2 is too few for 2 methods and the baseline" in told
+    assert told.startswith("2 mistakes")
+
+
+def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> None:
+    told = mistakes(GOOD + "name: other\ndevices: {edge: {}, server: {channels: 4, channels: 8}}\nmodle: 1\n")
+    assert told.startswith("4 mistakes")
+    for part in (
+        "line 11: key 'name' given twice; keep one of them",
+        "line 12: key 'devices' given twice",
+        "line 12: key 'channels' given twice",
+        "modle: unknown key; did you mean 'model'?",
+    ):
+        assert part in told
+    merged = GOOD.replace("{edge: {channels: 4}, server: {channels: 16}}", "{edge: &e {channels: 4}, server: {<<: *e}}")
+    assert spec(merged).devices["server"].channels == 4
+
+
+def test_a_search_goes_on_with_more_trials_or_time() -> None:
+    assert spec(GOOD.replace("trials: 4, timeout: 2m", "trials: 9, timeout: 3h")).digest() == spec().digest()
+    assert spec(GOOD.replace("trials: 4", "trials: 4, seed: 1")).digest() != spec().digest()
 
 
 def test_what_is_not_a_spec() -> None:

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import search.spec
-from methods.base import Unsupported
 from methods.training import evaluate
-from search import workload
+from search import usercode, workload
 from search.base import WorkloadError
 from search.spec import SearchSpec
-from search.workload import Workload, user_modules
+from search.usercode import user_modules
+from search.workload import Workload
 from search.zoo import build
 
 THINGS = """
@@ -76,6 +76,34 @@ def nothing(logits, labels):
 class Maps(nn.Module):
     def forward(self, x):
         return x.reshape(len(x), -1, 1)
+
+
+class Auxiliary(nn.Flatten):
+    def forward(self, x):
+        return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+
+class Summed(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x).sum(0, keepdim=True)
+
+
+class Untrainable(nn.Flatten):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("no training")
+        return super().forward(x)
+
+
+class Branching(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.sum() > 0 else 2)
+
+
+def lazily():
+    from late import network
+
+    return network()
 """
 
 
@@ -245,8 +273,34 @@ def test_a_users_own_search_never_shadows_ours(folder: Path) -> None:
 def test_user_modules_are_those_of_the_folder(folder: Path) -> None:
     (folder / "entry.py").write_text("from things import network")
     load(folder, factory("./entry.py:network"))
-    names = {module.__name__ for module in user_modules(str(folder))}
-    assert names == {"paredown_user_entry", "paredown_user_things", "things"}
+    assert users(folder) == {"paredown_user_entry", "paredown_user_things", "things"}
+
+
+def users(folder: Path) -> set[str]:
+    """The names of the modules of a folder that workers are sent."""
+    return {module.__name__ for module in user_modules() if Path(module.__file__ or "").is_relative_to(folder)}
+
+
+def test_user_modules_may_lie_anywhere_but_are_never_pythons(folder: Path) -> None:
+    (folder / "models").mkdir()
+    (folder / "models" / "net.py").write_text("import neighbour\n" + THINGS)
+    (folder / "neighbour.py").write_text("import colorsys\n")
+    sys.modules.pop("colorsys", None)
+    load(folder, factory("./models/net.py:network"))
+    assert "colorsys" in sys.modules
+    assert users(folder) == {"paredown_user_net", "paredown_user_things", "neighbour"}
+    (folder / "specs").mkdir()
+    (folder / "specs" / "late.py").write_text(THINGS)
+    away = {"data": {"source": "factory", "name": "../things.py:images"}}
+    load(folder / "specs", factory(str(folder / "things.py") + ":lazily"), **away)
+    assert "late" in users(folder)
+    root = spec(
+        Path("/"),
+        factory(f"{folder}/things.py:network"),
+        data={"source": "factory", "name": f"{folder}/things.py:images"},
+    )
+    workload.load(root, Told())
+    assert not {module.__name__.partition(".")[0] for module in user_modules()} & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
@@ -345,8 +399,50 @@ def test_networks_that_do_not_fit_the_data(folder: Path) -> None:
     assert "check the input channels and the image size" in message
     message = refused(folder, factory(args={"classes": 2}))
     assert "the network has 2 outputs, but the labels go up to 2" in message
-    with pytest.raises(Unsupported, match=r"must return logits \(n, classes\)"):
-        load(folder, factory("./things.py:Maps"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Maps", "in evaluation, the network returned a tensor of shape (2, 64, 1) for inputs of shape (2, 1, 8, 8)"),
+        ("Summed", "in evaluation, the network returned a tensor of shape (1, 64)"),
+        (
+            "Auxiliary",
+            "in training, the network returned tuple for inputs of shape (2, 1, 8, 8); expected logits (n, c",
+        ),
+        ("Untrainable", "in training, the network does not take inputs of shape (2, 1, 8, 8): no training; expected"),
+        ("Branching", "torch.export cannot export the network: "),
+    ],
+)
+def test_networks_that_no_search_can_use(folder: Path, name: str, told: str) -> None:
+    assert told in refused(folder, factory(f"./things.py:{name}"))
+
+
+def test_looking_at_a_teacher_changes_nothing(folder: Path) -> None:
+    weights = folder / "w.safetensors"
+    workload.save_weights(before := build("resnet8", 1, 3, seed=9), weights)
+    found = load(folder, {"source": "zoo", "name": "resnet8", "weights": str(weights)})
+    assert same(found.teacher, before)
+    assert not any(module.training for module in found.teacher.modules())
+
+
+def test_one_training_image_is_enough_to_look_at_a_network(folder: Path) -> None:
+    workload.save_weights(build("resnet8", 1, 3, seed=9), folder / "w.safetensors")
+    model = {"source": "zoo", "name": "resnet8", "weights": "w.safetensors"}
+    found = load(folder, model, data=tiny_data(count=3))
+    assert len(found.splits.train) == 1
+    assert found.example.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/new"])
+def test_a_cache_that_cannot_be_written_is_found_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (folder / "file").write_text("a file")
+    monkeypatch.setenv("PAREDOWN_CACHE", str(folder / place))
+    message = refused(folder, factory(), data={"source": "factory", "name": "./things.py:broken"})
+    assert message.startswith(f"the cache folder {folder / place} cannot be written: ")
+    assert "set the environment variable PAREDOWN_CACHE" in message
 
 
 def test_a_network_that_gives_no_numbers(folder: Path) -> None:
@@ -401,7 +497,7 @@ def test_a_teacher_from_mlflow(folder: Path) -> None:
     before = mlflow.get_tracking_uri()
     (folder / "homemade.py").write_text(textwrap.dedent(THINGS) + "\n\nclass Own(nn.Sequential):\n    pass\n")
     teacher = load(folder, factory()).teacher
-    own = workload._imported("homemade:Own", str(folder))(*teacher)
+    own = usercode.imported("homemade:Own", str(folder))(*teacher)
     mlflow.set_tracking_uri(uri)
     try:
         with mlflow.start_run():
