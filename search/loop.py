@@ -50,7 +50,8 @@ def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report
             tracker = _tracker(prepared)
             studies = _studies(prepared, tracker, studies_at)
             rounds = 0
-            for rounds in _rounds(prepared, tracker, studies, cluster, report):
+            for _ in _rounds(prepared, tracker, studies, cluster, report):
+                rounds += 1
                 tracker.add_seconds(clock.lap())
         finally:
             cluster.close()
@@ -119,15 +120,13 @@ def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage) -> list[
 
 def _rounds(
     prepared: Prepared, tracker: Tracker, studies: Sequence[BudgetStudy], cluster: Cluster, report: Report
-) -> Iterator[int]:
-    """Asks, runs and tells whole rounds until every budget has its trials or time is up; yields how many so far."""
+) -> Iterator[None]:
+    """Asks, runs and tells whole rounds, yielding after each, until every budget has its trials or time is up."""
     trials = prepared.spec.search.trials
     deadline = time.monotonic() + prepared.spec.search.timeout
     for run_id in tracker.unfinished():
         tracker.discard(run_id)
-    number = 0
     while time.monotonic() < deadline:
-        number += 1
         rounds = [_round(study, trials) for study in studies]
         proposals = [proposal for one in rounds for proposal in one]
         if not proposals:
@@ -141,7 +140,7 @@ def _rounds(
         for study, one in zip(studies, rounds, strict=True):
             for proposal in one:
                 study.tell(proposal.number, results[proposal.key])
-        yield number
+        yield
 
 
 def _shifted(report: Report, done: int, total: int) -> Report:
