@@ -92,6 +92,7 @@ def fingerprint(teacher: nn.Module, splits: Splits) -> str:
 
 
 def read_splits(spec: SearchSpec) -> Splits:
+    """The data of `spec`, split. Raises as `load` does."""
     settings = spec.data
     root = None if settings.root is None else Path(spec.folder, settings.root).expanduser()
     if settings.source == "digits":

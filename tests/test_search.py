@@ -171,8 +171,12 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     assert [budget.winner and budget.winner.top1_validation for budget in resumed.budgets] == [
         budget.winner and budget.winner.top1_validation for budget in calm.budgets
     ]
-    client = MlflowClient()
-    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
+    assert {run.info.status for run in MlflowClient().search_runs(["1"])} == {"FINISHED"}
+
+    longer = spec.parse((SPEC % "top1").replace("trials: 4", "trials: 5"), folder=tmp_path)
+    gone_on = loop.search(longer, inline, quiet)
+    assert len(gone_on.candidates) == 10
+    assert [row for row in figures(gone_on) if row[1] < 4] == figures(calm)
 
 
 METRIC = """
