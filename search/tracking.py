@@ -304,6 +304,12 @@ def find_search(uri: str, name: str) -> Tracker:
     return Tracker(client, found.experiment_id, parents[0])
 
 
+def load_model(uri: str, name: str) -> object:
+    """The PyTorch model at `name`, such as `models:/x/1`, in the store at `uri`."""
+    _client(uri)
+    return mlflow.pytorch.load_model(name)
+
+
 def _unwritable(uri: str, reason: str) -> str:
     message = (
         f"cannot use the MLflow store {uri}: {textwrap.shorten(reason, 300)}; expected a store this process may read "

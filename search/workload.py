@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import pickle
 import tempfile
 from dataclasses import asdict, dataclass
@@ -189,13 +188,11 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
+    from search.tracking import load_model  # takes seconds to import, and few teachers come from there
 
-    mlflow.set_tracking_uri(spec.tracking.uri)
     try:
         with importable(spec.folder):
-            teacher = mlflow.pytorch.load_model(model.name)
+            teacher = load_model(spec.tracking.uri, model.name)
     except Exception as error:
         raise WorkloadError(
             f"MLflow cannot load {model.name!r}: {type(error).__name__}: {brief(error)}; expected a model URI such as "

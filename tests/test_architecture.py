@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", "methods", "cluster"}}
-HOME = {"ray": {"cluster"}, "optuna": {"search/study.py"}, "mlflow": {"search/tracking.py", "search/workload.py"}}
+HOME = {"ray": {"cluster"}, "optuna": {"search/study.py"}, "mlflow": {"search/tracking.py"}}
 
 
 def imports(path: Path) -> Iterator[str]:
