@@ -44,11 +44,6 @@ Event: TypeAlias = Step | Done | Failed
 class Cluster(Protocol):
     """Runs functions on workers and brings back values or errors."""
 
-    @property
-    def workers(self) -> int:
-        """How many items run at the same time."""
-        ...
-
     def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
         """Calls `function(context, *item)` for every item and yields events as they happen.
 

@@ -13,8 +13,6 @@ from cluster.base import Done, Event, Failed, Step, values
 class InlineCluster:
     """Runs every item in this process, one after the other."""
 
-    workers = 1
-
     def __init__(self, context: object) -> None:
         self._context = context
 

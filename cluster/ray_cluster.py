@@ -70,7 +70,7 @@ class RayCluster:
         if self._is_ours:
             _connect(address)
         try:
-            self.workers = _capacity(max_parallel, gpus_per_worker)
+            self._workers = _capacity(max_parallel, gpus_per_worker)
             self._context = _sent(context)
         except ClusterError:
             self._disconnect()
@@ -80,7 +80,7 @@ class RayCluster:
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._deaths = 0
-        for _ in range(self.workers):
+        for _ in range(self._workers):
             self._start()
 
     def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
@@ -138,7 +138,7 @@ class RayCluster:
             ray.get(ping)
         except RayError as error:
             self._deaths += 1
-            if self._deaths > ATTEMPTS * self.workers:
+            if self._deaths > ATTEMPTS * self._workers:
                 raise ClusterError(
                     f"{self._deaths} workers died while starting: {_line(error)}; expected them to load the model and "
                     "the data; check that the workers can import what the model and the data are made of"

@@ -140,10 +140,6 @@ class Killed:
     inner: Cluster
     left: int
 
-    @property
-    def workers(self) -> int:
-        return self.inner.workers
-
     def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
         for event in self.inner.run(function, items):
             if function is loop.trial.run and isinstance(event, Done):
