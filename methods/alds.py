@@ -170,7 +170,7 @@ class ALDS:
             notes=_notes(scores),
         )
 
-    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         student = copy.deepcopy(teacher)
         modules = dict(student.named_modules(remove_duplicate=False))
         for choice in plan.choices["layers"]:
@@ -180,6 +180,10 @@ class ALDS:
                 parent, _, attribute = name.rpartition(".")
                 setattr(student.get_submodule(parent), attribute, pair)
         return student
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
+        training.recalibrate(student, calibration)
 
     def recover(
         self,

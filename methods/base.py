@@ -1,7 +1,7 @@
 """The words every compression method shares: budgets, knobs, plans, errors and the `Method` protocol.
 
-A method is a map-reduce (`shards`, `score`, `merge`), an allocation in plain numbers (`allocate`), a surgery (`apply`)
-and a training loop (`recover`). Scores never see a budget, so one scoring pass serves every budget of a search.
+A method is a map-reduce (`shards`, `score`, `merge`), an allocation in plain numbers (`allocate`), a surgery (`apply`,
+then `settle`) and a training loop (`recover`). Scores never see a budget, so one scoring pass serves every budget.
 """
 
 from __future__ import annotations
@@ -54,18 +54,31 @@ class Infeasible(MethodError):
 class Budget:
     """Upper limits for the whole network, in absolute units; `None` leaves a cost unlimited.
 
-    `macs` are multiply-accumulates for one input, `params` counts every parameter. `channels` is the device's preferred
-    channel multiple: pruned widths stay on that grid where the layer is wide enough (see `grid_step`).
+    `macs` are multiply-accumulates for one input, whatever it is; `macs_expected` are their mean over inputs, which a
+    gated network may meet where its `macs` do not. `params` counts every parameter. `channels` is the device's
+    preferred channel multiple: pruned widths stay on that grid where the layer is wide enough (see `grid_step`).
     """
 
     name: str
     macs: int | None = None
     params: int | None = None
     channels: int = 1
+    macs_expected: int | None = None
+
+    def declared(self) -> dict[str, int]:
+        """The limits as they were given, by the name of the cost."""
+        named = {"macs": self.macs, "macs_expected": self.macs_expected, "params": self.params}
+        return {cost: limit for cost, limit in named.items() if limit is not None}
 
     def limits(self) -> dict[str, int]:
-        """The costs that are limited, by name."""
-        return {cost: limit for cost in ("macs", "params") if (limit := getattr(self, cost)) is not None}
+        """What a network that does the same for every input has to meet: its expected MACs are its MACs.
+
+        >>> Budget("edge", macs=9, macs_expected=8, params=5).limits()
+        {'macs': 8, 'params': 5}
+        """
+        macs = [limit for limit in (self.macs, self.macs_expected) if limit is not None]
+        params = {} if self.params is None else {"params": self.params}
+        return ({"macs": min(macs)} if macs else {}) | params
 
     def allows(self, macs: int, params: int) -> bool:
         """Whether a network of this cost fits every limit."""
@@ -100,6 +113,8 @@ class Plan:
 
     `loss` is the method's own proxy for what the cut costs: 0 at the teacher's own cost, smaller is better, comparable
     only between plans of one method and one knob setting. `bound` is a proven lower bound on it, where one is known.
+    `macs_expected` is the target of a gated student, whose `macs` are those of all its channels and gates; it is None
+    where every input costs the same.
     """
 
     method: str
@@ -109,6 +124,7 @@ class Plan:
     loss: float
     bound: float | None = None
     notes: tuple[str, ...] = field(default=())
+    macs_expected: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `Plan.from_json` restores it."""
@@ -121,7 +137,7 @@ class Plan:
 
 
 class Method(Protocol):
-    """Seven verbs around one frozen dataclass; `METHODS` lists the implementations."""
+    """Eight verbs around one frozen dataclass; `METHODS` lists the implementations."""
 
     @property
     def name(self) -> str: ...
@@ -155,8 +171,15 @@ class Method(Protocol):
         """
         ...
 
-    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
-        """A new module that follows the plan, which says all there is to know; the teacher is untouched."""
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
+        """A new module that follows the plan, which says all there is to know of its shape; the teacher is untouched.
+
+        Where `calibration` images `(n, c, h, w)` are given, a method may fit the new weights to what they give rise to.
+        """
+        ...
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Re-estimates in place what images decide without any training: the norms' statistics, a gate's threshold."""
         ...
 
     def recover(

@@ -164,9 +164,13 @@ class ITPruner:
             notes=tuple(f"channel group {name!r} does not vary" for name in _dead(scores, profile)),
         )
 
-    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """A copy of `teacher` cut to the plan's widths; each group keeps its best channels by the criterion."""
         return cut(teacher, *from_choices(plan.choices))
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
+        training.recalibrate(student, calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from methods.base import Method, Plan, Scores, Shard
 from methods.profile import count_macs, count_params
-from methods.training import Metric, Recipe, Samples, evaluate, recalibrate
+from methods.training import Metric, Recipe, Samples, evaluate
 
 
 class PlanMismatch(AssertionError):
@@ -43,8 +43,9 @@ class Progress:
 class Outcome:
     """What came of a plan: top-1 on the validation set at three moments, counted costs, and the student's state.
 
-    `macs` and `params` are counted on the student itself. `size_bytes` is that of its state as stored. `state` maps
-    each name of `state_dict()` to its array: with the plan, it is the whole student.
+    The three moments are after `apply`, after `settle` and at the end. `macs` and `params` are counted on the student
+    itself. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()` to its array: with the
+    plan, it is the whole student.
     """
 
     top1_surgery: float
@@ -71,7 +72,7 @@ def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -
     """
     started = time.perf_counter()
     teacher, calibration = on_device(bench)
-    student = method.apply(teacher, plan)
+    student = method.apply(teacher, plan, calibration)
     example = calibration[:1]
     macs, params = count_macs(student, example), count_params(student)
     if (macs, params) != (plan.macs, plan.params):
@@ -79,7 +80,7 @@ def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -
             f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
         )
     surgery = evaluate(student, bench.validation, bench.metric)
-    recalibrate(student, calibration)
+    method.settle(student, plan, calibration)
     top1 = recalibrated = evaluate(student, bench.validation, bench.metric)
     for step in method.recover(student, teacher, bench.train, recipe, seed):
         top1 = evaluate(student, bench.validation, bench.metric)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -14,6 +16,10 @@ from torch.nn import functional as F
 
 Metric: TypeAlias = Callable[[Tensor, Tensor], float]
 """Logits `(n, classes)` and labels `(n,)` to a scalar to maximise."""
+
+
+Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Images `(n, c, h, w)` and labels `(n,)` to the loss of one step; it is called once per step, in order."""
 
 
 class Samples(Protocol):
@@ -31,7 +37,8 @@ class Recipe:
     """How to train: SGD with Nesterov momentum on a one-cycle schedule.
 
     `distill` is the weight of the teacher's softened outputs beside the labels, 0 to 1. Without `labels` the student
-    mimics the teacher alone: its features where the cut left them and the classifier whole, its outputs otherwise.
+    mimics the teacher alone: its last feature map where the cut left that and the classifier whole, its outputs
+    otherwise. `images` is how many training images recovery may see, drawn by the seed (None: all of them).
     `report_every` is the number of steps between two evaluations; the last step is always one.
     """
 
@@ -44,16 +51,25 @@ class Recipe:
     distill: float = 0.5
     temperature: float = 4.0
     labels: bool = True
+    images: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     report_every: int = 100
 
 
 def train(
-    model: nn.Module, data: Samples, recipe: Recipe, seed: int, teacher: nn.Module | None = None
+    model: nn.Module,
+    data: Samples,
+    recipe: Recipe,
+    seed: int,
+    teacher: nn.Module | None = None,
+    *,
+    objective: Objective | None = None,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> Iterator[int]:
     """Trains `model` in place on its own device; yields the steps done, with the model in eval mode.
 
-    Batches, augmentation and dropout follow `seed` alone. Zero steps train nothing and yield nothing.
+    Batches, augmentation and dropout follow `seed` alone. Zero steps train nothing and yield nothing. `objective`
+    replaces the recipe's loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message names step and learning rate.
@@ -62,8 +78,8 @@ def train(
         return
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    optimizer, schedule = _optimizer(model, recipe)
-    objective = _objective(model, teacher, recipe)
+    optimizer, schedule = _optimizer(model, recipe, undecayed)
+    objective = objective or _objective(model, teacher, recipe)
     torch.manual_seed(seed)
     model.train()
     for step, (images, labels) in enumerate(_batches(data, recipe, seed), start=1):
@@ -143,22 +159,27 @@ def top1(logits: Tensor, labels: Tensor) -> float:
 
 def _batches(data: Samples, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`recipe.steps` shuffled, augmented batches; a small set is gone through as often as it takes."""
-    order_stream, augment_stream = np.random.SeedSequence(seed).spawn(2)
+    order_stream, augment_stream, image_stream = np.random.SeedSequence(seed).spawn(3)
     order, augment = np.random.default_rng(order_stream), np.random.default_rng(augment_stream)
-    size = min(recipe.batch_size, len(data))
+    images = np.arange(len(data))
+    if recipe.images is not None and recipe.images < len(data):
+        images = np.random.default_rng(image_stream).choice(images, recipe.images, replace=False)
+    size = min(recipe.batch_size, len(images))
     step = 0
     while True:
-        permutation = order.permutation(len(data))
-        for start in range(0, len(data) - size + 1, size):
+        permutation = order.permutation(images)
+        for start in range(0, len(images) - size + 1, size):
             if step == recipe.steps:
                 return
             step += 1
             yield data.batch(permutation[start : start + size], augment)
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
+def _optimizer(
+    model: nn.Module, recipe: Recipe, undecayed: Iterable[nn.Parameter]
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
     optimizer = torch.optim.SGD(
-        _parameter_groups(model, recipe.weight_decay),
+        _parameter_groups(model, recipe.weight_decay, {id(parameter) for parameter in undecayed}),
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
@@ -169,47 +190,28 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.SGD, torch
     )
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices and filters only: norms and biases are left free."""
+def _parameter_groups(model: nn.Module, weight_decay: float, undecayed: Collection[int]) -> list[dict[str, object]]:
+    """Weight decay for matrices and filters only: norms, biases and the `undecayed` (by id) are left free."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    is_decayed = [p.ndim > 1 and id(p) not in undecayed for p in trained]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(compress(trained, is_decayed)), "weight_decay": weight_decay},
+        {"params": list(compress(trained, map(not_, is_decayed))), "weight_decay": 0.0},
     ]
 
 
-def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of one batch as the recipe says."""
+def instance_losses(output: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
+    """The loss `(n,)` of each image, as the recipe weighs its label `(n,)` and the teacher's outputs `target`.
 
-    def supervised(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), labels)
-
-    def distilled(images: Tensor, labels: Tensor) -> Tensor:
-        assert teacher is not None
-        with torch.no_grad():
-            target = teacher(images)
-        output = model(images)
-        soft = _softened_divergence(output, target, recipe.temperature)
-        return (1 - recipe.distill) * F.cross_entropy(output, labels) + recipe.distill * soft
-
-    def mimicked(images: Tensor, labels: Tensor) -> Tensor:
-        assert teacher is not None
-        name = classifier_name(teacher)
-        with torch.no_grad(), _input_of(teacher, name) as target:
-            target_output = teacher(images)
-        with _input_of(model, name) as features:
-            output = model(images)
-        if features[0].shape == target[0].shape and type(model.get_submodule(name)) is type(
-            teacher.get_submodule(name)
-        ):
-            return F.mse_loss(features[0], target[0])
-        return _softened_divergence(output, target_output, recipe.temperature)
-
-    if teacher is None:
-        return supervised
+    `output` and `target` are logits `(n, classes)`; without `target` only the labels count.
+    """
+    share = recipe.distill if recipe.labels else 1.0
+    if target is None or share == 0:
+        return F.cross_entropy(output, labels, reduction="none")
+    softened = _softened_divergence(output, target, recipe.temperature)
     if not recipe.labels:
-        return mimicked
-    return distilled if recipe.distill > 0 else supervised
+        return softened
+    return (1 - share) * F.cross_entropy(output, labels, reduction="none") + share * softened
 
 
 def classifier_name(model: nn.Module) -> str:
@@ -221,11 +223,73 @@ def classifier_name(model: nn.Module) -> str:
     raise ValueError("the network has neither a Linear nor a Conv2d layer, so it has no classifier to mimic")
 
 
+def last_map(model: nn.Module, images: Tensor) -> str | None:
+    """The module that puts out the last feature map, if nothing with weights but the classifier follows it.
+
+    That is what pooling reads: a tensor `(n, ...)` of more than two axes and more than one position.
+    """
+    calls: list[tuple[str, bool, bool]] = []
+
+    def recorder(name: str) -> Callable[[nn.Module, object, object], None]:
+        def record(module: nn.Module, _: object, output: object) -> None:
+            is_map = isinstance(output, Tensor) and output.ndim > 2 and output[0].numel() > max(output.shape[1:])
+            calls.append((name, is_map, any(True for _ in module.parameters(recurse=False))))
+
+        return record
+
+    handles = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    classifier = classifier_name(model)
+    for name, is_map, has_weights in reversed(calls):
+        if is_map:
+            return name
+        if has_weights and name != classifier:
+            return None
+    return None
+
+
+def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Objective:
+    """The loss of one batch as the recipe says."""
+    taps: list[str | None] = []
+
+    def from_outputs(images: Tensor, labels: Tensor) -> Tensor:
+        target = None
+        if teacher is not None and (recipe.distill > 0 or not recipe.labels):
+            with torch.no_grad():
+                target = teacher(images)
+        return instance_losses(model(images), labels, target, recipe).mean()
+
+    def from_features(images: Tensor, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        if not taps:
+            taps.append(last_map(teacher, images[:1]))
+        classifier = classifier_name(teacher)
+        with torch.no_grad(), _seen(teacher, taps[0], classifier) as wanted:
+            target = teacher(images)
+        with _seen(model, taps[0], classifier) as given:
+            output = model(images)
+        is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))
+        if not is_whole or given[0].shape != wanted[0].shape:
+            return instance_losses(output, labels, target, recipe).mean()
+        return F.mse_loss(given[0], wanted[0]) / wanted[0].var()
+
+    return from_outputs if teacher is None or recipe.labels else from_features
+
+
 @contextmanager
-def _input_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Collects what the module of that name is given, while the context is open."""
+def _seen(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
+    """Collects what the module `tap` puts out or, where there is none, what the classifier is given."""
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    if tap is None:
+        module = model.get_submodule(classifier)
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
     try:
         yield seen
     finally:
@@ -233,7 +297,7 @@ def _input_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def _softened_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the two softened distributions, scaled by the squared temperature (Hinton et al. 2015, 2.1)."""
+    """KL divergence `(n,)` of softened distributions times the squared temperature (Hinton et al. 2015, 2.1)."""
     student = F.log_softmax(output.float() / temperature, dim=1)
     teacher = F.log_softmax(target.float() / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2

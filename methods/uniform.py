@@ -87,10 +87,14 @@ class Uniform:
             loss=1.0 - float(rate),
         )
 
-    def apply(self, teacher: nn.Module, plan: Plan) -> nn.Module:
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """A copy of the teacher, cut to the plan's widths."""
         groups, widths, criterion = from_choices(plan.choices)
         return cut(teacher, groups, widths, criterion)
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
+        training.recalibrate(student, calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: training.Samples, recipe: training.Recipe, seed: int
