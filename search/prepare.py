@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from cluster import Cluster
 from methods import METHODS
@@ -59,11 +60,12 @@ def _reach(method: Method, scored: Scores, found: Profile, budget: Budget) -> Pl
 
 def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
     """The recovery recipe: what the spec fixes, and the knobs' values."""
-    fixed = Recipe(
+    tuned: dict[str, Any] = {name: float(value) for name, value in knobs.items()}
+    return Recipe(
         steps=settings.steps,
         batch_size=settings.batch_size,
         labels=settings.labels,
         precision=settings.precision,
         report_every=max(1, settings.steps // 5),
+        **tuned,
     )
-    return replace(fixed, **{name: float(value) for name, value in knobs.items()})
