@@ -1,0 +1,250 @@
+"""Finding the blocks that a network can do without, and taking them out.
+
+A block is removable where its input is added to what it computes: without the branch, the input passes on unchanged.
+No list of architectures is kept: two independent rules, one on the block's graph and one on numbers, must agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
+"""What may take a block's place: its input, or the activation that the block ends in, where the input needs it."""
+
+UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
+"""What torch.fx raises where a forward depends on its input's values, or does what a proxy cannot."""
+
+_ADDITIONS = {"add", "add_", "iadd"}
+_ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
+_CLOSE = 1e-5
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """By name and in the network's order: the blocks that can go, with what takes their place (a key of `CLOSINGS`).
+
+    `rejected` says of every other module that holds weights and children why it has to stay.
+    """
+
+    removable: Mapping[str, str]
+    rejected: Mapping[str, str]
+
+
+@torch.no_grad()
+def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
+    """The removable blocks of `model` (left untouched) on real images `example` `(n, c, h, w)`, n >= 1.
+
+    Such a block runs once, maps one tensor to one of the same shape, shares no weight with the rest, and passes two
+    rules. Graph: a path from its input to its output holds an addition, and else nothing but activations, dropout and
+    children without weights. Numbers: with zeros from every child that has weights, it returns what it is given. A
+    block whose forward cannot be traced is judged by the numbers alone. Of nested blocks, the innermost count.
+
+    A block that ends in an activation is replaced by the identity where its input already has that activation's range,
+    as behind another such block, and by the activation elsewhere.
+
+    Source: PRACTISE (arXiv 2202.07861) drops blocks that keep the shape of their input.
+    Differs: the authors' code lists the blocks of two families and spares the first of every stage. The numbers are
+    needed beside the graph because a child without weights may still change its input, the graph because a product
+    with a squeezed map can look like an identity.
+    """
+    model = copy.deepcopy(model).eval()
+    verdicts = {
+        name: _verdict(model, model.get_submodule(name), calls) for name, calls in _observe(model, example).items()
+    }
+    removable = {name: found for name, (found, _) in verdicts.items() if found is not None}
+    rejected = {name: reason for name, (found, reason) in verdicts.items() if found is None}
+    for name in [name for name in removable if any(other.startswith(f"{name}.") for other in removable)]:
+        del removable[name]
+        rejected[name] = "a removable block lies inside it"
+    return Blocks(removable, rejected)
+
+
+def removable_blocks(model: nn.Module, example: Tensor) -> list[str]:
+    """The names of the blocks that can be dropped from `model`, in its order; see `find_blocks`.
+
+    >>> class Residual(nn.Sequential):
+    ...     def forward(self, x):
+    ...         return x + super().forward(x)
+    >>> network = nn.Sequential(Residual(nn.Linear(4, 4)), nn.Linear(4, 4), Residual(nn.Linear(4, 4), nn.ReLU()))
+    >>> removable_blocks(network, torch.ones(2, 4))
+    ['0', '2']
+    """
+    return list(find_blocks(model, example).removable)
+
+
+def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
+    """Replaces each of `blocks`, named as in `Blocks.removable`, in place; every other module keeps its name.
+
+    The replacements are torch's own modules, so a student needs none of this project's code.
+
+    Raises:
+        ValueError: the model has no module of that name.
+    """
+    for name, closing in blocks.items():
+        replace(model, name, CLOSINGS[closing]())
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` is in `model`.
+
+    Raises:
+        ValueError: the model has no module of that name.
+    """
+    parent, _, attribute = name.rpartition(".")
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"there is no module {name!r} in the network, expected one of its own; take names from removable_blocks"
+        ) from None
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+_Verdict: TypeAlias = tuple[str | None, str]
+"""What takes the block's place, or None and why it has to stay."""
+
+_Calls: TypeAlias = list[Tensor | str]
+"""Per call of a module its input, or why that call rules the module out."""
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether a function or tensor method of a graph adds, activates or drops out."""
+    return is_addition(node) or _operation(node) in _ACTIVATIONS
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node of a graph adds two values."""
+    return _operation(node) in _ADDITIONS
+
+
+def _operation(node: fx.Node) -> str:
+    """The bare name of a function or a tensor method; of anything else, nothing."""
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", ""))
+    return str(node.target) if node.op == "call_method" else ""
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether any parameter lies in `module`."""
+    return any(True for _ in module.parameters())
+
+
+def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
+    """The calls of every module that holds weights and children, in the order of their first end."""
+    calls: dict[str, _Calls] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
+            calls.setdefault(name, []).append(_call(inputs, named, output))
+
+        return record
+
+    handles = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.children()) and has_weights(module)
+    ]
+    try:
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _call(inputs: tuple[object, ...], named: Mapping[str, object], output: object) -> Tensor | str:
+    if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        return "it does not map one tensor to one tensor"
+    if inputs[0].shape != output.shape:
+        return f"it turns shape {tuple(inputs[0].shape[1:])} into {tuple(output.shape[1:])}"
+    if (inputs[0].dtype, inputs[0].device) != (output.dtype, output.device):
+        return "it changes the type or the device of its input"
+    return inputs[0].clone()
+
+
+def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
+    given = calls[0]
+    if isinstance(given, str):
+        return None, given
+    if len(calls) > 1:
+        return None, f"it runs {len(calls)} times"
+    if _is_shared(model, module):
+        return None, "its weights are known by other names too"
+    if _adds_its_input(module) is False:
+        return None, "it does not add its input to what it computes"
+    noise = torch.rand(given.shape, generator=torch.Generator().manual_seed(0)).to(given) * 0.8 + 0.1
+    if not _is_close(_without_branches(module, noise), noise):
+        return None, "without its weights it does not pass its input on"
+    left = _without_branches(module, given)
+    for closing, build in CLOSINGS.items():
+        if _is_close(build()(given), left):
+            return closing, ""
+    return None, f"it ends in an activation that is none of {', '.join(CLOSINGS)}"
+
+
+def _is_shared(model: nn.Module, module: nn.Module) -> bool:
+    own = {id(parameter) for parameter in module.parameters()}
+    everywhere = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    return sum(parameter in own for parameter in everywhere) > len(
+        list(module.named_parameters(remove_duplicate=False))
+    )
+
+
+def _is_close(one: object, other: object) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    return bool((one - other).abs().max() <= _CLOSE * other.abs().max())
+
+
+def _without_branches(module: nn.Module, given: Tensor) -> object:
+    """What the block returns if every module in it that has weights returns zeros."""
+
+    def silence(_: nn.Module, __: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return tuple(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in output)
+        return torch.zeros_like(output) if isinstance(output, Tensor) else output
+
+    inner = [child for child in module.modules() if child is not module and has_weights(child)]
+    handles = [child.register_forward_hook(silence) for child in inner]
+    try:
+        return module(given.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Outline(fx.Tracer):
+    """Traces one module's own forward, without looking into its children."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _adds_its_input(module: nn.Module) -> bool | None:
+    """Whether the input reaches the output over additions and weightless children alone; None if untraceable."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    try:
+        graph = _Outline().trace(module, concrete_args=defaults or None)
+    except UNTRACEABLE:
+        return None
+    source, *_ = graph.nodes
+    is_added = {source: False}
+    for node in graph.nodes:
+        reached = [is_added[before] for before in node.all_input_nodes if before in is_added]
+        if reached and (node.op == "output" or _is_transparent(node, module)):
+            is_added[node] = any(reached) or is_addition(node)
+    return is_added.get(node, False)
+
+
+def _is_transparent(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return not has_weights(module.get_submodule(str(node.target)))
+    return passes_on(node)
