@@ -189,7 +189,14 @@ class Method(Protocol):
         ...
 
 
-def defaults(method: Method) -> dict[str, KnobValue]:
+class Tunable(Protocol):
+    """Whatever has knobs: a method, a chain."""
+
+    @property
+    def knobs(self) -> Mapping[str, Knob]: ...
+
+
+def defaults(method: Tunable) -> dict[str, KnobValue]:
     """Every knob of `method` at its default."""
     return {name: knob.default for name, knob in method.knobs.items()}
 

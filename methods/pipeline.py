@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from methods.base import Method, Plan, Scores, Shard
+from methods.chain import AnyMethod, student_of
+from methods.gates import Gated, instance_macs
 from methods.profile import count_macs, count_params
 from methods.training import Metric, Recipe, Samples, evaluate
 
@@ -19,7 +24,11 @@ class PlanMismatch(AssertionError):
     """The student does not cost what its plan says: a fault of ours, never of the user's."""
 
 
-@dataclass(frozen=True)
+Before: TypeAlias = tuple[tuple[Method, str], ...]
+"""The links of a chain that were planned already, each with its plan as JSON text."""
+
+
+@dataclass(frozen=True, eq=False)
 class Bench:
     """What a worker holds, loaded once: the teacher and the data it may see (never the test set)."""
 
@@ -44,8 +53,9 @@ class Outcome:
     """What came of a plan: top-1 on the validation set at three moments, counted costs, and the student's state.
 
     The three moments are after `apply`, after `settle` and at the end. `macs` and `params` are counted on the student
-    itself. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()` to its array: with the
-    plan, it is the whole student.
+    itself. A gated student also has the mean over the calibration images, the mean over the validation images and the
+    most of any calibration image. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()`
+    to its array: with the plan, it is the whole student.
     """
 
     top1_surgery: float
@@ -56,15 +66,26 @@ class Outcome:
     size_bytes: int
     seconds: float
     state: Mapping[str, np.ndarray]
+    macs_expected: int | None = None
+    macs_expected_validation: int | None = None
+    macs_worst: int | None = None
 
 
-def score(bench: Bench, method: Method, shard: Shard, seed: int) -> Scores:
-    """One shard's partial scores, on the worker's device."""
+def score(bench: Bench, method: Method, shard: Shard, seed: int, before: Before = ()) -> Scores:
+    """One shard's partial scores, on the worker's device: of the teacher, or of the student that `before` leads to."""
+    _, calibration = on_device(bench)
+    return method.score(shard, _student_of(bench, before), calibration, seed)
+
+
+@lru_cache(maxsize=1)
+def _student_of(bench: Bench, before: Before) -> nn.Module:
+    """What the links so far made of the teacher; kept, because the shards of one link come one after the other."""
     teacher, calibration = on_device(bench)
-    return method.score(shard, teacher, calibration, seed)
+    steps = [(method, Plan.from_json(json.loads(text))) for method, text in before]
+    return student_of(teacher, steps, calibration)
 
 
-def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -> Generator[Progress, None, Outcome]:
+def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int) -> Generator[Progress, None, Outcome]:
     """Apply, re-estimate the norms, recover: yields progress, returns the outcome.
 
     Raises:
@@ -81,21 +102,37 @@ def trial(bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int) -
         )
     surgery = evaluate(student, bench.validation, bench.metric)
     method.settle(student, plan, calibration)
-    top1 = recalibrated = evaluate(student, bench.validation, bench.metric)
+    top1 = settled = evaluate(student, bench.validation, bench.metric)
     for step in method.recover(student, teacher, bench.train, recipe, seed):
         top1 = evaluate(student, bench.validation, bench.metric)
         yield Progress(step, recipe.steps, top1)
+    if isinstance(student, Gated) and recipe.steps:  # training moved what the thresholds are compared with
+        method.settle(student, plan, calibration)
+        top1 = evaluate(student, bench.validation, bench.metric)
     state = {name: value.detach().cpu().contiguous().numpy() for name, value in student.state_dict().items()}
     return Outcome(
         top1_surgery=surgery,
-        top1_bn=recalibrated,
+        top1_bn=settled,
         top1_validation=top1,
         macs=macs,
         params=params,
         size_bytes=size_bytes(student),
         seconds=time.perf_counter() - started,
         state=state,
+        **(_expected(student, bench, calibration) if isinstance(student, Gated) else {}),
     )
+
+
+def _expected(student: Gated, bench: Bench, calibration: Tensor) -> dict[str, int]:
+    """What a gated student does for the images it is given: the mean on either set, and the most."""
+    known = instance_macs(student, calibration).double()
+    batches = np.array_split(np.arange(len(bench.validation)), -(-len(bench.validation) // 512))
+    unknown = torch.cat([instance_macs(student, bench.validation.batch(batch)[0]).double() for batch in batches])
+    return {
+        "macs_expected": round(float(known.mean())),
+        "macs_expected_validation": round(float(unknown.mean())),
+        "macs_worst": int(known.max()),
+    }
 
 
 def size_bytes(model: nn.Module) -> int:
@@ -103,7 +140,7 @@ def size_bytes(model: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
-def rebuild(teacher: nn.Module, method: Method, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
+def rebuild(teacher: nn.Module, method: AnyMethod, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
     """The student of a past trial, in eval mode, from its plan and its state."""
     student = method.apply(teacher, plan)
     student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -102,12 +103,15 @@ def frontier(
 @app.command()
 def compress(
     spec: Spec,
-    method: Annotated[str, typer.Option(help="One of the methods, or uniform.")],
+    method: Annotated[str, typer.Option(help="A method, uniform, or a chain such as practise+alds.")],
     budget: Annotated[str, typer.Option(help="The name of one of the spec's budgets.")],
     out: Annotated[Path, typer.Option(help="The folder to write the compressed model to.")],
+    knob: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, for a knob that is not to have its default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compress once: one method at its defaults, one budget, no search."""
+    """Compress once: one method or chain, one budget, no search. Knobs have their defaults unless told otherwise."""
     from cluster import InlineCluster
     from search import console
     from search.compress import compress as run
@@ -115,8 +119,26 @@ def compress(
 
     settings = load(spec)
     with console.bars(hidden=as_json) as report:
-        figures = run(settings, InlineCluster, method=method, budget=budget, out=out, report=report)
+        figures = run(
+            settings,
+            InlineCluster,
+            method="+".join(re.findall(r"[\w-]+", method)),
+            budget=budget,
+            out=out,
+            report=report,
+            knobs=_pairs(knob or []),
+        )
     print(json.dumps(figures, indent=2)) if as_json else console.show_figures(figures)
+
+
+def _pairs(given: list[str]) -> dict[str, str]:
+    """NAME=VALUE as a mapping."""
+    from search.base import SpecError
+
+    wrong = [pair for pair in given if not re.fullmatch(r"[^=]+=[^=]+", pair)]
+    if wrong:
+        raise SpecError(f"--knob is {wrong[0]!r}; expected NAME=VALUE, such as measure=rss; correct it")
+    return dict(pair.split("=") for pair in given)
 
 
 def _end(result: SearchResult) -> None:

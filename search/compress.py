@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from cluster import Cluster, Done, Failed
-from methods import METHODS
-from methods.base import Budget, MethodError, Plan, defaults
+from methods import named
+from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import rebuild
-from methods.training import evaluate
+from methods.training import Recipe, evaluate
 from search import trial
 from search.base import Report, SpecError
 from search.prepare import Prepared, prepare, recipe
@@ -23,40 +26,54 @@ from search.study import RECOVERY
 from search.trial import Measured
 from search.workload import exported, load, save_weights
 
+_RECOVERY = "recovery."
+
 
 class CompressionFailed(Exception):
     """The trial of a compression raised; the message says where its trace is."""
 
 
 def compress(
-    spec: SearchSpec, make_cluster: Callable[[object], Cluster], *, method: str, budget: str, out: Path, report: Report
+    spec: SearchSpec,
+    make_cluster: Callable[[object], Cluster],
+    *,
+    method: str,
+    budget: str,
+    out: Path,
+    report: Report,
+    knobs: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Compresses with `method` at its defaults for `budget`; writes weights, plan, program and figures to `out`.
+    """Compresses with `method` for `budget`; writes weights, plan, program and figures to `out`.
+
+    Args:
+        method: a method, or a chain as `first+second`.
+        knobs: values for some of its knobs and of recovery's (`recovery.learning_rate`); the rest have their defaults.
 
     Returns:
         The figures: counted costs, the three validation top-1 figures, test top-1, latency and seconds; and the
         teacher's.
 
     Raises:
-        SpecError: no such method or budget.
+        SpecError: no such method, budget or knob, or a value out of a knob's range.
         Infeasible: the budget is out of the method's reach.
         CompressionFailed: surgery or recovery raised.
         OSError: `out` cannot be written; found before anything costs time.
     """
     _check_names(spec, method, budget)
+    own, shared = _values(method, knobs)
     _make_folder(out)
     workload = load(spec, report)
     cluster = make_cluster(workload.bench())
     prepared = prepare(spec, workload, cluster, report, only=[method])
-    plan = _plan(prepared, method, budget)
+    plan = _plan(prepared, method, budget, own)
     teacher = _teacher(prepared)  # before the trial: it tells first what is wrong with the metric
-    measured = _trial(spec, cluster, plan, out, report)
-    student = rebuild(workload.teacher.cpu(), METHODS[method], plan, measured.outcome.state)
+    measured = _trial(spec, cluster, plan, recipe(spec.recovery, shared), out, report)
+    student = rebuild(workload.teacher.cpu(), named(method), plan, measured.outcome.state)
     figures = {name: value for name, value in vars(measured.outcome).items() if name != "state"}
     figures |= {
         "method": method,
         "budget": budget,
-        "limits": _limits(prepared, budget).limits(),
+        "limits": prepared.budget(budget).declared(),
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
         "teacher": teacher,
         "latency_ms": measured.latency_ms,
@@ -69,16 +86,11 @@ def compress(
     return figures
 
 
-def _limits(prepared: Prepared, budget: str) -> Budget:
-    return next(one for one in prepared.budgets if one.name == budget)
-
-
-def _plan(prepared: Prepared, method: str, budget: str) -> Plan:
-    """The method's plan at its defaults; raises where it cannot handle the network or meet the budget."""
+def _plan(prepared: Prepared, method: str, budget: str, knobs: Mapping[str, KnobValue]) -> Plan:
+    """The method's plan; raises where it cannot handle the network or meet the budget."""
     if method in prepared.refused:
         raise MethodError(prepared.refused[method])
-    chosen = METHODS[method]
-    return chosen.allocate(prepared.scores[method], prepared.profile, _limits(prepared, budget), defaults(chosen))
+    return prepared.planner.plan(method, prepared.budget(budget), knobs)
 
 
 def _make_folder(out: Path) -> None:
@@ -89,11 +101,37 @@ def _make_folder(out: Path) -> None:
 
 
 def _check_names(spec: SearchSpec, method: str, budget: str) -> None:
-    if method not in METHODS:
-        raise SpecError(f"no method {method!r}; expected one of {', '.join(METHODS)}; correct --method")
+    try:
+        named(method)
+    except ValueError as error:
+        raise SpecError(f"{error}; correct --method") from error
     known = [one.name for one in spec.budgets]
     if budget not in known:
         raise SpecError(f"no budget {budget!r} in the spec; expected one of {', '.join(known)}; correct --budget")
+
+
+def _values(method: str, given: Mapping[str, str]) -> tuple[dict[str, KnobValue], dict[str, KnobValue]]:
+    """The values of all the method's knobs and of all of recovery's: as given, or their defaults."""
+    own = named(method).knobs
+    known = dict(own) | {f"{_RECOVERY}{name}": knob for name, knob in RECOVERY.items()}
+    if unknown := sorted(set(given) - set(known)):
+        raise SpecError(f"{method} has no knob {unknown[0]!r}; expected one of {', '.join(known)}; correct --knob")
+    values = {name: _value(name, knob, given[name]) if name in given else knob.default for name, knob in known.items()}
+    return {name: values[name] for name in own}, {name: values[f"{_RECOVERY}{name}"] for name in RECOVERY}
+
+
+def _value(name: str, knob: Knob, text: str) -> KnobValue:
+    found: list[KnobValue]
+    if isinstance(knob, Choice):
+        expected = f"one of {', '.join(map(str, knob.options))}"
+        found = [option for option in knob.options if str(option) == text]
+    else:
+        expected = f"a number from {knob.low} to {knob.high}"
+        number = float(text) if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) else math.nan
+        found = [number] if knob.low <= number <= knob.high else []
+    if not found:
+        raise SpecError(f"knob {name!r} is {text!r}; expected {expected}; correct --knob")
+    return found[0]
 
 
 def _teacher(prepared: Prepared) -> dict[str, float]:
@@ -106,10 +144,9 @@ def _teacher(prepared: Prepared) -> dict[str, float]:
     }
 
 
-def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, out: Path, report: Report) -> Measured:
+def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Path, report: Report) -> Measured:
     """What came of the plan; the trace of a failure is written to `out`."""
-    how = recipe(spec.recovery, {name: knob.default for name, knob in RECOVERY.items()})
-    item = (METHODS[plan.method], plan, how, spec.search.seed, spec.devices)
+    item = (named(plan.method), plan, how, spec.search.seed, spec.devices)
     for event in cluster.run(trial.run, [item]):
         if isinstance(event, Failed):
             (out / "failure.txt").write_text(event.trace)

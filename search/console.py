@@ -38,6 +38,15 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         yield report
 
 
+MACS = {"macs": "", "macs_expected": " expected"}
+GATED = {
+    "macs_expected": "expected MACs, calibration set",
+    "macs_expected_validation": "expected MACs, validation set",
+    "macs_worst": "MACs of the worst input",
+}
+"""A gated model's further figures, and what they are called."""
+
+
 def show_result(result: SearchResult, report: Path | None) -> None:
     """The winners, the frontier's size, the cost of the search and where to go on."""
     teacher = result.teacher
@@ -54,7 +63,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
             table.add_row(budget.name, "[red]nothing fits[/]", *_limits(budget.limits))
             continue
         table.add_row(
-            budget.name, found.method, _percent(found.macs, teacher.macs), _percent(found.params, teacher.params),
+            budget.name, found.method, _macs(found, teacher.macs), _percent(found.params, teacher.params),
             size(found.size_bytes), percent(found.top1_validation), percent(budget.top1_test), _latency(found),
         )  # fmt: skip
     out.print(table)
@@ -96,6 +105,7 @@ def show_figures(figures: Mapping[str, Any]) -> None:
     table = Table(title=f"{figures['method']} for {figures['budget']}", title_justify="left", show_header=False)
     rows = {
         "MACs": _share(figures["macs"], teacher["macs"]),
+        **{label: _share(figures[key], teacher["macs"]) for key, label in GATED.items() if figures[key] is not None},
         "params": _share(figures["params"], teacher["params"]),
         "size": size(figures["size_bytes"]),
         "validation top-1 after surgery": percent(figures["top1_surgery"]),
@@ -116,6 +126,12 @@ def _beside(figures: Mapping[str, Any], name: str) -> str:
     return f"{percent(figures[name])} (teacher {percent(figures['teacher'][name])})"
 
 
+def _macs(found: Candidate, teacher: int) -> str:
+    """The share of MACs, and of expected ones where a model is gated."""
+    expected = "" if found.macs_expected is None else f", expected {_percent(found.macs_expected, teacher)}"
+    return _percent(found.macs, teacher) + expected
+
+
 def _percent(value: int | None, teacher: int) -> str:
     return percent(None if value is None else value / teacher)
 
@@ -125,7 +141,8 @@ def _share(value: int | None, teacher: int) -> str:
 
 
 def _limits(limits: Mapping[str, int]) -> list[str]:
-    return [f"<= {count(limits[cost])}" if cost in limits else "" for cost in ("macs", "params")]
+    macs = [f"<= {count(limits[cost])}{note}" for cost, note in MACS.items() if cost in limits]
+    return [", ".join(macs), f"<= {count(limits['params'])}" if "params" in limits else ""]
 
 
 def _latency(found: Candidate) -> str:

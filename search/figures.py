@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from search.frontier import Candidate, SearchResult, frontier
+from search.frontier import Candidate, SearchResult, cost_of, frontier
 from search.units import count, knobs, milliseconds, percent
 
 LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "alds": "ALDS", "uniform": "Uniform"}
-COSTS = {"macs": "MACs", "params": "params"}
+COSTS = {"macs": "MACs", "macs_expected": "expected MACs", "params": "params"}
 
 # The methods and the baseline keep places 0 to 4 in every report; chains and others share the rest.
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "hexagon", "cross", "triangle-down")
@@ -55,10 +55,10 @@ def method_label(name: str) -> str:
 def figure(result: SearchResult, axis: str, marks: Mapping[str, Mark]) -> dict[str, Any]:
     """The plotly figure of the frontier over `axis`, in percent; colours are names of style sheet variables."""
     best = frontier(result.teacher, result.candidates, axis)
-    whole = getattr(result.teacher, axis)
+    whole = cost_of(result.teacher, axis)
     strong = {point["run_id"] for point in best}
     steps = [(100 * point[axis] / whole, 100 * point["top1_validation"]) for point in best]
-    edge = max([100.0] + [100 * getattr(c, axis) / whole for c in result.complete()])
+    edge = max([100.0] + [100 * cost_of(c, axis) / whole for c in result.complete()])
     traces = [_step_line([*steps, (max(100.0, steps[-1][0]), steps[-1][1])])]
     for method, mark in marks.items():
         found = [candidate for candidate in result.complete() if candidate.method == method]
@@ -86,9 +86,9 @@ def _dots(
 
 
 def _places(result: SearchResult, axis: str, drawn: Sequence[Candidate]) -> dict[str, Any]:
-    whole = getattr(result.teacher, axis)
+    whole = cost_of(result.teacher, axis)
     return {
-        "x": [100 * getattr(candidate, axis) / whole for candidate in drawn],
+        "x": [100 * cost_of(candidate, axis) / whole for candidate in drawn],
         "y": [100 * (candidate.top1_validation or 0) for candidate in drawn],
     }
 
@@ -142,7 +142,7 @@ def _hover(result: SearchResult, candidate: Candidate) -> str:
 
 
 def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
-    whole = getattr(result.teacher, axis)
+    whole = cost_of(result.teacher, axis)
     axes = {"gridcolor": "--line", "zeroline": False, "ticksuffix": " %", "fixedrange": False}
     title = {"text": f"{COSTS[axis]}, share of the teacher's {count(whole)}", "standoff": 12}
     rows = _limit_rows(result, axis)
@@ -175,7 +175,7 @@ def _limit_rows(result: SearchResult, axis: str) -> list[tuple[float, str, int]]
     named: dict[float, list[str]] = {}
     for budget in result.budgets:
         if axis in budget.limits:
-            named.setdefault(100 * budget.limits[axis] / getattr(result.teacher, axis), []).append(budget.name)
+            named.setdefault(100 * budget.limits[axis] / cost_of(result.teacher, axis), []).append(budget.name)
     rows: list[tuple[float, str, int]] = []
     for x, names in sorted(named.items()):
         is_near = bool(rows) and x - rows[-1][0] < 14

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Protocol, TypeAlias
 
-AXES: tuple[str, ...] = ("macs", "params")
-"""The costs a frontier is drawn over. Both are static: expected MACs of gated models never share an axis with them."""
+AXES: tuple[str, ...] = ("macs", "macs_expected", "params")
+"""The costs a frontier is drawn over. MACs and expected MACs are two axes: a masked channel is not a saved one."""
 
 State: TypeAlias = Literal["complete", "failed", "infeasible", "stopped"]
 
@@ -35,6 +35,7 @@ class Teacher:
 class Candidate:
     """One evaluated candidate. What its trial did not get to measure is `None`; a complete one has every cost.
 
+    `macs_expected` is the mean over inputs of a gated model, measured on the calibration set, and None for any other.
     `plan` is what `Plan.to_json` gave. `top1_surgery` and `top1_bn` are validation top-1 right after `apply` and after
     the batch norms saw data again; `top1_validation` is the one after recovery, by which the search decides.
     `teacher_latency_ms` is the teacher's, measured in turn with this candidate on the same machine.
@@ -51,7 +52,7 @@ class Candidate:
     state: State
     plan: Mapping[str, Any] | None = None
     macs: int | None = None
-    macs_expected: float | None = None
+    macs_expected: int | None = None
     params: int | None = None
     size_bytes: int | None = None
     latency_ms: Latency = field(default_factory=dict)
@@ -76,7 +77,11 @@ class Candidate:
 
     def fits(self, limits: Mapping[str, int]) -> bool:
         """Whether this candidate was measured to the end and meets every limit, for example `{"macs": 1_000_000}`."""
-        return self.state == "complete" and all(getattr(self, cost) <= limit for cost, limit in limits.items())
+        return self.state == "complete" and all(cost_of(self, cost) <= limit for cost, limit in limits.items())
+
+    def excess(self, limits: Mapping[str, int]) -> dict[str, float]:
+        """How far each limited cost lies above its limit, as a share of it; negative where there is room."""
+        return {cost: cost_of(self, cost) / limit - 1 for cost, limit in limits.items()}
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,13 @@ class SearchResult:
     started: str
     spec: str
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The costs that matter here: expected MACs are one where a model is gated or a budget limits them."""
+        is_gated = any(candidate.macs_expected is not None for candidate in self.candidates)
+        is_asked = any("macs_expected" in budget.limits for budget in self.budgets)
+        return AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
+
     def complete(self) -> list[Candidate]:
         """The candidates that were measured to the end."""
         return [candidate for candidate in self.candidates if candidate.state == "complete"]
@@ -142,22 +154,33 @@ class SearchResult:
             "name": self.name,
             "teacher": asdict(self.teacher),
             "budgets": [budget.to_json() for budget in self.budgets],
-            "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in AXES},
+            "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in self.axes},
             "cost": asdict(self.cost),
         }
 
 
 def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> list[dict[str, Any]]:
-    """The non-dominated points over `axis` ("macs" or "params"), cheapest first, as JSON-ready values.
+    """The non-dominated points over `axis`, one of `AXES`, cheapest first, as JSON-ready values.
 
     The teacher competes too, with `run_id` and `budget` None and method "teacher"; it is gone where a student is both
     cheaper and no worse.
     """
+    complete = [candidate for candidate in candidates if candidate.state == "complete"]
+    costs = [cost_of(one, axis) for one in (teacher, *complete)]
     points = [{"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | asdict(teacher)]
-    points += [vars(candidate) for candidate in candidates if candidate.state == "complete"]
-    kept = non_dominated([(point[axis], point["top1_validation"]) for point in points])
+    points += [vars(candidate) for candidate in complete]
+    kept = non_dominated([(cost, point["top1_validation"]) for cost, point in zip(costs, points, strict=True)])
     keys = ("run_id", "method", "budget", "top1_validation", "macs", "macs_expected", "params", "size_bytes")
-    return [{key: points[index][key] for key in keys} for index in kept]
+    return [{key: points[index][key] for key in keys} | {axis: costs[index]} for index in kept]
+
+
+def cost_of(one: object, axis: str) -> int:
+    """What `one`, a teacher, a candidate or an outcome, costs on an axis: without gates expected MACs are its MACs."""
+    found: int | None = getattr(one, axis, None)
+    if found is None and axis == "macs_expected":
+        return cost_of(one, "macs")
+    assert found is not None
+    return found
 
 
 def winner(candidates: Sequence[Candidate], limits: Mapping[str, int]) -> Candidate | None:
@@ -183,30 +206,21 @@ class Costed(Protocol):
     """Anything measured to the end: a complete `Candidate`, a `Teacher`, an outcome of the pipeline."""
 
     @property
-    def macs(self) -> int | None: ...
-
-    @property
-    def params(self) -> int | None: ...
-
-    @property
     def top1_validation(self) -> float | None: ...
 
 
 def beats(one: Costed, other: Costed) -> bool:
     """Whether `other` can neither win any budget nor stand on any frontier while `one` is there.
 
-    So `one` costs no more on both axes and is no worse, and is strictly better in top-1 or strictly cheaper on both
-    axes: with less, `other` would tie on one axis and could stay there.
+    So `one` costs no more on every axis and is no worse, and is strictly better in top-1 or strictly cheaper on every
+    axis: with less, `other` would tie on one axis and could stay there.
     """
-    assert one.macs is not None
-    assert one.params is not None
     assert one.top1_validation is not None
-    assert other.macs is not None
-    assert other.params is not None
     assert other.top1_validation is not None
-    if one.macs > other.macs or one.params > other.params or one.top1_validation < other.top1_validation:
+    ahead = [cost_of(other, axis) - cost_of(one, axis) for axis in AXES]
+    if min(ahead) < 0 or one.top1_validation < other.top1_validation:
         return False
-    return one.top1_validation > other.top1_validation or (one.macs < other.macs and one.params < other.params)
+    return one.top1_validation > other.top1_validation or min(ahead) > 0
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 from cluster import Cluster, Failed, Step
-from methods import METHODS
+from methods import named
 from methods.base import Infeasible, Plan
 from methods.pipeline import size_bytes
 from methods.training import evaluate
 from search import cache, trial
 from search.base import Report
-from search.frontier import SearchResult, Teacher, beats
+from search.frontier import Candidate, SearchResult, Teacher, beats
 from search.prepare import Prepared, prepare, recipe
 from search.register import register
 from search.report import html
@@ -28,6 +29,9 @@ from search.spec import SearchSpec
 from search.study import BudgetStudy, Proposal, Storage, storage
 from search.tracking import Tracker, check_store, open_search
 from search.workload import Workload, load
+
+Results: TypeAlias = dict[tuple[str, int], Candidate]
+"""What came of each trial, by budget and number."""
 
 
 def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> SearchResult:
@@ -131,7 +135,7 @@ def _rounds(
         proposals = [proposal for one in rounds for proposal in one]
         if not proposals:
             return
-        recorded = {(one.budget, one.trial): one.top1_validation for one in tracker.trials()}
+        recorded: Results = {(one.budget, one.trial): one for one in tracker.trials()}
         missing = [proposal for proposal in proposals if proposal.key not in recorded]
         report("trials", len(recorded), trials * len(studies), "")
         results = recorded | _run(
@@ -139,8 +143,16 @@ def _rounds(
         )
         for study, one in zip(studies, rounds, strict=True):
             for proposal in one:
-                study.tell(proposal.number, results[proposal.key])
+                _tell(study, prepared, proposal.number, results[proposal.key])
         yield
+
+
+def _tell(study: BudgetStudy, prepared: Prepared, number: int, found: Candidate) -> None:
+    """Tells Optuna what came of a trial; one over a limit, as a gated model may be, counts as infeasible."""
+    if found.state == "complete":
+        study.tell(number, found.top1_validation, found.excess(prepared.budget(study.budget).declared()))
+    else:
+        study.tell(number, None)
 
 
 def _shifted(report: Report, done: int, total: int) -> Report:
@@ -158,9 +170,9 @@ def _round(study: BudgetStudy, trials: int) -> list[Proposal]:
 
 def _run(
     prepared: Prepared, tracker: Tracker, proposals: Sequence[Proposal], cluster: Cluster, report: Report
-) -> dict[tuple[str, int], float | None]:
-    """Runs proposals and records each as it ends; their top-1, or None for those that gave none."""
-    results: dict[tuple[str, int], float | None] = {}
+) -> Results:
+    """Runs proposals and records each as it ends."""
+    results: Results = {}
     runs: list[tuple[Proposal, str, Plan]] = []
     for proposal in proposals:
         run_id = tracker.start_trial(proposal)
@@ -168,7 +180,7 @@ def _run(
             runs.append((proposal, run_id, _planned(prepared, proposal)))
         except Infeasible as error:
             tracker.fail(run_id, "infeasible", str(error), device_s=0.0)
-            results[proposal.key] = None
+            results[proposal.key] = tracker.candidate(run_id)
     so_far = [one for one in tracker.trials() if one.state == "complete"]
     for event in cluster.run(trial.run, [_item(prepared.spec, proposal, plan) for proposal, _, plan in runs]):
         proposal, run_id, plan = runs[event.index]
@@ -178,26 +190,24 @@ def _run(
             note = f"{label}: step {progress.step}/{progress.steps}, top-1 {progress.top1:.4f}"
         elif isinstance(event, Failed):
             tracker.fail(run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
-            results[proposal.key] = None
             note = f"{label} failed: {event.error}"
         else:
             outcome = event.value.outcome
             keep = not any(beats(one, outcome) for one in so_far)
             tracker.complete(run_id, plan, event.value, event.seconds, keep_weights=keep)
             so_far.append(tracker.candidate(run_id))
-            results[proposal.key] = outcome.top1_validation
             note = f"{label}: top-1 {outcome.top1_validation:.4f}"
+        if not isinstance(event, Step):
+            results[proposal.key] = tracker.candidate(run_id)
         report("trials", len(results), len(proposals), note)
     return results
 
 
 def _planned(prepared: Prepared, proposal: Proposal) -> Plan:
-    budget = next(budget for budget in prepared.budgets if budget.name == proposal.budget)
-    method = METHODS[proposal.method]
-    return method.allocate(prepared.scores[method.name], prepared.profile, budget, proposal.knobs)
+    return prepared.planner.plan(proposal.method, prepared.budget(proposal.budget), proposal.knobs)
 
 
 def _item(spec: SearchSpec, proposal: Proposal, plan: Plan) -> tuple[object, ...]:
     """The arguments of `trial.run` beside the bench."""
     how = recipe(spec.recovery, proposal.recovery)
-    return METHODS[proposal.method], plan, how, proposal.seed(spec.search.seed), spec.devices
+    return named(proposal.method), plan, how, proposal.seed(spec.search.seed), spec.devices

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cluster import Cluster
-from methods import METHODS
+from methods import named
 from methods.base import Budget, Infeasible, Plan, defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
@@ -80,7 +80,7 @@ def preflight(spec: SearchSpec, make_cluster: Callable[[object], Cluster], repor
         budgets=tuple(
             BudgetReach(
                 budget.name,
-                budget.limits(),
+                budget.declared(),
                 {name: None if isinstance(plan, Plan) else plan for name, plan in prepared.reach[budget.name].items()},
             )
             for budget in prepared.budgets
@@ -92,13 +92,12 @@ def preflight(spec: SearchSpec, make_cluster: Callable[[object], Cluster], repor
 def _method_reach(prepared: Prepared, name: str) -> MethodReach:
     if name in prepared.refused:
         return MethodReach(name, prepared.refused[name], {})
-    method = METHODS[name]
     least: dict[str, int] = {}
     for cost in ("macs", "params"):
         limit = {cost: 1}
         nothing = Budget("nothing", limit.get("macs"), limit.get("params"), prepared.budgets[0].channels)
         try:
-            plan = method.allocate(prepared.scores[name], prepared.profile, nothing, defaults(method))
+            plan = prepared.planner.plan(name, nothing, defaults(named(name)))
             least[cost] = getattr(plan, cost)
         except Infeasible as error:
             least[cost] = error.least[cost]

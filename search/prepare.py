@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import Cluster
-from methods import METHODS
-from methods.base import Budget, Infeasible, KnobValue, Method, Plan, Scores, defaults
+from methods import named
+from methods.base import Budget, Infeasible, KnobValue, Plan, defaults
+from methods.chain import AnyMethod, Chain
 from methods.profile import Profile, profile
 from methods.training import Recipe
 from search.base import Report
-from search.scoring import scores
+from search.scoring import Planner
 from search.spec import RecoverySpec, SearchSpec
 from search.workload import Workload
 
@@ -25,13 +26,17 @@ class Prepared:
     workload: Workload
     profile: Profile
     budgets: tuple[Budget, ...]
-    scores: Mapping[str, Scores]
+    planner: Planner
     refused: Mapping[str, str]
     reach: Mapping[str, Mapping[str, Plan | str]]
 
-    def able(self, budget: str) -> list[Method]:
+    def budget(self, name: str) -> Budget:
+        """The budget of that name."""
+        return next(budget for budget in self.budgets if budget.name == name)
+
+    def able(self, budget: str) -> list[AnyMethod]:
         """The methods that can meet a budget, the baseline last."""
-        return [METHODS[name] for name, found in self.reach[budget].items() if isinstance(found, Plan)]
+        return [named(name) for name, found in self.reach[budget].items() if isinstance(found, Plan)]
 
 
 def prepare(
@@ -40,20 +45,19 @@ def prepare(
     """Profile, scores and, per budget and method, whether a plan exists: all before any training."""
     found = profile(workload.teacher, workload.example)
     names = spec.candidates if only is None else only
-    refused = {name: why for name in names if (why := METHODS[name].accepts(found)) is not None}
-    methods = [METHODS[name] for name in names if name not in refused]
-    scored = scores(methods, workload, found, cluster, report)
+    refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
+    able = [name for name in names if name not in refused]
+    planner = Planner(workload, found, cluster, report)
+    firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, able)]
+    planner.score(list({method.name: method for method in firsts}.values()))
     budgets = spec.limits(found)
-    reach = {
-        budget.name: {method.name: _reach(method, scored[method.name], found, budget) for method in methods}
-        for budget in budgets
-    }
-    return Prepared(spec, workload, found, budgets, scored, refused, reach)
+    reach = {budget.name: {name: _reach(planner, name, budget) for name in able} for budget in budgets}
+    return Prepared(spec, workload, found, budgets, planner, refused, reach)
 
 
-def _reach(method: Method, scored: Scores, found: Profile, budget: Budget) -> Plan | str:
+def _reach(planner: Planner, name: str, budget: Budget) -> Plan | str:
     try:
-        return method.allocate(scored, found, budget, defaults(method))
+        return planner.plan(name, budget, defaults(named(name)))
     except Infeasible as error:
         return str(error)
 
@@ -65,6 +69,7 @@ def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
         steps=settings.steps,
         batch_size=settings.batch_size,
         labels=settings.labels,
+        images=settings.images,
         precision=settings.precision,
         report_every=max(1, settings.steps // 5),
         **tuned,

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from methods import METHODS
+from methods import named
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report
-from search.frontier import AXES, BudgetResult, SearchResult, frontier
+from search.frontier import BudgetResult, SearchResult, frontier
 from search.tracking import Tracker
 from search.workload import Workload
 
@@ -46,12 +46,12 @@ def register(workload: Workload, tracker: Tracker, report: Report) -> None:
 def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
     """The student of a trial whose weights were kept, in eval mode."""
     plan = tracker.plan(run_id)
-    return rebuild(workload.teacher.cpu(), METHODS[plan.method], plan, tracker.weights(run_id))
+    return rebuild(workload.teacher.cpu(), named(plan.method), plan, tracker.weights(run_id))
 
 
 def _frontier_runs(result: SearchResult) -> list[str]:
     """The runs of every axis's frontier, each once, the teacher left out."""
-    points = [point for axis in AXES for point in frontier(result.teacher, result.candidates, axis)]
+    points = [point for axis in result.axes for point in frontier(result.teacher, result.candidates, axis)]
     return list(dict.fromkeys(point["run_id"] for point in points if point["run_id"] is not None))
 
 
@@ -64,7 +64,9 @@ def _tags(budget: BudgetResult, top1_test: float) -> Mapping[str, object]:
         "top1_validation": winner.top1_validation,
         "top1_test": repr(top1_test),
         "macs": winner.macs,
+        "macs_expected": winner.macs_expected,
         "params": winner.params,
         "size_bytes": winner.size_bytes,
     }
+    measured = {key: value for key, value in measured.items() if value is not None}
     return measured | {f"limit_{cost}": limit for cost, limit in budget.limits.items()}

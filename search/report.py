@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from search.figures import COSTS, TEACHER_MARK, figure, method_label, method_marks
-from search.frontier import AXES, BudgetResult, Candidate, SearchResult, Teacher, hypervolume
+from search.frontier import BudgetResult, Candidate, SearchResult, Teacher, cost_of, hypervolume
 from search.units import count, duration, knobs, milliseconds, percent, plain, points, size
 
 
@@ -56,19 +56,19 @@ def html(result: SearchResult) -> str:
         marks=marks,
         teacher_mark=TEACHER_MARK,
         costs=COSTS,
-        axes=AXES,
+        axes=result.axes,
+        cost_of=cost_of,
         headlines=[headline(result.teacher, budget) for budget in result.budgets],
         reasons=_reasons(result),
-        volumes={axis: _volume(result, axis) for axis in AXES},
+        volumes={axis: _volume(result, axis) for axis in result.axes},
         registered=[budget for budget in result.budgets if budget.model_uri],
         plans={b.name: plan_view(b.winner.plan) for b in result.budgets if b.winner and b.winner.plan},
         wins=_wins(result),
         trials=_in_order(result),
         failures=_failures(result),
         devices=sorted({device for best in winners for device in best.latency_ms}),
-        has_expected=any(candidate.macs_expected is not None for candidate in result.candidates),
-        is_winner_gated=any(best.macs_expected is not None for best in winners),
-        figures=_script_json({f"frontier-{axis}": figure(result, axis, marks) for axis in AXES}),
+        has_expected="macs_expected" in result.axes,
+        figures=_script_json({f"frontier-{axis}": figure(result, axis, marks) for axis in result.axes}),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -81,7 +81,7 @@ def headline(teacher: Teacher, budget: BudgetResult) -> str:
     best = budget.winner
     if best is None:
         return f"{budget.name}: no model fits"
-    shares = [f"{percent(getattr(best, cost) / getattr(teacher, cost))} {COSTS[cost]}" for cost in budget.limits]
+    shares = [f"{percent(cost_of(best, cost) / cost_of(teacher, cost))} {COSTS[cost]}" for cost in budget.limits]
     assert best.top1_validation is not None
     return f"{budget.name}: {' and '.join(shares)} at {points(best.top1_validation - teacher.top1_validation)}"
 
@@ -161,8 +161,8 @@ def _wins(result: SearchResult) -> dict[str, list[str]]:
 
 
 def _volume(result: SearchResult, axis: str) -> float:
-    found = [(getattr(c, axis), c.top1_validation or 0.0) for c in result.complete()]
-    return hypervolume(found, reference_cost=getattr(result.teacher, axis))
+    found = [(cost_of(c, axis), c.top1_validation or 0.0) for c in result.complete()]
+    return hypervolume(found, reference_cost=cost_of(result.teacher, axis))
 
 
 def _script_json(value: object) -> Markup:

@@ -1,8 +1,9 @@
-"""Scores of every method, once per workload: cached by content, computed on the cluster in shards, merged exactly."""
+"""Scores, cached by content and computed on the cluster in shards that merge exactly, and the plans made of them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,30 +13,76 @@ import numpy as np
 import torch
 
 from cluster import Cluster, Done, Failed
-from methods.base import Method, ScoreError, Scores
-from methods.pipeline import score
-from methods.profile import Profile
+from methods import METHODS, named
+from methods.base import Budget, KnobValue, Method, Plan, ScoreError, Scores
+from methods.chain import plan_of, student_of
+from methods.pipeline import Before, score
+from methods.profile import Profile, profile
 from search import cache
 from search.base import Report
 from search.workload import Workload
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a method's scores change meaning, so that cached ones are made anew."""
 
 
-def scores(
-    methods: Sequence[Method], workload: Workload, profile: Profile, cluster: Cluster, report: Report
-) -> dict[str, Scores]:
-    """The scores of each method, by name. Those in the cache cost nothing.
+class Planner:
+    """Makes plans in the driver. Scores of the teacher are made once; a chain's links ask for those of each student."""
 
-    Raises:
-        ScoreError: a shard raised; the message is its own.
-    """
-    paths = {method.name: _path(method, workload) for method in methods}
+    def __init__(self, workload: Workload, found: Profile, cluster: Cluster, report: Report) -> None:
+        self._workload = workload
+        self._cluster = cluster
+        self._report = report
+        self._profiles: dict[Before, Profile] = {(): found}
+        self._scores: dict[tuple[str, Before], Scores] = {}
+
+    def score(self, methods: Sequence[Method], plans: Sequence[Plan] = ()) -> None:
+        """Scores the student that `plans` lead to with every one of `methods`, all their shards at once.
+
+        Raises:
+            ScoreError: a shard raised; the message is its own.
+        """
+        before = _before(plans)
+        missing = [method for method in methods if (method.name, before) not in self._scores]
+        found = _scores(missing, self._workload, self._profile(plans, before), self._cluster, self._report, before)
+        self._scores |= {(name, before): values for name, values in found.items()}
+
+    def plan(self, name: str, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """The plan of a method or a chain for a budget.
+
+        Raises:
+            Infeasible: no plan fits.
+            ScoreError: a link of a chain could not be scored.
+        """
+        return plan_of(named(name), self._scored, budget, knobs)
+
+    def _scored(self, method: Method, plans: Sequence[Plan]) -> tuple[Scores, Profile]:
+        self.score([method], plans)
+        before = _before(plans)
+        return self._scores[method.name, before], self._profiles[before]
+
+    def _profile(self, plans: Sequence[Plan], before: Before) -> Profile:
+        if before not in self._profiles:
+            calibration = torch.from_numpy(self._workload.splits.calibration.copy())
+            steps = [(METHODS[plan.method], plan) for plan in plans]
+            student = student_of(self._workload.teacher.cpu(), steps, calibration)
+            self._profiles[before] = profile(student, self._workload.example)
+        return self._profiles[before]
+
+
+def _before(plans: Sequence[Plan]) -> Before:
+    return tuple((METHODS[plan.method], json.dumps(plan.to_json(), sort_keys=True)) for plan in plans)
+
+
+def _scores(
+    methods: Sequence[Method], workload: Workload, profile: Profile, cluster: Cluster, report: Report, before: Before
+) -> dict[str, Scores]:
+    """The scores of each method, by name. Those in the cache cost nothing."""
+    paths = {method.name: _path(method, workload, before) for method in methods}
     found = {name: kept for name, path in paths.items() if (kept := _read(path)) is not None}
     missing = [method for method in methods if method.name not in found]
     calibration = torch.from_numpy(workload.splits.calibration.copy())
-    items = [(method, shard, 0) for method in missing for shard in method.shards(profile, calibration)]
+    items = [(method, shard, 0, before) for method in missing for shard in method.shards(profile, calibration)]
     partials: dict[str, list[Scores]] = {method.name: [] for method in missing}
     report("scoring", 0, len(items), "")
     done = 0
@@ -52,8 +99,9 @@ def scores(
     return found
 
 
-def _path(method: Method, workload: Workload) -> Path:
-    key = hashlib.blake2b(f"{VERSION} {method!r} {workload.fingerprint}".encode(), digest_size=16).hexdigest()
+def _path(method: Method, workload: Workload, before: Before) -> Path:
+    content = f"{VERSION} {method!r} {workload.fingerprint} {before!r}"
+    key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     return cache.folder() / "scores" / f"{key}.npz"
 
 

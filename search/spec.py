@@ -7,68 +7,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from methods import METHODS
+from methods import METHODS, named
 from methods.base import Budget
 from methods.profile import Profile
+from search.amounts import Amount, amount, seconds
 from search.base import SpecError
-
-
-@dataclass(frozen=True)
-class Amount:
-    """A limit as the user wrote it: a share of the teacher in (0, 1], or an absolute number of units."""
-
-    text: str
-    share: Fraction | None = None
-    units: int | None = None
-
-    def of(self, teacher: int) -> int:
-        """The limit in units, where the teacher costs `teacher`; a share is rounded down."""
-        if self.units is not None:
-            return self.units
-        assert self.share is not None
-        return floor(teacher * self.share)
-
-
-SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
-
-
-def _amount(value: object) -> Amount:
-    if isinstance(value, Amount):
-        return value
-    text = str(value).strip()
-    found = re.fullmatch(r"([0-9.]+)\s*([%kMG]?)", text)
-    if isinstance(value, bool) or not found or found[1].count(".") > 1 or found[1] == ".":
-        raise ValueError(f"{text!r} is not an amount; write 50% (of the teacher), 20M, 1.2G or a plain number")
-    number, unit = Fraction(found[1]), found[2]
-    if number <= 0:
-        raise ValueError(f"{text!r} is not positive; a limit has to leave something")
-    if unit != "%":
-        units = int(number * SCALES[unit])
-        if units == 0:
-            raise ValueError(
-                f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
-            )
-        return Amount(text, units=units)
-    if number > 100:
-        raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Amount(text, share=number / 100)
-
-
-def _seconds(value: object) -> float:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)", str(value).strip())
-    if isinstance(value, bool) or not found or float(found[1]) <= 0:
-        raise ValueError(f"{value!r} is not a duration; write 90s, 20m, 2h or a number of seconds")
-    return float(found[1]) * SECONDS[found[2]]
 
 
 def _unique(values: tuple[Any, ...], what: str) -> None:
@@ -77,23 +26,39 @@ def _unique(values: tuple[Any, ...], what: str) -> None:
         raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
 
 
-def _is_method(value: object) -> bool:
-    return isinstance(value, str) and value in METHODS and value != "uniform"
+def _method(entry: object) -> str:
+    """The name of a method, or `first+second` for a list of methods, which is a chain."""
+    links = [str(name) for name in entry] if isinstance(entry, list) else str(entry).split("+")
+    known = [name for name in METHODS if name != "uniform"]
+    for name in links:
+        if name == "uniform":
+            raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
+        if name not in known:
+            raise ValueError(f"{name!r} is not a method{_nearest(name, known)}")
+    if isinstance(entry, list) and len(entry) < 2:
+        raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
+    return named("+".join(links)).name
 
 
-def _refusal(value: object) -> str:
-    if value == "uniform":
-        return "'uniform' is the baseline of every search; leave it out of the list"
-    return f"{value!r} is not a method; known: {', '.join(filter(_is_method, METHODS))}"
+def _sorted_out(entries: list[object]) -> tuple[list[str], list[str]]:
+    """The names of the methods among `entries`, and what is wrong with the others."""
+    names, refusals = [], []
+    for entry in entries:
+        try:
+            names.append(_method(entry))
+        except ValueError as error:
+            refusals.append(str(error))
+    return names, refusals
 
 
 def _methods(value: object) -> object:
     if not isinstance(value, list) or not value:
-        raise ValueError("expected a list with at least one method, such as [itpruner, alds]")
-    if refusals := [_refusal(name) for name in value if not _is_method(name)]:
+        raise ValueError("expected a list with at least one method, such as [itpruner, alds, [practise, alds]]")
+    names, refusals = _sorted_out(value)
+    if refusals:
         raise ValueError("; ".join(refusals))
-    _unique(tuple(value), "method")
-    return tuple(value)
+    _unique(tuple(names), "method")
+    return tuple(names)
 
 
 def _budgets(value: object) -> object:
@@ -125,7 +90,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-Limit = Annotated[Amount, BeforeValidator(_amount)]
+Limit = Annotated[Amount, BeforeValidator(amount)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
@@ -163,11 +128,15 @@ class DeviceSpec(_Strict):
 
 
 class BudgetSpec(_Strict):
-    """Upper limits one winner must meet, and the device they are meant for (the first one where none is named)."""
+    """Upper limits one winner must meet, and the device they are meant for (the first one where none is named).
+
+    `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too.
+    """
 
     name: Annotated[Name, BeforeValidator(_alias)]
     device: str | None = None
     macs: Limit | None = None
+    macs_expected: Limit | None = None
     params: Limit | None = None
 
 
@@ -175,15 +144,21 @@ class SearchSettings(_Strict):
     """`trials` per budget; no new round of trials starts once `timeout` seconds have passed."""
 
     trials: Positive = 8
-    timeout: Annotated[float, BeforeValidator(_seconds)] = 3600.0
+    timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
     seed: Seed = 0
 
 
 class RecoverySpec(_Strict):
-    """How students are trained after the cut; without `labels` they mimic the teacher."""
+    """How students are trained after the cut; without `labels` they mimic the teacher.
+
+    `images` is how many of the training images they may see. Those of `data`, another source, take their place: any
+    pictures will do for mimicking.
+    """
 
     steps: Annotated[int, Field(ge=0)] = 400
     labels: bool = True
+    images: Annotated[int | None, Field(ge=8)] = None
+    data: DataSpec | None = None
     batch_size: Positive = 128
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: Literal[1] = 1
@@ -250,6 +225,7 @@ class SearchSpec(_Strict):
                 name=budget.name,
                 macs=budget.macs.of(profile.macs) if budget.macs else None,
                 params=budget.params.of(profile.params) if budget.params else None,
+                macs_expected=budget.macs_expected.of(profile.macs) if budget.macs_expected else None,
                 channels=(self.devices[budget.device] if budget.device else first).channels,
             )
             for budget in self.budgets
@@ -339,7 +315,7 @@ def _keys(parent: Iterable[object]) -> list[str]:
         "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
         "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
     }  # fmt: skip
-    section = next((str(part) for part in parent), None)
+    section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)
     fields = (sections[section] if section else SearchSpec).model_fields
     return [key for key in fields if key not in ("text", "folder")]
 
@@ -360,16 +336,20 @@ def _cross_checks(raw: dict[str, Any]) -> list[str]:
         device = budget.get("device")
         if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
             mistakes.append(f"budgets.{index}.device: no device {device!r}{_nearest(device, list(devices))}")
-        if budget.get("macs") is None and budget.get("params") is None:
-            mistakes.append(f"budgets.{index}: limits nothing; give macs, params or both")
+        if all(budget.get(cost) is None for cost in ("macs", "macs_expected", "params")):
+            mistakes.append(f"budgets.{index}: limits nothing; give macs, macs_expected, params or several")
     if devices == {}:
         mistakes.append("devices: empty; name at least one device or leave the key out")
-    data = raw.get("data")
+    recovery = raw.get("recovery")
+    other = recovery.get("data") if isinstance(recovery, dict) else None
     needed = {"imagefolder": "root", "factory": "name"}
-    if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
-        mistakes.append(f"data.{key}: missing; source {data['source']!r} needs it")
+    for place, data in (("data", raw.get("data")), ("recovery.data", other)):
+        if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
+            mistakes.append(f"{place}.{key}: missing; source {data['source']!r} needs it")
+    if other is not None and isinstance(recovery, dict) and recovery.get("labels", True):
+        mistakes.append("recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too")
     given, search = raw.get("methods"), raw.get("search")
-    methods = {name for name in given if _is_method(name)} if isinstance(given, list) else set()
+    methods = set(_sorted_out(given)[0]) if isinstance(given, list) else set()
     trials = search.get("trials", 8) if isinstance(search, dict) else 8
     if methods and isinstance(trials, int) and 0 < trials < len(methods) + 1:
         mistakes.append(

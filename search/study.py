@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -16,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from methods.base import Choice, Knob, KnobValue, Method, Range, defaults
+from methods.base import Choice, Knob, KnobValue, Range, defaults
+from methods.chain import AnyMethod
 from search.base import SearchError
 
 Storage: TypeAlias = BaseStorage
@@ -56,7 +58,7 @@ class BudgetStudy:
     """
 
     def __init__(
-        self, storage: Storage, name: str, budget: str, methods: Sequence[Method], seed: int, *, labels: bool
+        self, storage: Storage, name: str, budget: str, methods: Sequence[AnyMethod], seed: int, *, labels: bool
     ) -> None:
         self.budget = budget
         self._methods = {method.name: method for method in methods}
@@ -87,12 +89,18 @@ class BudgetStudy:
             self._study.enqueue_trial(self._defaults(list(self._methods)[number]))
         return self._proposal(self._sampling(number).ask())
 
-    def tell(self, number: int, top1: float | None) -> None:
-        """Ends a trial with its validation top-1, or as failed with None."""
+    def tell(self, number: int, top1: float | None, excess: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Ends a trial with its validation top-1, or as failed with None.
+
+        `excess` is how far each limited cost lies above its limit, as a share of it; positive is infeasible.
+        """
         if top1 is None:
             self._study.tell(number, state=TrialState.FAIL)
-        else:
-            self._study.tell(number, top1, state=TrialState.COMPLETE)
+            return
+        trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        for cost in set(excess) - set(trial.constraints):
+            trial.set_constraint(cost, excess[cost])
+        self._study.tell(number, top1, state=TrialState.COMPLETE)
 
     def _sampling(self, number: int) -> optuna.Study:
         startup = 2 * len(self._methods)

@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from search.trial import Measured
 
 
+FIGURES = (
+    *("top1_surgery", "top1_bn", "top1_validation"),
+    *("macs", "macs_expected", "macs_expected_validation", "macs_worst", "params", "size_bytes"),
+)
+"""What is recorded of an outcome as MLflow metrics; those of a gated model only where it is one."""
+
 FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 """What a store that cannot be used raises: a server, a database, a file, a driver that is not installed."""
 
@@ -76,10 +82,7 @@ class Tracker:
     def complete(self, run_id: str, plan: Plan, measured: Measured, device_s: float, *, keep_weights: bool) -> None:
         """Ends a trial's run with its figures, its plan and, where they may be needed again, its weights."""
         outcome = measured.outcome
-        figures = {
-            key: float(getattr(outcome, key))
-            for key in ("top1_surgery", "top1_bn", "top1_validation", "macs", "params", "size_bytes")
-        }
+        figures = {key: float(value) for key in FIGURES if (value := getattr(outcome, key)) is not None}
         figures |= {"seconds": outcome.seconds, "device_s": device_s} | _flat("latency_ms", measured.latency_ms)
         self._log(run_id, figures | _flat("teacher_latency_ms", measured.teacher_latency_ms))
         self._client.log_dict(run_id, plan.to_json(), "plan.json")
@@ -272,7 +275,7 @@ def open_search(
         run_id = parents[0].info.run_id
         client.set_tag(run_id, "paredown.spec", spec)
         client.set_tag(run_id, "paredown.registered_model", model)
-        client.set_tag(run_id, "paredown.limits", json.dumps({budget.name: budget.limits() for budget in limits}))
+        client.set_tag(run_id, "paredown.limits", json.dumps({budget.name: budget.declared() for budget in limits}))
         parents = [client.get_run(run_id)]
         return Tracker(client, experiment, parents[0])
     except FAULTS as error:
@@ -347,9 +350,12 @@ def _teacher(figures: Mapping[str, float]) -> Teacher:
     )
 
 
+COUNTS = ("macs", "macs_expected", "params", "size_bytes")
+
+
 def _candidate(run: Run) -> Candidate:
     figures, params = run.data.metrics, run.data.params
-    counts: dict[str, Any] = {key: int(figures[key]) for key in ("macs", "params", "size_bytes") if key in figures}
+    counts: dict[str, Any] = {key: int(figures[key]) for key in COUNTS if key in figures}
     return Candidate(
         run_id=run.info.run_id,
         trial=int(params["trial"]),

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from cluster import interleaved
-from methods.base import Method, Plan
+from methods.base import Plan
+from methods.chain import AnyMethod
 from methods.pipeline import Bench, Outcome, Progress, rebuild, trial
 from methods.training import Recipe
 from search.spec import DeviceSpec
@@ -28,7 +29,7 @@ class Measured:
 
 
 def run(
-    bench: Bench, method: Method, plan: Plan, recipe: Recipe, seed: int, devices: Mapping[str, DeviceSpec]
+    bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int, devices: Mapping[str, DeviceSpec]
 ) -> Generator[Progress, None, Measured]:
     """Runs one trial; yields progress, returns what was measured."""
     outcome = yield from trial(bench, method, plan, recipe, seed)

@@ -14,27 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from methods.pipeline import Bench
-from methods.training import Metric, Recipe, evaluate, top1, train
+from methods.training import Metric, Recipe, Samples, evaluate, top1, train
 from search import cache, data, zoo
 from search.base import Report, WorkloadError
 from search.data import Splits
-from search.spec import ModelSpec, SearchSpec
+from search.foreign import Foreign
+from search.spec import DataSpec, ModelSpec, SearchSpec
 from search.usercode import UserMetric, brief, first_line, importable, imported, made
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a search works on. The test set stays in the driver: workers are given `bench()` only."""
+    """What a search works on. The test set stays in the driver: workers are given `bench()` only.
+
+    `foreign` are the images of another source, where recovery is to see those instead of the training set.
+    """
 
     teacher: nn.Module
     splits: Splits
     metric: Metric
     fingerprint: str
+    foreign: Samples | None = None
 
     def bench(self) -> Bench:
         """The part of it that workers may see."""
         splits = self.splits
-        return Bench(self.teacher, splits.train, splits.validation, splits.calibration, self.metric)
+        train = splits.train if self.foreign is None else self.foreign
+        return Bench(self.teacher, train, splits.validation, splits.calibration, self.metric)
 
     @property
     def example(self) -> Tensor:
@@ -64,7 +70,9 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
         parameter.requires_grad_(True)
     _check_teacher(teacher, _two(splits), splits.classes)
     metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, imported(spec.metric, spec.folder))
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits))
+    other = spec.recovery.data
+    foreign = None if other is None else Foreign(_sets(other, spec.folder)[0], splits.calibration.shape[1:])
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), foreign)
 
 
 def _check_cache(place: Path) -> None:
@@ -93,18 +101,22 @@ def fingerprint(teacher: nn.Module, splits: Splits) -> str:
 def read_splits(spec: SearchSpec) -> Splits:
     """The data of `spec`, split. Raises as `load` does."""
     settings = spec.data
-    root = None if settings.root is None else Path(spec.folder, settings.root).expanduser()
-    if settings.source == "digits":
-        pool, test = data.digits()
-    elif settings.source == "fashion-mnist":
-        pool, test = data.fashion_mnist(root)
-    elif settings.source == "imagefolder":
-        assert root is not None
-        pool, test = data.image_folder(root, settings.size)
-    else:
-        assert settings.name is not None
-        pool, test = data.from_factory(made(settings.name, settings.args, spec.folder))
+    pool, test = _sets(settings, spec.folder)
     return data.split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
+
+
+def _sets(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
+    """The images of a source, and its own test set where it has one."""
+    root = None if settings.root is None else Path(folder, settings.root).expanduser()
+    if settings.source == "digits":
+        return data.digits()
+    if settings.source == "fashion-mnist":
+        return data.fashion_mnist(root)
+    if settings.source == "imagefolder":
+        assert root is not None
+        return data.image_folder(root, settings.size)
+    assert settings.name is not None
+    return data.from_factory(made(settings.name, settings.args, folder))
 
 
 def _teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:

@@ -89,6 +89,7 @@ def _head(inputs: int, classes: int) -> list[nn.Module]:
 
 ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet8": _resnet(1),
+    "resnet14": _resnet(2),
     "resnet20": _resnet(3),
     "resnet56": _resnet(9),
     "vgg16-cifar": _vgg16,

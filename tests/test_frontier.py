@@ -1,6 +1,7 @@
 """Laws and oracles of `search.frontier`: dominance, hypervolume, winners, and the JSON that other programs read."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -154,6 +155,20 @@ def test_what_is_beaten_wins_nothing_and_stands_on_no_frontier(
     assert best is None or best.run_id not in beaten
 
 
+def test_expected_macs_are_a_cost_of_their_own() -> None:
+    gated = candidate("gated", macs=1010, macs_expected=400, top1_validation=0.85)
+    still = candidate("still", macs=450, top1_validation=0.8)
+    assert winner([gated, still], {"macs": 500}) == still
+    assert winner([gated, still], {"macs_expected": 500}) == gated
+    assert winner([gated, still], {"macs_expected": 500, "macs": 1000}) == still
+    assert gated.excess({"macs": 505, "macs_expected": 500}) == pytest.approx({"macs": 1.0, "macs_expected": -0.2})
+    assert [point["run_id"] for point in frontier(TEACHER, [gated, still], "macs")] == ["still", None]
+    assert [point["macs_expected"] for point in frontier(TEACHER, [gated, still], "macs_expected")] == [400, 1000]
+    assert not beats(still, gated)
+    assert not beats(gated, still)
+    assert beats(still, replace(gated, macs_expected=450, top1_validation=0.7))
+
+
 def test_beating_needs_more_than_a_tie_on_one_axis() -> None:
     first = candidate("first")
     assert beats(candidate("a", top1_validation=0.81), first)
@@ -173,7 +188,7 @@ def test_complete_candidate_without_its_cost_is_refused() -> None:
 
 def test_json_has_exactly_the_keys_other_programs_read() -> None:
     times = {"cpu-1": {"min": 1.0, "p50": 1.5, "p95": 2.0}}
-    best = candidate("run-7", latency_ms=times, macs_expected=410.5, plan={"choices": {}}, knobs={"rank": 2})
+    best = candidate("run-7", latency_ms=times, macs_expected=410, plan={"choices": {}}, knobs={"rank": 2})
     budgets = [
         BudgetResult("half", {"macs": 500}, best, "models:/digits@half", "half", 0.79),
         BudgetResult("tiny", {"macs": 50, "params": 9}),
@@ -196,7 +211,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "top1_validation": 0.8,
                     "top1_test": 0.79,
                     "macs": 500,
-                    "macs_expected": 410.5,
+                    "macs_expected": 410,
                     "params": 100,
                     "size_bytes": 400,
                     "latency_ms": times,
@@ -212,7 +227,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "budget": "half",
                     "top1_validation": 0.8,
                     "macs": 500,
-                    "macs_expected": 410.5,
+                    "macs_expected": 410,
                     "params": 100,
                     "size_bytes": 400,
                 },
@@ -222,12 +237,12 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "budget": None,
                     "top1_validation": 0.9,
                     "macs": 1000,
-                    "macs_expected": None,
+                    "macs_expected": 1000 if axis == "macs_expected" else None,
                     "params": 200,
                     "size_bytes": 800,
                 },
             ]
-            for axis in ("macs", "params")
+            for axis in ("macs", "macs_expected", "params")
         },
         "cost": {"wall_s": 12.5, "device_s": 40.0, "trials": 3, "stopped": 1},
     }

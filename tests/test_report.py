@@ -206,7 +206,7 @@ def test_marks_of_the_methods_do_not_depend_on_what_else_ran() -> None:
 
 def test_expected_macs_have_a_column_only_where_a_candidate_has_them() -> None:
     assert "Expected" not in Page(html(search_result(FOUND))).text
-    gated = candidate("g", "manidp", macs=12_600_000, macs_expected=6.0e6, budget="half")
+    gated = candidate("g", "manidp", macs=12_600_000, macs_expected=6_000_000, budget="half")
     text = Page(html(search_result([*FOUND, gated]))).text
     assert "100.8 %48.0 %" in text
     assert "A masked channel is not a saved one" in text

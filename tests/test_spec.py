@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from methods.profile import Profile
+from search.amounts import Amount
 from search.base import SpecError
-from search.spec import Amount, SearchSpec, load, parse
+from search.spec import SearchSpec, load, parse
 
 GOOD = """
 name: digits
@@ -86,15 +87,15 @@ budgets:
     ("change", "told"),
     [
         ("methods: [uniform]", "baseline of every search"),
-        ("methods: [itprune]", "is not a method; known: itpruner"),
+        ("methods: [itprune]", "is not a method; did you mean 'itpruner'?"),
         ("methods: [alds, alds]", "method alds given twice"),
         ("methods: alds", "expected a list"),
         ("methods: [itprune, uniform, 3]", "'itprune' is not a method"),
         ("methods: [itprune, uniform, 3]", "'uniform' is the baseline"),
-        ("methods: [itprune, uniform, 3]", "3 is not a method"),
+        ("methods: [itprune, uniform, 3]", "'3' is not a method"),
         ("budgets: [{name: a, macs: 0.5}]", "budgets.0.macs: '0.5' is less than one unit; write 50% for a share"),
         ("budgets: [{name: a, params: 0.0004k}]", "'0.0004k' is less than one unit"),
-        ("budgets: [{name: a, macs: null}]", "budgets.0: limits nothing; give macs, params or both"),
+        ("budgets: [{name: a, macs: null}]", "budgets.0: limits nothing; give macs, macs_expected, params or several"),
         ("data: {source: factory, name: null}", "data.name: missing; source 'factory' needs it"),
         ("data: {source: digits, seed: -1}", "data.seed: Input should be greater than or equal to 0, but it is -1"),
         ("search: {seed: -1}", "search.seed: Input should be greater than or equal to 0, but it is -1"),
@@ -106,6 +107,10 @@ budgets:
         ("tracking: {registered_model: ''}", "'' is no name for MLflow"),
         ("search: {trials: 2}", "too few for 2 methods and the baseline"),
         ("search: {timeout: soon}", "is not a duration"),
+        ("recovery: {data: {source: digits}}", "recovery.data: its labels mean nothing to the teacher"),
+        ("recovery: {labels: false, data: {source: imagefolder}}", "recovery.data.root: missing"),
+        ("recovery: {labels: false, data: {sauce: digits}}", "sauce: unknown key; did you mean 'source'?"),
+        ("recovery: {images: 2}", "recovery.images: Input should be greater than or equal to 8"),
         ("data: {source: imagefolder}", "data.root: missing"),
         ("devices: {}", "devices: empty"),
         ("budgets: [{name: a, macs: 1M}, {name: a, macs: 2M}]", "budget a given twice"),
@@ -128,6 +133,28 @@ def test_too_few_trials_are_counted_over_the_methods_that_exist() -> None:
     told = mistakes(GOOD.replace("[itpruner, alds]", "[itpruner, alds, magic]").replace("trials: 4", "trials: 2"))
     assert "search.trials: 2 is too few for 2 methods and the baseline" in told
     assert told.startswith("2 mistakes")
+
+
+def test_a_list_among_the_methods_is_a_chain() -> None:
+    found = spec(GOOD.replace("[itpruner, alds]", "[alds, [itpruner, alds]]"))
+    assert found.methods == ("alds", "itpruner+alds")
+    assert found.candidates == ("alds", "itpruner+alds", "uniform")
+    assert spec(GOOD.replace("[itpruner, alds]", "[alds, itpruner+alds]")).methods == found.methods
+    for chain, told in {
+        "[alds]": "the chain ['alds'] is too short",
+        "[alds, alds]": "expected at least two different methods",
+        "[alds, uniform]": "'uniform' is the baseline",
+        "[alds, itprune]": "did you mean 'itpruner'?",
+        "[alds, [alds, itpruner]]": "is not a method",
+    }.items():
+        assert told in mistakes(GOOD.replace("[itpruner, alds]", f"[itpruner, {chain}]"))
+
+
+def test_a_budget_may_limit_expected_macs() -> None:
+    profile = Profile((), (), macs=1000, params=50_000, input_shape=(1, 8, 8))
+    budget, _ = spec(GOOD.replace("macs: 50%", "macs_expected: 50%, params: 10k")).limits(profile)
+    assert budget.declared() == {"macs_expected": 500, "params": 10_000}
+    assert budget.limits() == {"macs": 500, "params": 10_000}
 
 
 def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> None:

@@ -203,7 +203,7 @@ def test_a_zoo_teacher_with_weights(folder: Path, suffix: str) -> None:
 
 
 def test_an_unknown_zoo_name(folder: Path) -> None:
-    with pytest.raises(WorkloadError, match="no network 'resnet9' in the zoo; expected one of resnet8, resnet20"):
+    with pytest.raises(WorkloadError, match="no network 'resnet9' in the zoo; expected one of resnet8, resnet14"):
         load(folder, {"source": "zoo", "name": "resnet9"})
 
 

@@ -1,0 +1,161 @@
+"""A chain: one method made of methods. Each link cuts the student of the one before and takes a share of the cut.
+
+A link's scores belong to the network it cuts, so they are asked for while the chain is planned, link by link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from methods.base import Budget, Infeasible, Knob, KnobValue, Method, Plan, Range, Scores
+from methods.profile import Profile
+from methods.training import Recipe, Samples
+
+Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
+"""A method's scores of the student that the plans of the links before it lead to, and that student's profile."""
+
+SHARE = Range(0.1, 0.9, 0.5)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Methods applied one after the other, `first+second` by name.
+
+    Knobs: `share.LINK` is the part of the cut still to be made that a link takes, for all but the last, which takes
+    what is left; `LINK.KNOB` is a link's own. A link that cannot take its share takes as much as it can.
+
+    Raises:
+        ValueError: fewer than two links, one of them twice, or a gated one before the last: what its student costs
+            depends on the input, so no later link could plan for it.
+    """
+
+    links: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        names = [link.name for link in self.links]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"a chain is {names}, expected at least two different methods; name each once")
+        if "manidp" in names[:-1]:
+            raise ValueError(f"a chain is {names}, expected 'manidp' at its end: what it saves depends on the input")
+
+    @property
+    def name(self) -> str:
+        return "+".join(link.name for link in self.links)
+
+    @property
+    def knobs(self) -> Mapping[str, Knob]:
+        shares = {f"share.{link.name}": SHARE for link in self.links[:-1]}
+        return shares | {f"{link.name}.{name}": knob for link in self.links for name, knob in link.knobs.items()}
+
+    def accepts(self, profile: Profile) -> str | None:
+        """`None`, or why the first link cannot handle this network; the others are asked about their own student."""
+        return self.links[0].accepts(profile)
+
+    def plan(self, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """The links' plans in a row; `loss` is their sum, `choices["links"]` holds them as `Plan.to_json` gives them.
+
+        Raises:
+            Infeasible: a link cannot handle its student, or the last one cannot make the rest of the cut.
+        """
+        plans: list[Plan] = []
+        for link in self.links:
+            scores, profile = scored(link, tuple(plans))
+            if reason := link.accepts(profile):
+                message = f"budget {budget.name!r}: {link.name} cannot go on from {self.name}'s student: {reason}"
+                raise Infeasible(f"{message}; try its methods alone", {"macs": profile.macs, "params": profile.params})
+            own = {name: knobs[f"{link.name}.{name}"] for name in link.knobs}
+            if link is self.links[-1]:
+                plans.append(self._last(scores, profile, budget, own))
+            else:
+                stage = _stage(budget, profile, float(knobs[f"share.{link.name}"]))
+                plans.append(_as_far_as_possible(link, scores, profile, stage, own))
+        return Plan(
+            method=self.name,
+            macs=plans[-1].macs,
+            params=plans[-1].params,
+            choices={"links": [plan.to_json() for plan in plans]},
+            loss=sum(plan.loss for plan in plans),
+            notes=tuple(note for plan in plans for note in plan.notes),
+            macs_expected=plans[-1].macs_expected,
+        )
+
+    def _last(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        try:
+            return self.links[-1].allocate(scores, profile, budget, knobs)
+        except Infeasible as error:
+            raise Infeasible(f"at the end of {self.name}: {error}", error.least) from error
+
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
+        """The student of all links; with calibration images every link starts from a settled student."""
+        plans = _link_plans(plan)
+        before = student_of(teacher, list(zip(self.links, plans[:-1], strict=False)), calibration)
+        return self.links[-1].apply(before, plans[-1], calibration)
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Settles the student as its last link does."""
+        self.links[-1].settle(student, _link_plans(plan)[-1], calibration)
+
+    def recover(
+        self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
+    ) -> Iterator[int]:
+        """Trains the student once, after all cuts, as its last link does."""
+        return self.links[-1].recover(student, teacher, data, recipe, seed)
+
+
+AnyMethod: TypeAlias = Method | Chain
+
+
+def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+    """The plan of a method or a chain for a budget.
+
+    Raises:
+        Infeasible: no plan fits.
+    """
+    if isinstance(method, Chain):
+        return method.plan(scored, budget, knobs)
+    return method.allocate(*scored(method, ()), budget, knobs)
+
+
+def student_of(teacher: nn.Module, steps: Sequence[tuple[Method, Plan]], calibration: Tensor | None) -> nn.Module:
+    """The student that `steps` lead to, one after the other; the teacher itself where there are none.
+
+    With calibration images `(n, c, h, w)` each step's student is settled before the next one, where something was cut.
+    """
+    student = teacher
+    for method, plan in steps:
+        student = method.apply(student, plan, calibration)
+        if calibration is not None and plan.loss > 0:
+            method.settle(student, plan, calibration)
+    return student
+
+
+def _link_plans(plan: Plan) -> list[Plan]:
+    return [Plan.from_json(values) for values in plan.choices["links"]]
+
+
+def _stage(budget: Budget, profile: Profile, share: float) -> Budget:
+    """The limits of a link that takes `share` of the cut from `profile` down to `budget`."""
+
+    def limit(cost: str, final: int) -> int:
+        have = int(getattr(profile, cost))
+        return final if have <= final else ceil(have - share * (have - final))
+
+    limits = {cost: limit(cost, final) for cost, final in budget.limits().items()}
+    return Budget(budget.name, limits.get("macs"), limits.get("params"), budget.channels)
+
+
+def _as_far_as_possible(
+    link: Method, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]
+) -> Plan:
+    """The link's plan for `budget`, or for the least it can reach where that is more."""
+    try:
+        return link.allocate(scores, profile, budget, knobs)
+    except Infeasible as error:
+        raised = {cost: max(limit, error.least[cost]) for cost, limit in budget.limits().items()}
+        within_reach = Budget(budget.name, raised.get("macs"), raised.get("params"), budget.channels)
+        return link.allocate(scores, profile, within_reach, knobs)
