@@ -30,8 +30,8 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
 
     All gates get the quantile of one remain rate. A mask upstream changes the saliencies downstream, so every guess is
     measured, and the next one makes up for ever less of its error. What is left goes to the last gate, whose mask no
-    other gate sees. Where too many saliencies are 0, the mean stays below the target. A calibrated network is left as
-    it is.
+    other gate sees. Where too many saliencies are 0, or too few images to choose between, the mean stays further below
+    the target. A calibrated network is left as it is.
 
     Source: none; the authors do not calibrate.
     """
@@ -39,6 +39,7 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
     if _meets(_spent(student, found), target, TOLERANCE):
         return
     least, aim = least_macs(student.sites, student.fixed_macs), float(target)
+    closest, kept = 0.0, [mask.threshold.clone() for mask in student.masks]
     for attempt in range(PASSES):
         rate = uniform_rate(student.sites, student.fixed_macs, aim)
         set_quantiles(student, found, rate)
@@ -47,12 +48,17 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
         if abs(spent - target) <= CLOSE * target:
             student.masks[-1].threshold.copy_(_last_threshold(student, found, target))
         shortfall = TOLERANCE if attempt < PASSES // 2 else CLOSE
-        if _meets(_spent(student, found), target, shortfall) or (rate == 1 and spent < target):
+        reached = _spent(student, found)
+        if _meets(reached, target, shortfall) or (rate == 1 and spent < target):
             return
+        if closest < reached <= target:
+            closest, kept = reached, [mask.threshold.clone() for mask in student.masks]
         aim = least + (aim - least) * ((target - least) / max(1.0, spent - least)) ** ((attempt + 2) ** -0.5)
+    for mask, threshold in zip(student.masks, kept, strict=True):
+        mask.threshold.copy_(threshold)
     _log.warning(
         "the thresholds give %.0f expected MACs after %d passes, expected %d; calibrate on more images",
-        _spent(student, found),
+        closest,
         PASSES,
         target,
     )

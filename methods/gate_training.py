@@ -55,7 +55,7 @@ class GatedObjective:
         assert plan.macs_expected is not None
         self.student, self.teacher, self.recipe, self.choices = student, teacher, recipe, plan.choices
         self.final = uniform_rate(student.sites, student.fixed_macs, plan.macs_expected)
-        self.fresh = min(1.0, max(FRESH, ROUNDS / recipe.steps))
+        self.fresh = min(1.0, max(FRESH, ROUNDS / max(1, recipe.steps)))
         self.step = 0
         self.rate = 1.0
         self.mean_loss = 0.0

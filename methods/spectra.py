@@ -208,8 +208,31 @@ def decompose(layer: nn.Module, *, slices: int, rank: int, scheme: int) -> nn.Mo
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     left, right = factors(fold(layer.weight, groups=groups, slices=slices, scheme=scheme), rank)
+    return paired(layer, left, right, scheme=scheme)
+
+
+def paired(layer: nn.Module, left: Tensor, right: Tensor, *, scheme: int) -> nn.Module:
+    """The encoder and decoder of `decompose` with these factors of the folded weight.
+
+    Args:
+        layer: a plain `Conv2d` or `Linear`.
+        left: `(groups, slices, rows, rank)`, the decoder's.
+        right: `(groups, slices, rank, columns)`, the encoder's.
+    """
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
     pair = _conv_pair(layer, left, right, scheme) if isinstance(layer, nn.Conv2d) else _linear_pair(layer, left, right)
     return pair.train(layer.training)
+
+
+def numeric_padding(layer: nn.Conv2d) -> tuple[int, int]:
+    """The padding of each axis in pixels, also where it was given as 'same' (not uneven) or 'valid'."""
+    if layer.padding == "same":
+        height, width = (span // 2 for span in _spans(layer))
+        return height, width
+    if layer.padding == "valid":
+        return 0, 0
+    assert not isinstance(layer.padding, str)
+    return layer.padding[0], layer.padding[1]
 
 
 def obstacle_of(module: nn.Module) -> str | None:
@@ -244,7 +267,7 @@ def _spans(layer: nn.Conv2d) -> list[int]:
 
 
 def _conv_pair(layer: nn.Conv2d, left: Tensor, right: Tensor, scheme: int) -> nn.Sequential:
-    """The two convolutions of `left` `(groups, slices, rows, rank)` and `right` `(groups, slices, rank, columns)`."""
+    """The two convolutions of `paired`."""
     groups, slices, _, rank = left.shape
     owns = encoder_owns(scheme)
     narrow = [size if is_owned else 1 for size, is_owned in zip(layer.kernel_size, owns, strict=True)]
@@ -264,14 +287,12 @@ def _conv(layer: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int, ow
     def owned(values: Sequence[int], default: int) -> tuple[int, int]:
         return (values[0] if owns[0] else default, values[1] if owns[1] else default)
 
-    padding = {"same": [span // 2 for span in _spans(layer)], "valid": (0, 0)}.get(str(layer.padding), layer.padding)
-    assert not isinstance(padding, str)
     conv = nn.Conv2d(
         weight.shape[1] * groups,
         weight.shape[0],
         (weight.shape[2], weight.shape[3]),
         stride=owned(layer.stride, 1),
-        padding=owned(padding, 0),
+        padding=owned(numeric_padding(layer), 0),
         dilation=owned(layer.dilation, 1),
         groups=groups,
         bias=bias is not None,
