@@ -51,7 +51,8 @@ def figures(spec: Path, budget: str, row: str, folder: Path) -> dict[str, Any]:
         return dict(json.loads(kept.read_text()))
     method, *knobs = row.split()
     options = [part for knob in knobs for part in ("--knob", knob)]
-    command = [sys.executable, "-m", "paredown", "compress", str(spec), "--method", method, "--budget", budget]
+    paredown = Path(sys.executable).with_name("paredown")
+    command = [str(paredown), "compress", str(spec), "--method", method, "--budget", budget]
     ended = subprocess.run(
         [*command, *options, "--out", str(folder), "--json"],
         capture_output=True,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from methods.base import ScoreError
 from methods.blocks import UNTRACEABLE, drop, has_weights, passes_on, replace
-from methods.training import classifier_name, last_map
+from methods.training import classifier_name, last_map, tapped
 
 Repair: TypeAlias = Literal["sequential_ls", "adaptor_sgd", "drop"]
 
@@ -65,30 +64,29 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
     """
     teacher = copy.deepcopy(teacher).eval()
     tap = last_map(teacher, images[:1])
-    seen: list[Tensor] = []
     calls: list[tuple[str, Tensor]] = []
 
     def keep(name: str, _: nn.Module, __: object, output: object) -> None:
-        if not seen and isinstance(output, Tensor) and len(output) == len(images):
+        if not features and isinstance(output, Tensor) and len(output) == len(images):
             calls.append((name, output.clone()))
 
     handles = [
         teacher.get_submodule(name).register_forward_hook(partial(keep, name)) for name in _boundaries(teacher, blocks)
     ]
     try:
-        with _tapped(teacher, tap, classifier_name(teacher), seen):
+        with tapped(teacher, tap, classifier_name(teacher)) as features:
             teacher(images)
     finally:
         for handle in handles:
             handle.remove()
-    if not bool(torch.isfinite(seen[0]).all()) or _variance(seen[0]) == 0:
+    if not bool(torch.isfinite(features[0]).all()) or _variance(features[0]) == 0:
         raise ScoreError(
             "the last feature map of the calibration images holds NaN or infinity, or does not vary; "
             "expected numbers that differ; retrain the teacher or check the data"
         )
     runs = Counter(name for name, _ in calls)
     maps = {name: output for name, output in calls if runs[name] == 1}
-    return Reference(teacher, images, blocks, maps, tap, seen[0])
+    return Reference(teacher, images, blocks, maps, tap, features[0])
 
 
 def recoverability(
@@ -314,23 +312,9 @@ def _channel_axis(block: nn.Module, output: Tensor) -> int:
 
 def _features(reference: Reference, student: nn.Module, images: Tensor) -> Tensor:
     """The student's features, where the teacher's were taken."""
-    seen: list[Tensor] = []
-    with _tapped(student, reference.tap, classifier_name(reference.teacher), seen):
+    with tapped(student, reference.tap, classifier_name(reference.teacher)) as seen:
         student(images)
     return seen[0]
-
-
-@contextmanager
-def _tapped(model: nn.Module, tap: str | None, classifier: str, seen: list[Tensor]) -> Iterator[None]:
-    """Appends to `seen` what the module `tap` puts out or, where there is none, what the classifier is given."""
-    if tap is None:
-        handle = model.get_submodule(classifier).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    else:
-        handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _error(reference: Reference, features: Tensor) -> float:

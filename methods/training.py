@@ -68,8 +68,9 @@ def train(
 ) -> Iterator[int]:
     """Trains `model` in place on its own device; yields the steps done, with the model in eval mode.
 
-    Batches, augmentation and dropout follow `seed` alone. Zero steps train nothing and yield nothing. `objective`
-    replaces the recipe's loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
+    Batches, augmentation and dropout follow `seed` alone; without labels nothing is dropped, since the teacher's
+    features are to be met as they are. Zero steps train nothing and yield nothing. `objective` replaces the recipe's
+    loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message names step and learning rate.
@@ -81,7 +82,7 @@ def train(
     optimizer, schedule = _optimizer(model, recipe, undecayed)
     objective = objective or _objective(model, teacher, recipe)
     torch.manual_seed(seed)
-    model.train()
+    _train_mode(model, recipe)
     for step, (images, labels) in enumerate(_batches(data, recipe, seed), start=1):
         images = images.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -98,8 +99,17 @@ def train(
         if step % recipe.report_every == 0 or step == recipe.steps:
             model.eval()
             yield step
-            model.train()
+            _train_mode(model, recipe)
     model.eval()
+
+
+def _train_mode(model: nn.Module, recipe: Recipe) -> None:
+    """Puts `model` in train mode; what drops at random stays as in eval mode where there are no labels."""
+    model.train()
+    for module in () if recipe.labels else model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & {"_DropoutNd", "StochasticDepth", "DropPath"}:  # of torch, torchvision and timm
+            module.eval()
 
 
 def recover(student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Iterator[int]:
@@ -253,6 +263,21 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
     return None
 
 
+@contextmanager
+def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
+    """Collects what the module `tap` puts out or, where there is none, what the classifier is given."""
+    seen: list[Tensor] = []
+    if tap is None:
+        module = model.get_submodule(classifier)
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Objective:
     """The loss of one batch as the recipe says."""
     taps: list[str | None] = []
@@ -269,9 +294,9 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> O
         if not taps:
             taps.append(last_map(teacher, images[:1]))
         classifier = classifier_name(teacher)
-        with torch.no_grad(), _seen(teacher, taps[0], classifier) as wanted:
+        with torch.no_grad(), tapped(teacher, taps[0], classifier) as wanted:
             target = teacher(images)
-        with _seen(model, taps[0], classifier) as given:
+        with tapped(model, taps[0], classifier) as given:
             output = model(images)
         is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))
         if not is_whole or given[0].shape != wanted[0].shape:
@@ -279,21 +304,6 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> O
         return F.mse_loss(given[0], wanted[0]) / wanted[0].var()
 
     return from_outputs if teacher is None or recipe.labels else from_features
-
-
-@contextmanager
-def _seen(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
-    """Collects what the module `tap` puts out or, where there is none, what the classifier is given."""
-    seen: list[Tensor] = []
-    if tap is None:
-        module = model.get_submodule(classifier)
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    else:
-        handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _softened_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:

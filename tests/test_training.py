@@ -5,14 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from networks import NETWORKS
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
-from methods.training import Recipe, classifier_name, evaluate, recalibrate, recover, top1, train
+from methods.training import (
+    Recipe,
+    _train_mode,
+    classifier_name,
+    evaluate,
+    last_map,
+    recalibrate,
+    recover,
+    top1,
+    train,
+)
+from search import zoo
 from search.data import Arrays
 
 RECIPE = Recipe(40, batch_size=32, learning_rate=0.05, report_every=10)
@@ -177,6 +192,50 @@ def test_without_labels_no_label_is_looked_at(teacher: nn.Module, width: int) ->
     for student, samples in zip(students, (data, wrong), strict=True):
         list(recover(student, teacher, samples, replace(RECIPE, steps=5, labels=False), 0))
     assert torch.equal(weights(students[0]), weights(students[1]))
+
+
+def test_without_labels_nothing_is_dropped_at_random() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), StochasticDepth(0.5, "row"))
+    for labels in (True, False):
+        _train_mode(model, replace(RECIPE, labels=labels))
+        assert [module.training for module in model] == [True, True, labels, labels]
+
+
+def test_recovery_sees_no_more_images_than_it_may() -> None:
+    class Watched:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def __len__(self) -> int:
+            return 300
+
+        def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+            self.seen += indices.tolist()
+            return blobs(300).batch(indices, augment)
+
+    drawn = []
+    for seed, images in ((0, 20), (0, 20), (1, 20), (0, 500)):
+        watched = Watched()
+        list(train(network(), watched, replace(RECIPE, steps=8, batch_size=16, images=images), seed))
+        drawn.append(set(watched.seen))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) <= 20 < len(drawn[3])
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "tap"),
+    [
+        (lambda: zoo.build("resnet14", 1, 10, 0), (1, 8, 8), "5"),
+        (lambda: zoo.build("mobilenet-cifar", 1, 10, 0), (1, 16, 16), "50"),
+        (NETWORKS["flatten"], (3, 16, 16), None),
+        (NETWORKS["squeeze"], (3, 16, 16), "body"),
+        (lambda: torchvision.models.vit_b_32(image_size=32), (3, 32, 32), "encoder"),
+        (lambda: torchvision.models.resnet18(), (3, 64, 64), "layer4"),
+        (lambda: torchvision.models.mobilenet_v2(), (3, 64, 64), "features"),
+    ],
+)
+def test_the_last_map_is_what_pooling_reads(build: Callable[[], nn.Module], size: Any, tap: str | None) -> None:
+    assert last_map(build().eval(), torch.zeros(1, *size)) == tap
 
 
 def test_the_share_of_distillation_goes_from_labels_to_the_teacher() -> None:
