@@ -144,7 +144,7 @@ def _hover(result: SearchResult, candidate: Candidate) -> str:
 def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
     whole = cost_of(result.teacher, axis)
     axes = {"gridcolor": "--line", "zeroline": False, "ticksuffix": " %", "fixedrange": False}
-    title = {"text": f"{COSTS[axis]}, share of the teacher's {count(whole)}", "standoff": 12}
+    title = {"text": f"share of the teacher's {count(whole)}", "standoff": 12}
     rows = _limit_rows(result, axis)
     return {
         "xaxis": {**axes, "range": [0, 1.04 * edge], "title": title},

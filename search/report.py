@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,13 +31,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class PlanView:
-    """A plan made ready to be shown: bars for widths, tables for rows of equal shape, facts for the rest."""
+    """A plan made ready to be shown: bars for widths, tables for rows of equal shape, facts for the rest.
+
+    `cost` says what the network costs after it, where it is a link of a chain.
+    """
 
     title: str
     bars: Sequence[Bar] = ()
     tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
     facts: Sequence[tuple[str, str]] = ()
     links: Sequence[PlanView] = ()
+    cost: str = ""
 
 
 def html(result: SearchResult) -> str:
@@ -62,7 +66,7 @@ def html(result: SearchResult) -> str:
         reasons=_reasons(result),
         volumes={axis: _volume(result, axis) for axis in result.axes},
         registered=[budget for budget in result.budgets if budget.model_uri],
-        plans={b.name: plan_view(b.winner.plan) for b in result.budgets if b.winner and b.winner.plan},
+        plans={b.name: plan_view(b.winner.plan, result.teacher) for b in result.budgets if b.winner and b.winner.plan},
         wins=_wins(result),
         trials=_in_order(result),
         failures=_failures(result),
@@ -86,7 +90,7 @@ def headline(teacher: Teacher, budget: BudgetResult) -> str:
     return f"{budget.name}: {' and '.join(shares)} at {points(best.top1_validation - teacher.top1_validation)}"
 
 
-def plan_view(plan: Mapping[str, Any]) -> PlanView:
+def plan_view(plan: Mapping[str, Any], teacher: Teacher) -> PlanView:
     """A plan as bars, tables and facts, by the shapes of its choices; a shape not known here becomes a fact.
 
     Bars come from rows as `methods.channels.to_choices` writes them, links from the plans inside a chain's plan.
@@ -101,7 +105,7 @@ def plan_view(plan: Mapping[str, Any]) -> PlanView:
         if rows and all(_is_width(row) for row in rows):
             bars += [Bar(*row[:3]) for row in rows]
         elif records and all("choices" in record for record in records):
-            links += [plan_view(record) for record in records]
+            links += [replace(plan_view(record, teacher), cost=_link_cost(record, teacher)) for record in records]
         elif records:
             columns = list(dict.fromkeys(column for record in records for column in record))
             tables.append((columns, [[plain(record.get(column, "")) for column in columns] for record in records]))
@@ -109,6 +113,11 @@ def plan_view(plan: Mapping[str, Any]) -> PlanView:
             facts.append((name, plain(value)))
     facts += [("note", note) for note in plan.get("notes", [])]
     return PlanView(method_label(str(plan.get("method", ""))), bars, tables, facts, links)
+
+
+def _link_cost(plan: Mapping[str, Any], teacher: Teacher) -> str:
+    shares = [f"{percent(plan[cost] / getattr(teacher, cost))} {COSTS[cost]}" for cost in ("macs", "params")]
+    return f"leaves {' and '.join(shares)}"
 
 
 def _is_width(row: object) -> bool:
@@ -119,9 +128,12 @@ def _is_width(row: object) -> bool:
 
 
 def _records(name: str, value: object) -> list[dict[str, Any]]:
-    """`value` as rows with named columns, if it is a list of mappings or a mapping of mappings; else none."""
+    """`value` as rows with named columns: a list of mappings, a mapping of mappings or of equally long lists."""
     if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
         return [{name: key, **row} for key, row in value.items()]
+    columns: list[Any] = list(value.values()) if isinstance(value, Mapping) else []
+    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
         return [dict(row) for row in value]
     return []

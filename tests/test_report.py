@@ -229,7 +229,7 @@ def test_headline_names_only_the_limited_costs() -> None:
 def test_plan_of_a_channel_method_becomes_bars() -> None:
     groups = [ChannelGroup("stem", 16, ()), ChannelGroup("conv1", 32, (Member("conv1", "out", 0, 1, 18),))]
     view = plan_view(
-        {"method": "itpruner", "choices": to_choices(groups, {"stem": 16, "conv1": 20}, "l1"), "notes": []}
+        {"method": "itpruner", "choices": to_choices(groups, {"stem": 16, "conv1": 20}, "l1"), "notes": []}, TEACHER
     )
     assert view.bars == [Bar("stem", 16, 16), Bar("conv1", 20, 32)]
     assert view.facts == [("criterion", "l1")]
@@ -237,17 +237,26 @@ def test_plan_of_a_channel_method_becomes_bars() -> None:
 
 def test_plans_become_tables_links_and_facts_by_their_shapes() -> None:
     layers = [{"name": "conv1", "slices": 2, "rank": 5}, {"name": "conv2", "slices": 1, "rank": 7, "scheme": 0}]
-    alds = {"method": "alds", "choices": {"measure": "rss", "layers": layers}, "notes": ["one layer left whole"]}
+    alds = {
+        "method": "alds",
+        "macs": 6_250_000,
+        "params": 68_000,
+        "choices": {"measure": "rss", "layers": layers},
+        "notes": ["one layer left whole"],
+    }
     view = plan_view(
-        {"method": "practise+alds", "choices": {"links": [alds], "thresholds": {"a": 0.25}, "sizes": [1, 2]}}
+        {"method": "practise+alds", "choices": {"links": [alds], "thresholds": {"a": 0.25}, "sizes": [1, 2]}}, TEACHER
     )
     assert view.title == "PRACTISE + ALDS"
     assert view.facts == [("thresholds", "a: 0.25"), ("sizes", "1, 2")]
     (link,) = view.links
+    assert link.cost == "leaves 50.0 % MACs and 25.0 % params"
     assert link.tables == [
         (["name", "slices", "rank", "scheme"], [["conv1", "2", "5", ""], ["conv2", "1", "7", "0"]]),
     ]
     assert link.facts == [("measure", "rss"), ("note", "one layer left whole")]
-    named = plan_view({"method": "x", "choices": {"layers": {"conv1": {"rank": 3}}}})
+    named = plan_view({"method": "x", "choices": {"layers": {"conv1": {"rank": 3}}}}, TEACHER)
     assert named.tables == [(["layers", "rank"], [["conv1", "3"]])]
-    assert plan_view({}).facts == []
+    columns = plan_view({"choices": {"sites": {"conv": ["a", "b"], "gate": [0, 1]}}}, TEACHER)
+    assert columns.tables == [(["conv", "gate"], [["a", "0"], ["b", "1"]])]
+    assert plan_view({}, TEACHER).facts == []
