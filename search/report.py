@@ -131,9 +131,9 @@ def _records(name: str, value: object) -> list[dict[str, Any]]:
     """`value` as rows with named columns: a list of mappings, a mapping of mappings or of equally long lists."""
     if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
         return [{name: key, **row} for key, row in value.items()]
-    columns: list[Any] = list(value.values()) if isinstance(value, Mapping) else []
-    if all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    columns: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {}
+    if all(isinstance(column, list) for column in columns.values()) and len(set(map(len, columns.values()))) == 1:
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
         return [dict(row) for row in value]
     return []
