@@ -45,8 +45,8 @@ from methods.whitening import FITTED, fit_in_order, fitted_curves, fitted_factor
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
 """Tasks are bundled up to this predicted time, far above what it costs to send one, or up to this much memory."""
-FORWARD_SHARE = 0.25
-"""The pass over the calibration images takes at most this share of a bundle's time, memory permitting."""
+FORWARDS = 2
+"""A bundle that passes the calibration images through the network has work for this many passes, memory permitting."""
 PAPER_SLICES = (3, 5, 7, 9)
 LARGEST_POWER = 16
 
@@ -65,8 +65,9 @@ class ALDS:
 
     Source: Liebenwein et al. 2021: ALDS (scheme 0, a search from random starts) and ALDS+ (all schemes).
     Differs: the global problem is solved exactly, for MACs, params or both, and what is left of a budget is spent on
-    the next largest error. The default is `refit`, which the paper does not have: on ResNet-20 and Fashion-MNIST it
-    keeps most of the top-1 where the paper's objective (`group_max`, its spectral norm without data) needs retraining.
+    the next largest error. The default is `refit`, which the paper does not have. ResNet-20 on Fashion-MNIST (top-1
+    0.945) at 20 % of its params, without training: 0.920 with `refit`, 0.877 with `rss`, 0.629 with `group_max`, which
+    the authors' code uses.
     """
 
     slices: tuple[int, ...] | None = None
@@ -109,7 +110,7 @@ class ALDS:
             ((layer.name, counts), fitting_seconds(layer, counts, images), moment_bytes(layer))
             for layer, counts in self._fitted_tasks(profile)
         ]
-        fitted = _bundles("fitted", weighed, max(BUNDLE_SECONDS, forward * (1 / FORWARD_SHARE - 1)))
+        fitted = _bundles("fitted", weighed, max(BUNDLE_SECONDS, FORWARDS * forward))
         return [shard for _, shard in sorted(spectra + fitted, key=lambda item: -item[0])]
 
     @torch.no_grad()

@@ -319,8 +319,11 @@ _Module = TypeVar("_Module", nn.Conv2d, nn.Linear)
 
 
 def _with(module: _Module, weight: Tensor, bias: Tensor | None) -> _Module:
-    """`module`, built without memory or random numbers, given its own copies of the parameters."""
-    module.weight = nn.Parameter(weight.contiguous())
+    """`module`, built without memory or random numbers, given its own copies of the parameters.
+
+    The weight's strides are the standard ones: a kernel chosen by others would round differently once it was reloaded.
+    """
+    module.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().clone())
     return module

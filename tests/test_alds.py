@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -18,17 +19,26 @@ from torch import Tensor, nn
 
 from methods.alds import ALDS
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
-from methods.profile import Profile, count_macs, count_params, profile
+from methods.profile import Layer, Profile, count_macs, count_params, profile
 from methods.spectra import MEASURES, SCHEMES
+from methods.training import recalibrate
+from methods.whitening import FITTED
 
+CALIBRATION = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-measures = st.sampled_from(sorted(MEASURES))
+measures = st.sampled_from([*MEASURES, *FITTED])
 
 
 def scored(network: nn.Module) -> tuple[Profile, Scores]:
     rows = profile(network, EXAMPLE)
-    partials = [ALDS().score(shard, network, EXAMPLE, seed=0) for shard in ALDS().shards(rows, EXAMPLE)]
+    partials = [ALDS().score(shard, network, CALIBRATION, seed=0) for shard in ALDS().shards(rows, CALIBRATION)]
     return rows, ALDS().merge(partials, rows)
+
+
+def spectra(rows: Profile, method: ALDS | None = None) -> list[tuple[str, int, int]]:
+    """Every (layer, slices, scheme) that is scored without data."""
+    shards = (method or ALDS()).shards(rows, CALIBRATION)
+    return [task for kind, *tasks in shards if kind == "spectra" for task in tasks]
 
 
 @cache
@@ -40,7 +50,7 @@ def zoo(name: str) -> tuple[nn.Module, Profile, Scores]:
 # Plans
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(sorted(NETWORKS)),
     measures,
@@ -60,13 +70,17 @@ def test_the_plan_says_what_its_student_costs(
     except Infeasible:
         return
     student = ALDS().apply(network, Plan.from_json(json.loads(json.dumps(plan.to_json()))))
-    assert (plan.macs, plan.params) == (count_macs(student, EXAMPLE), count_params(student))
+    fitted = ALDS().apply(network, plan, CALIBRATION)
+    for one in (student, fitted):
+        assert (plan.macs, plan.params) == (count_macs(one, EXAMPLE), count_params(one))
+    student.load_state_dict(fitted.state_dict())
+    assert torch.equal(student(EXAMPLE), fitted(EXAMPLE))
     assert budget.allows(plan.macs, plan.params)
     assert (
         plan.bound == plan.loss == ALDS().allocate(scores, rows, budget, {"measure": measure, "schemes": schemes}).loss
     )
     assert student(EXAMPLE).shape == network(EXAMPLE).shape
-    if schemes == "0":
+    if schemes == "0" or measure in FITTED:
         assert {choice["scheme"] for choice in plan.choices["layers"]} <= {0}
 
 
@@ -86,7 +100,7 @@ def test_a_larger_budget_is_never_worse(name: str, measure: str, is_joint: bool)
 
 
 @torch.no_grad()
-def test_the_loss_is_the_worst_error_of_the_student() -> None:
+def test_the_loss_is_the_sum_of_the_students_squared_errors() -> None:
     network, rows, scores = zoo("residual")
     plan = ALDS().allocate(scores, rows, Budget("half", rows.macs // 2), {"measure": "fro"})
     student = ALDS().apply(network, plan)
@@ -95,7 +109,68 @@ def test_the_loss_is_the_worst_error_of_the_student() -> None:
         weight, pair = network.get_submodule(choice["name"]).weight, student.get_submodule(choice["name"])
         dense = merged(pair, choice["slices"]) if weight.ndim == 4 else _linear_weight(pair, weight.shape[1])
         lost.append(float((dense - weight.double()).norm() / weight.double().norm()))
-    assert max(lost) == pytest.approx(plan.loss, abs=1e-6)
+    assert sum(error**2 for error in lost) == pytest.approx(plan.loss, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("measure", FITTED)
+def test_calibration_images_bring_the_student_closer_and_leave_the_teacher(measure: str) -> None:
+    network = NETWORKS["residual"]()
+    recalibrate(network, CALIBRATION)
+    rows, scores = scored(network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plan = ALDS().allocate(scores, rows, Budget("half", rows.macs // 2), {"measure": measure})
+    wanted = network(CALIBRATION)
+    lost = []
+    for images in (None, CALIBRATION):
+        student = ALDS().apply(network, plan, images)
+        ALDS().settle(student, plan, CALIBRATION)
+        lost.append(float((student(CALIBRATION) - wanted).norm() / wanted.norm()))
+    assert lost[1] < 0.95 * lost[0]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    again = ALDS().apply(network, plan, CALIBRATION), ALDS().apply(network, plan, CALIBRATION)
+    assert torch.equal(again[0](EXAMPLE), again[1](EXAMPLE))
+
+
+@torch.no_grad()
+def test_the_largest_error_is_least_for_bounds() -> None:
+    _, rows, scores = zoo("residual")
+    limit = rows.macs // 2
+    budget = Budget("half", limit)
+    loss = ALDS().allocate(scores, rows, budget, {"measure": "rss"}).loss
+    assert 0 < loss < 1
+    options = _affordable_errors(scores, rows)
+    cheapest = sum(min(cost for error, cost in layer if error <= loss) for layer in options)
+    tighter = sum(min((cost for error, cost in layer if error < loss), default=10**12) for layer in options)
+    fixed = rows.macs - sum(layer[0][1] for layer in options)
+    assert fixed + cheapest <= limit < fixed + tighter
+
+
+def _affordable_errors(scores: Scores, rows: Profile) -> list[list[tuple[float, int]]]:
+    """Each layer's (rss, MACs), the layer itself first, from the scores and the students they lead to."""
+    table = []
+    for layer in rows.layers:
+        options = [(0.0, layer.macs)]
+        for name, slices, scheme in spectra(rows):
+            if name == layer.name:
+                curve, whole = scores[f"{name}|{slices}|{scheme}"], scores[f"{name}|1|{scheme}"]
+                errors = MEASURES["rss"](curve, whole, slices).tolist()
+                macs = [rank * _macs_of_a_rank(layer, slices, scheme) for rank in range(len(errors))]
+                options += [pair for pair in zip(errors, macs, strict=True) if 0 < pair[1] <= layer.macs]
+        table.append(options)
+    return table
+
+
+def _macs_of_a_rank(layer: Layer, slices: int, scheme: int) -> int:
+    """Encoder: inputs times its kernel at every position of its map; decoder: outputs times its kernel times slices."""
+    high, wide = layer.weight_shape[2:] or (1, 1)
+    kernel, map_ = ([high, wide], list(layer.out_hw))
+    rest = [1, 1]
+    for axis in (0, 1):
+        if scheme & 1 << axis:
+            kernel[axis], rest[axis], map_[axis] = 1, kernel[axis], layer.in_hw[axis]
+    encoder = layer.weight_shape[1] * layer.groups * kernel[0] * kernel[1] * map_[0] * map_[1]
+    return encoder + slices * layer.weight_shape[0] * rest[0] * rest[1] * layer.out_hw[0] * layer.out_hw[1]
 
 
 def _linear_weight(pair: nn.Module, width: int) -> Tensor:
@@ -139,9 +214,9 @@ def test_an_infeasible_budget_names_what_is_missing() -> None:
 
 def test_shards_and_their_order_do_not_matter() -> None:
     network, rows, scores = zoo("grouped")
-    tasks = [task for shard in ALDS().shards(rows, EXAMPLE) for task in shard]
-    assert len(tasks) == len(set(tasks)) == len(scores)
-    partials = [ALDS().score((task,), network, EXAMPLE, seed) for seed, task in enumerate(reversed(tasks))]
+    tasks = [(kind, task) for kind, *tasks in ALDS().shards(rows, CALIBRATION) for task in tasks]
+    assert len(tasks) == len(set(tasks)) == len(spectra(rows)) + len(rows.layers)
+    partials = [ALDS().score(task, network, CALIBRATION, seed) for seed, task in enumerate(reversed(tasks))]
     again = ALDS().merge([*partials, partials[0]], rows)
     assert list(again) == list(scores)
     assert all(np.array_equal(again[key], scores[key]) for key in scores)
@@ -157,12 +232,16 @@ def test_small_networks_are_one_shard_and_large_ones_longest_first() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.convs(x).mean((2, 3)))
 
-    assert len(ALDS().shards(zoo("residual")[1], EXAMPLE)) == 1
+    assert [shard[0] for shard in ALDS().shards(zoo("residual")[1], EXAMPLE)] == ["spectra", "fitted"]
     rows = profile(Wide(), EXAMPLE[:1, :, :8, :8])
-    shards = ALDS().shards(rows, EXAMPLE)
-    sizes = [len(shard) for shard in shards]
+    shards = ALDS().shards(rows, EXAMPLE.expand(2, -1, -1, -1))
+    sizes = [len(shard) - 1 for shard in shards]
     assert 2 < len(shards) < sum(sizes) / 2
-    assert {name for name, _, _ in shards[0]} <= {"convs.1", "convs.2"}
+    assert {task[0] for task in shards[0][1:]} <= {"convs.1", "convs.2"}
+    # 4608 columns are 170 MB of second moments, so the two large layers never share a bundle.
+    fitted = [{name for name, _ in tasks} for kind, *tasks in shards if kind == "fitted"]
+    assert not any({"convs.1", "convs.2"} <= names for names in fitted)
+    assert set.union(*fitted) == {"convs.0", "convs.1", "convs.2", "head"}
 
 
 def test_missing_and_contradicting_scores_are_named() -> None:
@@ -178,18 +257,32 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     network = NETWORKS["plain"]()
     network[3].weight.data[0, 0, 0, 0] = float("nan")  # type: ignore[index, union-attr, operator]
     with pytest.raises(ScoreError, match="the weight of '3' holds NaN or infinity"):
-        ALDS().score((("3", 1, 0),), network, EXAMPLE, 0)
+        ALDS().score(("spectra", ("3", 1, 0)), network, EXAMPLE, 0)
 
 
-def test_a_layer_of_zeros_is_cut_for_free() -> None:
+def test_inputs_that_are_not_finite_are_named() -> None:
+    network = NETWORKS["plain"]()
+    network[1].weight.data[0] = float("inf")  # type: ignore[index, union-attr, operator]
+    with pytest.raises(ScoreError, match="layer '3' reads NaN or infinity"):
+        ALDS().score(("fitted", ("0", (1,)), ("3", (1, 2))), network, EXAMPLE, 0)
+
+
+@pytest.mark.parametrize(("measure", "scheme"), [("refit", 0), ("white", 0), ("rss", 1), ("fro", 1)])
+def test_a_layer_of_zeros_is_cut_for_free(measure: str, scheme: int) -> None:
     network = NETWORKS["plain"]()
     nn.init.zeros_(network[6].weight)  # type: ignore[index, arg-type]
     rows, scores = scored(network)
-    plan = ALDS().allocate(scores, rows, Budget("free", rows.macs - 1), {})
+    plan = ALDS().allocate(scores, rows, Budget("free", rows.macs - 1), {"measure": measure})
     assert plan.loss == 0
     # On paper, one rank with stride 2 on 8 x 8: 3,968 MACs in scheme 0, 3,840 in 1 and 2, 6,144 in 3.
-    assert plan.choices["layers"] == [{"name": "6", "slices": 1, "rank": 1, "scheme": 1}]
-    torch.testing.assert_close(ALDS().apply(network, plan)(EXAMPLE), network(EXAMPLE))
+    assert plan.choices["layers"] == [{"name": "6", "slices": 1, "rank": 1, "scheme": scheme}]
+    for images in (None, CALIBRATION):
+        student = ALDS().apply(network, plan, images)
+        if images is not None:
+            ALDS().settle(student, plan, images)
+            network = copy.deepcopy(network)
+            ALDS().settle(network, plan, images)
+        torch.testing.assert_close(student(EXAMPLE), network(EXAMPLE))
 
 
 # What is left alone
@@ -259,7 +352,7 @@ def test_shared_layers_are_replaced_everywhere_and_shared_weights_not_at_all() -
 def test_depthwise_and_protected_layers_are_left_alone() -> None:
     network, rows, _ = zoo("depthwise")
     method = ALDS(skip=("head",))
-    tasks = {name for shard in method.shards(rows, EXAMPLE) for name, _, _ in shard}
+    tasks = {task[0] for _, *tasks in method.shards(rows, EXAMPLE) for task in tasks}
     depthwise = {layer.name for layer in rows.layers if layer.groups > 1}
     assert depthwise
     assert tasks == {layer.name for layer in rows.layers} - depthwise - {"head"}
@@ -271,19 +364,22 @@ def test_depthwise_and_protected_layers_are_left_alone() -> None:
 
 def test_slice_counts_divide_the_channels_and_hold_the_papers() -> None:
     _, rows, _ = zoo("plain")
-    counts = {
-        name: sorted({k for shard in ALDS().shards(rows, EXAMPLE) for n, k, _ in shard if n == name}) for name in "0369"
-    }
+    counts = {name: sorted({k for n, k, _ in spectra(rows) if n == name}) for name in "0369"}
     # Three channels: 1 and 3. 24: the powers, and 3, 5, 7, 9 snapped to 3, 6 (over 4), 8 (over 6), 8.
     assert [counts["0"], counts["6"]] == [[1, 3], [1, 2, 3, 4, 6, 8]]
-    assert {k for shard in ALDS(slices=(4, 5)).shards(rows, EXAMPLE) for _, k, _ in shard} == {1, 4}
+    assert {k for _, k, _ in spectra(rows, ALDS(slices=(4, 5)))} == {1, 4}
+    fitted = {task for kind, *tasks in ALDS().shards(rows, EXAMPLE) if kind == "fitted" for task in tasks}
+    assert {name: list(slices) for name, slices in fitted if name in "036"} == {name: counts[name] for name in "036"}
 
 
 @pytest.mark.parametrize("wrong", [{"schemes": ()}, {"schemes": (4,)}, {"slices": (0,)}, {"slices": ()}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="expected"):
         ALDS(**wrong)  # type: ignore[arg-type]
-    assert list(ALDS(schemes=(1,)).knobs["schemes"].options) == ["all"]
+    without = ALDS(schemes=(1,))
+    assert list(without.knobs["schemes"].options) == ["all"]
+    assert (without.knobs["measure"].default, set(without.knobs["measure"].options)) == ("rss", set(MEASURES))
+    assert {kind for kind, *_ in without.shards(zoo("plain")[1], EXAMPLE)} == {"spectra"}
 
 
 @pytest.mark.parametrize(
@@ -291,5 +387,4 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, tuple[int, ...]]) ->
 )
 def test_schemes_that_coincide_are_tried_once(kernel: tuple[int, int], expected: set[int]) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, kernel), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    shards = ALDS().shards(profile(network, EXAMPLE), EXAMPLE)
-    assert {scheme for shard in shards for _, _, scheme in shard} == expected
+    assert {scheme for _, _, scheme in spectra(profile(network, EXAMPLE))} == expected
