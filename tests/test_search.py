@@ -101,6 +101,35 @@ def test_a_search_from_spec_to_registry(wanted: spec.SearchSpec, tmp_path: Path)
     _check_in_a_fresh_python(result, tmp_path)
 
 
+def test_chains_and_gates_in_one_search(wanted: spec.SearchSpec, tmp_path: Path) -> None:
+    text = wanted.text.replace("[itpruner, alds]", "[manidp, [itpruner, alds]]").replace("trials: 4", "trials: 3")
+    text = text.replace("{name: small, params: 30%, macs: 60%}", "{name: light, macs_expected: 60%}")
+    result = loop.search(spec.parse(text, folder=tmp_path), inline, quiet)
+
+    half, light, _ = result.budgets
+    assert half.winner is not None
+    assert half.winner.macs_expected is None
+    assert light.limits.keys() == {"macs_expected"}
+    assert light.winner is not None
+    assert light.winner.fits(light.limits)
+    gated = {one.budget: one for one in result.candidates if one.method == "manidp"}
+    for budget in (half, light):
+        one = gated[budget.name]
+        (limit,) = budget.limits.values()
+        assert one.macs is not None
+        assert one.macs_expected is not None
+        assert 0.98 * limit <= one.macs_expected <= limit < result.teacher.macs < one.macs
+    assert not gated["half"].fits(half.limits)
+    assert gated["light"].fits(light.limits)
+    assert result.to_json()["frontier"].keys() == {"macs", "macs_expected", "params"}
+    chains = [one for one in result.candidates if one.method == "itpruner+alds"]
+    assert len(chains) == 2
+    for chain in chains:
+        links = find_search(wanted.tracking.uri, "digits").plan(chain.run_id).choices["links"]
+        assert [link["method"] for link in links] == ["itpruner", "alds"]
+        assert result.teacher.macs > links[0]["macs"] > links[1]["macs"] == chain.macs
+
+
 def _check_in_a_fresh_python(result: SearchResult, folder: Path) -> None:
     """The winner loads without this project and has the registered accuracy and cost."""
     import numpy as np

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
 
-from methods import METHODS
+import methods
 from methods.base import Choice, Range, defaults
 from search.base import SearchError
 from search.study import RECOVERY, BudgetStudy, Proposal, storage
+
+METHODS = {name: methods.METHODS[name] for name in ("manidp", "alds", "uniform")}
 
 
 def study(path: Path, *, name: str = "one", labels: bool = True, seed: int = 0) -> BudgetStudy:
@@ -50,6 +53,30 @@ def test_later_proposals_stay_within_every_knob(tmp_path: Path) -> None:
         rate = RECOVERY["learning_rate"]
         assert isinstance(rate, Range)
         assert rate.low <= proposal.recovery["learning_rate"] <= rate.high
+
+
+def test_what_lies_over_a_limit_is_hardly_tried_again(tmp_path: Path) -> None:
+    drawn = {}
+    for excess in (-0.1, 0.1):
+        made = study(tmp_path / f"{excess}")
+        found = []
+        for _ in range(8):
+            asked = [made.ask() for _ in range(made.round)]
+            for proposal in asked:
+                is_gated = proposal.method == "manidp"
+                made.tell(proposal.number, 0.9 if is_gated else 0.5, {"macs": excess if is_gated else -0.1})
+            found += asked
+        drawn[excess] = sum(proposal.method == "manidp" for proposal in found)
+    assert drawn[0.1] < drawn[-0.1] / 2
+
+
+def test_a_limit_told_before_a_kill_is_not_told_again(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    number = made.ask().number
+    trial = optuna.trial.Trial(made._study, made._study.get_trials()[number]._trial_id)
+    trial.set_constraint("macs", 0.5)
+    made.tell(number, 0.9, {"macs": 0.5})
+    assert made._study.get_trials()[number].constraints == {"macs": 0.5}
 
 
 def test_without_labels_there_is_nothing_to_weigh(tmp_path: Path) -> None:
