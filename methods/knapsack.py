@@ -42,13 +42,11 @@ class Selection(NamedTuple):
 def least_sum(options: Sequence[SumOptions], limits: Sequence[int]) -> Selection:
     """The choice of one option per layer whose losses sum to the least, within every limit on the summed costs.
 
-    `bound` equals `loss` where integer programming proves it the least, to six digits of the relaxation's own gap,
-    itself some 1e-5 of the loss in networks of 50 layers. Under two limits such networks may run out of nodes (2,000);
-    then `bound` is the relaxation's.
+    `bound` equals `loss` where that is proven, to six digits of the relaxation's own gap. Two limits may take more than
+    `_NODES`; then `bound` is the relaxation's, some 1e-5 of the loss below it in networks of 50 layers.
 
     Args:
-        options: losses are finite and at least 0; costs are whole numbers.
-        limits: at least one.
+        options: losses are finite and at least 0; costs are whole numbers, one per limit.
 
     Raises:
         Infeasible: no choice keeps every limit; `least` holds the least of each cost alone, by its position.
@@ -63,21 +61,19 @@ def least_sum(options: Sequence[SumOptions], limits: Sequence[int]) -> Selection
         return Selection([], 0.0, 0.0)
     tables = [_undominated(layer) for layer in options]
     least = np.array([table.costs.min(0) for table in tables]).sum(0)
-    if (least > limits).any():
-        raise _infeasible(least, limits)
-    relaxed = _relaxed(tables, limits)
+    relaxed = None if (least > limits).any() else _relaxed(tables, limits)
     if relaxed is None:
         raise _infeasible(least, limits)
     excess, bound = relaxed
-    ranked = np.sort(np.concatenate(excess))
-    gap = float(max(ranked[min(_FEW * len(tables), len(ranked) - 1)], 1e-12))
+    ranked = sorted(np.concatenate(excess).tolist())
+    gap = max(ranked[min(_FEW * len(tables), len(ranked) - 1)], 1e-12)
     while True:
         kept = [np.flatnonzero(row <= gap) for row in excess]
         found = _integer_program([table.rows(rows) for table, rows in zip(tables, kept, strict=True)], limits, gap)
         if found is not None:
             picks = [int(table.indices[rows[at]]) for table, rows, at in zip(tables, kept, found.picks, strict=True)]
             loss = fsum(layer[pick][0] for layer, pick in zip(options, picks, strict=True))
-        is_whole = all(len(rows) == len(row) for rows, row in zip(kept, excess, strict=True))
+        is_whole = sum(map(len, kept)) == len(ranked)
         if found is not None and (is_whole or loss - bound <= gap or not found.is_least):
             return Selection(picks, loss, loss if found.is_least else bound)
         if is_whole:

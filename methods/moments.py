@@ -65,13 +65,17 @@ def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> 
         for handle in handles:
             handle.remove()
     for name in names:
-        if name not in sums or not bool(torch.isfinite(sums[name]).all()):
-            found = "NaN or infinity" if name in sums else "nothing"
-            raise ScoreError(
-                f"layer {name!r} reads {found} on the calibration images, expected finite numbers; "
-                "check the images and the teacher, or protect the layer with `skip`"
-            )
+        _check(name, sums.get(name))
     return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}
+
+
+def _check(name: str, product: Tensor | None) -> None:
+    if product is None or not bool(torch.isfinite(product).all()):
+        found = "nothing" if product is None else "NaN or infinity"
+        raise ScoreError(
+            f"layer {name!r} reads {found} on the calibration images, expected finite numbers; "
+            "check the images and the teacher, or protect the layer with `skip`"
+        )
 
 
 def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
