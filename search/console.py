@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +31,7 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+    with _kept_for_results(), Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
 
         def report(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
@@ -36,6 +39,21 @@ def bars(*, hidden: bool) -> Iterator[Report]:
             progress.update(tasks[stage], completed=done, total=total, note=escape(note))
 
         yield report
+
+
+@contextmanager
+def _kept_for_results() -> Iterator[None]:
+    """Sends to standard error what solvers written in C++ print meanwhile: standard output is for the result alone."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(output, 1)
+        os.close(output)
 
 
 MACS = {"macs": "", "macs_expected": " expected"}

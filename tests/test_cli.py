@@ -318,6 +318,17 @@ def test_a_store_that_cannot_be_written_is_found_before_any_work(run: Run, tmp_p
         assert str(place) in run("search", spec).reason(2)
 
 
+def test_what_a_solver_prints_is_no_result(tmp_path: Path) -> None:
+    code = (
+        "import ctypes, os; from search import console\n"
+        "with console.bars(hidden=True): ctypes.CDLL(None).puts(b'chatter'); os.system('echo more')\n"
+        "print('result')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "result\n"
+    assert set(ended.stderr.split()) == {"chatter", "more"}
+
+
 def test_names_that_are_not_known(run: Run, tmp_path: Path) -> None:
     spec = write(tmp_path)
     reason = run(*compress(spec, method="magic")).reason(2)
