@@ -8,9 +8,7 @@ from methods.manidp import ManiDP
 from methods.practise import PRACTISE
 from methods.uniform import Uniform
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (ITPruner(), ManiDP(), PRACTISE(), ALDS(), Uniform())
-}
+METHODS: dict[str, Method] = {method.name: method for method in (ITPruner(), ManiDP(), PRACTISE(), ALDS(), Uniform())}
 
 
 def named(name: str) -> AnyMethod:

@@ -305,7 +305,7 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
         ScoreError: it is not finite.
     """
     module = model.get_submodule(name)
-    if obstacle_of(module) or _is_shared(module, model):
+    if obstacle_of(module) or _is_shared(module, model) or _is_read_directly(name, model):
         return None
     assert isinstance(module.weight, Tensor)
     if not bool(torch.isfinite(module.weight).all()):
@@ -318,7 +318,13 @@ def _notes(scores: Scores) -> tuple[str, ...]:
     dense = sorted({key.split("|")[0] for key, curve in scores.items() if curve.shape[1] == 0})
     if not dense:
         return ()
-    return (f"kept whole (a subclass, a shared or parametrized weight, or uneven 'same' padding): {', '.join(dense)}",)
+    reasons = "a subclass, a shared, parametrized or directly read weight, or uneven 'same' padding"
+    return (f"kept whole ({reasons}): {', '.join(dense)}",)
+
+
+def _is_read_directly(name: str, model: nn.Module) -> bool:
+    """Whether the layer's parent gives its weight to a kernel of its own, as torch's encoder layer does in eval."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
 
 
 def _is_shared(module: nn.Module, model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from methods.gates import Gated, active, macs_of, saliencies
+from methods.gates import CLAMP, Gated, active, macs_of, saliencies
 from methods.regularisers import beside_the_best, between, quantile_threshold
 from methods.sites import Site, gated_macs, widths
 
@@ -31,7 +31,7 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
     All gates get the quantile of one remain rate. A mask upstream changes the saliencies downstream, so every guess is
     measured, and the next one makes up for ever less of its error. What is left goes to the last gate, whose mask no
     other gate sees. Where too many saliencies are 0, or too few images to choose between, the mean stays further below
-    the target. A calibrated network is left as it is.
+    the target; at worst one channel per gate is kept. A calibrated network is left as it is.
 
     Source: none; the authors do not calibrate.
     """
@@ -39,7 +39,7 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
     if _meets(_spent(student, found), target, TOLERANCE):
         return
     least, aim = least_macs(student.sites, student.fixed_macs), float(target)
-    closest, kept = 0.0, [mask.threshold.clone() for mask in student.masks]
+    closest, kept = float(least), [torch.full_like(mask.threshold, CLAMP + 1) for mask in student.masks]
     for attempt in range(PASSES):
         rate = uniform_rate(student.sites, student.fixed_macs, aim)
         set_quantiles(student, found, rate)

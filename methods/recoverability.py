@@ -37,8 +37,8 @@ class Reference:
 
     `teacher` is a copy in eval mode and `blocks` are its removable blocks, as in `Blocks.removable`. `maps` holds, in
     the order they are computed, the output of every block up to `features`, the map to reproduce; blocks that change
-    their input's shape are among them. `tap` names the module that puts out `features` (None: the classifier reads
-    them).
+    their input's shape are among them, parts that read more than one map are not. `tap` names the module that puts out
+    `features` (None: the classifier reads them).
     """
 
     teacher: nn.Module
@@ -64,14 +64,15 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
     """
     teacher = copy.deepcopy(teacher).eval()
     tap = last_map(teacher, images[:1])
-    calls: list[tuple[str, Tensor]] = []
+    calls: list[tuple[str, Tensor, int]] = []
 
-    def keep(name: str, _: nn.Module, __: object, output: object) -> None:
-        if not features and isinstance(output, Tensor) and len(output) == len(images):
-            calls.append((name, output.clone()))
+    def keep(name: str, _: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object], output: object) -> None:
+        if len(inputs) == 1 and not named and isinstance(output, Tensor) and len(output) == len(images):
+            calls.append((name, output.clone(), len(features)))
 
     handles = [
-        teacher.get_submodule(name).register_forward_hook(partial(keep, name)) for name in _boundaries(teacher, blocks)
+        teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+        for name in _boundaries(teacher, blocks)
     ]
     try:
         with tapped(teacher, tap, classifier_name(teacher)) as features:
@@ -79,14 +80,14 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
     finally:
         for handle in handles:
             handle.remove()
-    if not bool(torch.isfinite(features[0]).all()) or _variance(features[0]) == 0:
+    if not bool(torch.isfinite(features[-1]).all()) or _variance(features[-1]) == 0:
         raise ScoreError(
             "the last feature map of the calibration images holds NaN or infinity, or does not vary; "
             "expected numbers that differ; retrain the teacher or check the data"
         )
-    runs = Counter(name for name, _ in calls)
-    maps = {name: output for name, output in calls if runs[name] == 1}
-    return Reference(teacher, images, blocks, maps, tap, features[0])
+    runs = Counter(name for name, *_ in calls)
+    maps = {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}
+    return Reference(teacher, images, blocks, maps, tap, features[-1])
 
 
 def recoverability(
@@ -314,7 +315,7 @@ def _features(reference: Reference, student: nn.Module, images: Tensor) -> Tenso
     """The student's features, where the teacher's were taken."""
     with tapped(student, reference.tap, classifier_name(reference.teacher)) as seen:
         student(images)
-    return seen[0]
+    return seen[-1]
 
 
 def _error(reference: Reference, features: Tensor) -> float:

@@ -265,7 +265,10 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
-    """Collects what the module `tap` puts out or, where there is none, what the classifier is given."""
+    """Collects what the module `tap` puts out or, where there is none, what the classifier is given.
+
+    Of a module that runs several times, such as an activation shared by all layers, the last is the one that counts.
+    """
     seen: list[Tensor] = []
     if tap is None:
         module = model.get_submodule(classifier)
@@ -299,9 +302,9 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> O
         with tapped(model, taps[0], classifier) as given:
             output = model(images)
         is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))
-        if not is_whole or given[0].shape != wanted[0].shape:
+        if not is_whole or given[-1].shape != wanted[-1].shape:
             return instance_losses(output, labels, target, recipe).mean()
-        return F.mse_loss(given[0], wanted[0]) / wanted[0].var()
+        return F.mse_loss(given[-1], wanted[-1]) / wanted[-1].var()
 
     return from_outputs if teacher is None or recipe.labels else from_features
 

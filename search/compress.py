@@ -127,7 +127,7 @@ def _value(name: str, knob: Knob, text: str) -> KnobValue:
         found = [option for option in knob.options if str(option) == text]
     else:
         expected = f"a number from {knob.low} to {knob.high}"
-        number = float(text) if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) else math.nan
+        number = float(text) if re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", text) else math.nan
         found = [number] if knob.low <= number <= knob.high else []
     if not found:
         raise SpecError(f"knob {name!r} is {text!r}; expected {expected}; correct --knob")

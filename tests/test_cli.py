@@ -318,6 +318,21 @@ def test_a_store_that_cannot_be_written_is_found_before_any_work(run: Run, tmp_p
         assert str(place) in run("search", spec).reason(2)
 
 
+@pytest.mark.parametrize(
+    ("knob", "told"),
+    [
+        ("measure", "--knob is 'measure'; expected NAME=VALUE, such as measure=rss"),
+        ("measur=rss", "alds has no knob 'measur'; expected one of measure, schemes,"),
+        ("measure=rs", "knob 'measure' is 'rs'; expected one of"),
+        ("recovery.learning_rate=9", "knob 'recovery.learning_rate' is '9'; expected a number from"),
+        ("recovery.learning_rate=0.0.1", "knob 'recovery.learning_rate' is '0.0.1'; expected a number from"),
+    ],
+)
+def test_a_wrong_knob_is_told_before_any_work(run: Run, tmp_path: Path, knob: str, told: str) -> None:
+    spec = write(tmp_path, data=source("broken"))
+    assert told in run(*compress(spec, "alds"), "--knob", knob).reason(2)
+
+
 def test_what_a_solver_prints_is_no_result(tmp_path: Path) -> None:
     code = (
         "import ctypes, os; from search import console\n"

@@ -192,6 +192,15 @@ def test_a_settled_student_meets_its_target(name: str, share: float) -> None:
     assert all(torch.equal(mask.threshold, old) for mask, old in zip(student.masks, thresholds, strict=True))
 
 
+def test_saliencies_that_are_all_the_same_never_leave_a_student_above_its_target() -> None:
+    student, plan = student_of("residual", 0.75), plan_for("residual", 0.75)
+    for gate in student.gates:
+        nn.init.zeros_(gate.expand.weight)
+    assert plan.macs_expected is not None
+    calibrate(student, CALIBRATION, plan.macs_expected)
+    assert expected_macs(student) <= plan.macs_expected
+
+
 def test_the_least_target_is_reached() -> None:
     _, rows, scores = case("plain")
     with pytest.raises(Infeasible) as caught:

@@ -18,6 +18,7 @@ from methods.base import ScoreError
 from methods.blocks import drop, find_blocks
 from methods.recoverability import (
     Reference,
+    Repair,
     adaptor_error,
     add_adaptors,
     fit_channels,
@@ -140,6 +141,41 @@ def test_the_maps_are_those_of_all_blocks_up_to_pooling() -> None:
     assert torch.equal(seen.features, seen.maps["body.8"])
     assert reference(deep("tokens")).tap == "body"
     assert list(reference(deep("tokens")).maps) == ["body.0", "body.1", "body.2", "body.3"]
+
+
+class Reusing(nn.Module):
+    """One activation for the stem and for the last map; behind the blocks a part that reads two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 6, 3), nn.ReLU()
+        self.one, self.two = Linearly(nn.Conv2d(6, 6, 1)), Linearly(nn.Conv2d(6, 6, 3, padding=1))
+        self.joined, self.last = Joined(), nn.Conv2d(6, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.act(self.stem(x))
+        x = self.joined(self.two(self.one(start)), beside=start)
+        return cast(Tensor, self.head(self.act(self.last(x)).mean((2, 3))))
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.there = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        return cast(Tensor, self.here(x) + self.there(beside))
+
+
+@pytest.mark.parametrize("repair", ["sequential_ls", "adaptor_sgd", "drop"])
+def test_modules_that_run_twice_or_read_two_maps_are_no_hindrance(repair: Repair) -> None:
+    seen = reference(_seeded(Reusing))
+    assert list(seen.blocks) == ["one", "two"]
+    assert list(seen.maps) == ["one", "two"]
+    assert seen.tap == "act"
+    assert seen.features.shape[1] == 8
+    assert recoverability(seen, ["two"], repair, steps=4) > 0
 
 
 def test_features_that_tell_nothing_are_refused() -> None:
