@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import training
-from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard, defaults
+from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard, collected, defaults
 from methods.decompositions import (
     COSTS,
     WORK_PER_SECOND,
@@ -147,17 +147,9 @@ class ALDS:
         Raises:
             ScoreError: a curve is missing, or two of the same layer differ.
         """
-        merged: dict[str, np.ndarray] = {}
-        for key, curve in (item for partial in partials for item in partial.items()):
-            if not np.array_equal(merged.setdefault(key, curve), curve):
-                raise ScoreError(f"two scores of {key!r} differ, expected equal ones; score it again on one device")
         fitted = [(layer.name, slices) for layer, counts in self._fitted_tasks(profile) for slices in counts]
         expected = [_key(*task) for task, _ in self._tasks(profile)] + [_key(*task, "fitted") for task in fitted]
-        if missing := [key for key in expected if key not in merged]:
-            raise ScoreError(
-                f"{len(missing)} scores are missing, first {missing[0]!r}; score every shard before merging"
-            )
-        return {key: merged[key] for key in expected}
+        return collected(partials, lambda _: expected)
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The plan of the least error within every limit of the budget; no layer's replacement costs more than it does.

@@ -6,7 +6,7 @@ then `settle`) and a training loop (`recover`). Scores never see a budget, so on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -80,10 +80,10 @@ class Budget:
         params = {} if self.params is None else {"params": self.params}
         return ({"macs": min(macs)} if macs else {}) | params
 
-    def allows(self, macs: int, params: int) -> bool:
-        """Whether a network of this cost fits every limit."""
-        cost = {"macs": macs, "params": params}
-        return all(cost[name] <= limit for name, limit in self.limits().items())
+    def allows(self, macs: int, params: int, macs_expected: int | None = None) -> bool:
+        """Whether a network of this cost fits every limit; without gates its expected MACs are its MACs."""
+        cost = {"macs": macs, "params": params, "macs_expected": macs if macs_expected is None else macs_expected}
+        return all(cost[name] <= limit for name, limit in self.declared().items())
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class Plan:
     """What a method decided: plain JSON values, with the cost of the whole student it predicts.
 
     `loss` is the method's own proxy for what the cut costs: 0 at the teacher's own cost, smaller is better, comparable
-    only between plans of one method and one knob setting. `bound` is a proven lower bound on it, where one is known.
+    only between plans of one method and one knob setting, where a larger budget is never worse. (A chain's adds up what
+    its links say of different networks, so there it may be.) `bound` is a proven lower bound on it, where one is known.
     `macs_expected` is the target of a gated student, whose `macs` are those of all its channels and gates; it is None
     where every input costs the same.
     """
@@ -194,6 +195,22 @@ class Tunable(Protocol):
 
     @property
     def knobs(self) -> Mapping[str, Knob]: ...
+
+
+def collected(partials: Sequence[Scores], expected: Callable[[Scores], Sequence[str]]) -> Scores:
+    """All entries of `partials` that are `expected` of them together, in that order: what a `merge` starts from.
+
+    Raises:
+        ScoreError: one is missing, or two of the same name differ.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, value in (item for partial in partials for item in partial.items()):
+        if not np.array_equal(found.setdefault(key, value), value):
+            raise ScoreError(f"two scores of {key!r} differ, expected equal ones; score it again on one device")
+    names = expected(found)
+    if missing := [name for name in names if name not in found]:
+        raise ScoreError(f"{len(missing)} scores are missing, first {missing[0]!r}; score every shard before merging")
+    return {name: found[name] for name in names}
 
 
 def defaults(method: Tunable) -> dict[str, KnobValue]:

@@ -88,7 +88,8 @@ class Chain:
         try:
             return self.links[-1].allocate(scores, profile, budget, knobs)
         except Infeasible as error:
-            raise Infeasible(f"at the end of {self.name}: {error}", error.least) from error
+            size = f"which it gives {profile.macs:,} MACs and {profile.params:,} params"
+            raise Infeasible(f"at the last link of {self.name}, {size}: {error}", error.least) from error
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """The student of all links; with calibration images every link starts from a settled student."""
@@ -152,10 +153,17 @@ def _stage(budget: Budget, profile: Profile, share: float) -> Budget:
 def _as_far_as_possible(
     link: Method, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]
 ) -> Plan:
-    """The link's plan for `budget`, or for the least it can reach where that is more."""
+    """The link's plan for `budget`, or for the least it can reach where that is more; else it cuts nothing.
+
+    It cuts nothing where it reaches the least of two costs, but not both of them together.
+    """
     try:
         return link.allocate(scores, profile, budget, knobs)
     except Infeasible as error:
         raised = {cost: max(limit, error.least[cost]) for cost, limit in budget.limits().items()}
+    try:
         within_reach = Budget(budget.name, raised.get("macs"), raised.get("params"), budget.channels)
         return link.allocate(scores, profile, within_reach, knobs)
+    except Infeasible:
+        whole = Budget(budget.name, profile.macs, profile.params, budget.channels)
+        return link.allocate(scores, profile, whole, knobs)

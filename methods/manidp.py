@@ -24,10 +24,10 @@ from methods.base import (
     KnobValue,
     Plan,
     Range,
-    ScoreError,
     Scores,
     Shard,
     Unsupported,
+    collected,
     defaults,
 )
 from methods.calibration import calibrate, least_macs
@@ -130,12 +130,8 @@ class ManiDP:
         Raises:
             ScoreError: there is none, or two differ.
         """
-        if not partials:
-            raise ScoreError("manidp has no score to merge, expected one; score its shard first")
-        first = partials[0]
-        if any(not np.array_equal(first[key], other[key]) for other in partials for key in first):
-            raise ScoreError("two scores of manidp differ, expected equal ones; score it again")
-        return dict(first)
+        columns = tuple(to_columns(()))
+        return collected(partials, lambda _: (*columns, "refusal", "skipped", "params"))
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """All gates, with the budget's MACs as the target of the expected MACs, or no gate where the teacher fits.

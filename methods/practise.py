@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from methods import training
-from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, ScoreError, Scores, Shard, defaults
+from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard, collected, defaults
 from methods.blocks import Blocks, drop, find_blocks
 from methods.blocks import removable_blocks as removable_blocks
 from methods.profile import Profile, count_macs, count_params
@@ -109,16 +109,8 @@ class PRACTISE:
         Raises:
             ScoreError: a score is missing, or two of the same blocks differ.
         """
-        merged: dict[str, np.ndarray] = {}
-        for key, value in (item for partial in partials for item in partial.items()):
-            if not np.array_equal(merged.setdefault(key, value), value):
-                raise ScoreError(f"two scores of {key!r} differ, expected equal ones; score it again on one device")
-        names = merged.get("blocks", np.array([], dtype=np.str_)).tolist()
-        expected = ["blocks", "closings", "rejected", *map(_key, _items(names)), *map(_cost_key, names)]
-        if missing := [key for key in expected if key not in merged]:
-            raise ScoreError(
-                f"{len(missing)} scores are missing, first {missing[0]!r}; score every shard before merging"
-            )
+        merged = collected(partials, _expected)
+        names = merged["blocks"].tolist()
         costs = np.array([merged[_cost_key(name)] for name in names], dtype=np.int64).reshape(-1, 2)
         return {
             **{key: merged[key] for key in ("blocks", "closings", "rejected")},
@@ -186,6 +178,12 @@ def _items(names: Sequence[str]) -> list[tuple[str, ...]]:
     """What is scored: every block, then every two of them unless there are too many."""
     singles: list[tuple[str, ...]] = [(name,) for name in names]
     return singles + (list(combinations(names, 2)) if len(names) <= MOST_IN_PAIRS else [])
+
+
+def _expected(found: Scores) -> list[str]:
+    """The names of all scores, from the blocks that were found."""
+    names = found["blocks"].tolist() if "blocks" in found else []
+    return ["blocks", "closings", "rejected", *map(_key, _items(names)), *map(_cost_key, names)]
 
 
 def _key(names: Sequence[str]) -> str:

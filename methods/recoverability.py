@@ -27,6 +27,9 @@ Repair: TypeAlias = Literal["sequential_ls", "adaptor_sgd", "drop"]
 RIDGE, FEW_IMAGES, RIDGE_OF_FEW = 1e-3, 100, 0.1
 """A fit's pull towards the identity, as a share of the channels' mean variance; more of it below `FEW_IMAGES`."""
 
+MOST_BYTES = 1 << 30
+"""Memory for the teacher's maps: 512 images of 32 x 32 through a ResNet-56, 50 of 224 x 224 through a ResNet-50."""
+
 BATCH = 64
 """Images in a step of `adaptor_sgd`, and those whose maps a fit holds in float64 at a time."""
 
@@ -57,13 +60,29 @@ class Reference:
 
 @torch.no_grad()
 def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Reference:
-    """The reference for `blocks`; the teacher is left untouched. All images pass through it at once.
+    """The reference for `blocks` on as many of `images` as `MOST_BYTES` of maps allow; the teacher is left untouched.
 
     Raises:
         ScoreError: the last feature map holds NaN or infinity, or does not vary.
     """
     teacher = copy.deepcopy(teacher).eval()
     tap = last_map(teacher, images[:1])
+    names = list(_boundaries(teacher, blocks))
+    one, _ = _maps(teacher, images[:1], names, tap)
+    images = images[: max(BATCH, MOST_BYTES // max(1, sum(output.nbytes for output in one.values())))]
+    maps, features = _maps(teacher, images, names, tap)
+    if not bool(torch.isfinite(features).all()) or _variance(features) == 0:
+        raise ScoreError(
+            "the last feature map of the calibration images holds NaN or infinity, or does not vary; "
+            "expected numbers that differ; retrain the teacher or check the data"
+        )
+    return Reference(teacher, images, blocks, maps, tap, features)
+
+
+def _maps(
+    teacher: nn.Module, images: Tensor, names: Sequence[str], tap: str | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the modules `names` put out, those that run once and read one map, before the features; and these."""
     calls: list[tuple[str, Tensor, int]] = []
 
     def keep(name: str, _: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object], output: object) -> None:
@@ -71,8 +90,7 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
             calls.append((name, output.clone(), len(features)))
 
     handles = [
-        teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
-        for name in _boundaries(teacher, blocks)
+        teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names
     ]
     try:
         with tapped(teacher, tap, classifier_name(teacher)) as features:
@@ -80,14 +98,8 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
     finally:
         for handle in handles:
             handle.remove()
-    if not bool(torch.isfinite(features[-1]).all()) or _variance(features[-1]) == 0:
-        raise ScoreError(
-            "the last feature map of the calibration images holds NaN or infinity, or does not vary; "
-            "expected numbers that differ; retrain the teacher or check the data"
-        )
     runs = Counter(name for name, *_ in calls)
-    maps = {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}
-    return Reference(teacher, images, blocks, maps, tap, features[-1])
+    return {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}, features[-1]
 
 
 def recoverability(

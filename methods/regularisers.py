@@ -23,7 +23,7 @@ def similarity_loss(saliency: Tensor, features: Tensor) -> Tensor:
     """How far images alike in features are from being alike in saliency: `||R - T||_F^2 / n^2`, in float32.
 
     `T` and `R` `(n, n)` are the cosines between the rows of `saliency` `(n, C)` and of `features` `(n, ...)`, which
-    are flattened. 0 for equal or rescaled rows, and for one image.
+    are flattened. 0 for equal or rescaled rows, and for one image, if no row is shorter than 1e-3.
 
     Source: ManiDP, the similarity (graph) loss of the authors' code. Differs: norms are floored at 1e-3, not 1e-12,
     since a row of tiny saliencies otherwise has gradients of 1e13; bfloat16 is not used.
@@ -71,7 +71,7 @@ def mean_rank_threshold(mean_saliency: Tensor, remain_rate: float) -> float:
     """The threshold of the authors: the `ceil(remain_rate C)`-th largest of the mean saliencies `(C,)`.
 
     Raises:
-        ValueError: the rate is not in (0, 1].
+        ValueError: the rate is not in (0, 1], or there is no saliency.
 
     Source: ManiDP, the authors' code. Differs: a product like 0.55 x 100 = 55.00000000000001 counts as 55.
 
@@ -79,6 +79,8 @@ def mean_rank_threshold(mean_saliency: Tensor, remain_rate: float) -> float:
     45.0
     """
     _check_rate(remain_rate, 0 < remain_rate <= 1)
+    if not len(mean_saliency):
+        raise ValueError("the mean saliencies are empty, expected one per channel; pass those of a gate")
     rank = max(1, _ceil(remain_rate * len(mean_saliency)))
     return float(mean_saliency.sort(descending=True).values[rank - 1])
 

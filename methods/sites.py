@@ -19,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from methods.base import Unsupported
+from methods.blocks import UNTRACEABLE
 
 NARROWEST = 8
 """Fewest channels a gate reads or decides about."""
@@ -105,7 +106,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     try:
         return fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as error:
+    except UNTRACEABLE as error:
         reason = (str(error).splitlines() or [""])[0]
         raise Unsupported(
             f"torch.fx cannot trace the network: {type(error).__name__}: {reason}; expected a forward whose steps do "

@@ -138,6 +138,9 @@ def _pairs(given: list[str]) -> dict[str, str]:
     wrong = [pair for pair in given if not re.fullmatch(r"[^=]+=[^=]+", pair)]
     if wrong:
         raise SpecError(f"--knob is {wrong[0]!r}; expected NAME=VALUE, such as measure=rss; correct it")
+    names = [pair.split("=")[0] for pair in given]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"--knob gives {min(twice)!r} twice; expected each knob once; keep one of them")
     return dict(pair.split("=") for pair in given)
 
 

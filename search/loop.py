@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from cluster import Cluster, Failed, Step
 from methods import named
-from methods.base import Infeasible, Plan
+from methods.base import Infeasible, MethodError, Plan
 from methods.pipeline import size_bytes
 from methods.training import evaluate
 from search import cache, trial
@@ -180,6 +180,9 @@ def _run(
             runs.append((proposal, run_id, _planned(prepared, proposal)))
         except Infeasible as error:
             tracker.fail(run_id, "infeasible", str(error), device_s=0.0)
+            results[proposal.key] = tracker.candidate(run_id)
+        except MethodError as error:
+            tracker.fail(run_id, "failed", str(error), device_s=0.0)
             results[proposal.key] = tracker.candidate(run_id)
     so_far = [one for one in tracker.trials() if one.state == "complete"]
     for event in cluster.run(trial.run, [_item(prepared.spec, proposal, plan) for proposal, _, plan in runs]):

@@ -13,7 +13,7 @@ import torch
 
 from cluster import Cluster
 from methods import named
-from methods.base import Budget, Infeasible, Plan, defaults
+from methods.base import Budget, Infeasible, MethodError, Plan, defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.prepare import Prepared, prepare
@@ -25,7 +25,10 @@ TIMED_STEPS = 4
 
 @dataclass(frozen=True)
 class MethodReach:
-    """The least cost one method can bring this network to, or why it cannot handle it."""
+    """The least cost one method brings this network to, its knobs at their defaults, or why it cannot handle it.
+
+    The least MACs of a gated method are expected ones.
+    """
 
     method: str
     refusal: str | None
@@ -81,11 +84,21 @@ def preflight(spec: SearchSpec, make_cluster: Callable[[object], Cluster], repor
             BudgetReach(
                 budget.name,
                 budget.declared(),
-                {name: None if isinstance(plan, Plan) else plan for name, plan in prepared.reach[budget.name].items()},
+                {name: _obstacle(plan, budget) for name, plan in prepared.reach[budget.name].items()},
             )
             for budget in prepared.budgets
         ),
         minutes=_minutes(spec, workload),
+    )
+
+
+def _obstacle(found: Plan | str, budget: Budget) -> str | None:
+    """Why a method has no plan that can win the budget, or None."""
+    if isinstance(found, str) or budget.allows(found.macs, found.params, found.macs_expected):
+        return found if isinstance(found, str) else None
+    return (
+        f"budget {budget.name!r} limits MACs, which {found.method} meets on average only: it needs {found.macs:,} "
+        f"for some inputs and {found.macs_expected:,} on average; limit macs_expected to let it win"
     )
 
 
@@ -101,6 +114,8 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
             least[cost] = getattr(plan, cost)
         except Infeasible as error:
             least[cost] = error.least[cost]
+        except MethodError as error:
+            return MethodReach(name, str(error), {})
     return MethodReach(name, None, least)
 
 

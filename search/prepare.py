@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster import Cluster
 from methods import named
-from methods.base import Budget, Infeasible, KnobValue, Plan, defaults
+from methods.base import Budget, KnobValue, MethodError, Plan, defaults
 from methods.chain import AnyMethod, Chain
 from methods.profile import Profile, profile
 from methods.training import Recipe
@@ -58,7 +58,7 @@ def prepare(
 def _reach(planner: Planner, name: str, budget: Budget) -> Plan | str:
     try:
         return planner.plan(name, budget, defaults(named(name)))
-    except Infeasible as error:
+    except MethodError as error:
         return str(error)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from cluster import Cluster, Done, Failed
 from methods import METHODS, named
@@ -54,7 +55,10 @@ class Planner:
             Infeasible: no plan fits.
             ScoreError: a link of a chain could not be scored.
         """
-        return plan_of(named(name), self._scored, budget, knobs)
+        try:
+            return plan_of(named(name), self._scored, budget, knobs)
+        except LinAlgError as error:  # of a link's surgery, which runs here
+            raise ScoreError(f"{name} could not be planned: {error}; expected finite weights; try it alone") from error
 
     def _scored(self, method: Method, plans: Sequence[Plan]) -> tuple[Scores, Profile]:
         self.score([method], plans)

@@ -28,7 +28,7 @@ def _unique(values: tuple[Any, ...], what: str) -> None:
 
 def _method(entry: object) -> str:
     """The name of a method, or `first+second` for a list of methods, which is a chain."""
-    links = [str(name) for name in entry] if isinstance(entry, list) else str(entry).split("+")
+    links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
     known = [name for name in METHODS if name != "uniform"]
     for name in links:
         if name == "uniform":

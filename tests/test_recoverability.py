@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import _seeded
+from networks import _seeded, residual
 from test_blocks import DEEP, Averaged, Linearly, Patches, deep, silenced
 from torch import Tensor, nn
 
+import methods.recoverability
 from methods.base import ScoreError
 from methods.blocks import drop, find_blocks
 from methods.recoverability import (
@@ -291,3 +292,12 @@ def test_adaptors_need_a_graph() -> None:
     assert recoverability(seen, ["body.body.3"]) == recoverability(reference(deep("squeeze"), bright), ["body.3"])
     with pytest.raises(ScoreError, match=r"torch.fx cannot trace the network .*; score by sequential_ls"):
         recoverability(seen, ["body.body.3"], "adaptor_sgd")
+
+
+def test_no_more_images_are_seen_than_their_maps_find_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, images = residual(), torch.randn(200, 3, 16, 16)
+    blocks = find_blocks(teacher, images[:2]).removable
+    whole = observe(teacher, images, blocks)
+    per_image = sum(output.nbytes for output in whole.maps.values()) // 200
+    monkeypatch.setattr(methods.recoverability, "MOST_BYTES", 100 * per_image)
+    assert (len(whole.images), len(observe(teacher, images, blocks).images)) == (200, 100)
