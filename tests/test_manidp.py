@@ -158,7 +158,7 @@ def test_scores_merge_to_one() -> None:
     assert all(np.array_equal(merged[key], scores[key]) for key in scores)
     with pytest.raises(ScoreError, match="differ"):
         METHOD.merge([scores, case("flatten")[2]], rows)
-    with pytest.raises(ScoreError, match="no score"):
+    with pytest.raises(ScoreError, match="scores are missing"):
         METHOD.merge([], rows)
 
 
