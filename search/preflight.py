@@ -97,8 +97,8 @@ def _obstacle(found: Plan | str, budget: Budget) -> str | None:
     if isinstance(found, str) or budget.allows(found.macs, found.params, found.macs_expected):
         return found if isinstance(found, str) else None
     return (
-        f"budget {budget.name!r} limits MACs, which {found.method} meets on average only: it needs {found.macs:,} "
-        f"for some inputs and {found.macs_expected:,} on average; limit macs_expected to let it win"
+        f"budget {budget.name!r} limits MACs, which {found.method} meets on average only: {found.macs_expected:,} are "
+        f"expected, {found.macs:,} with every channel; limit macs_expected instead to let it win"
     )
 
 

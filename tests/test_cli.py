@@ -333,6 +333,15 @@ def test_a_wrong_knob_is_told_before_any_work(run: Run, tmp_path: Path, knob: st
     assert told in run(*compress(spec, "alds"), "--knob", knob).reason(2)
 
 
+def test_compress_takes_a_chain_as_a_spec_writes_it(run: Run, tmp_path: Path) -> None:
+    spec = write(tmp_path)
+    figures = json.loads(run(*compress(spec, "[itpruner, alds]", "small"), "--json").out)
+    assert figures["method"] == "itpruner+alds"
+    assert figures["macs"] <= figures["limits"]["macs"]
+    links = json.loads((tmp_path / "out" / "plan.json").read_text())["choices"]["links"]
+    assert [link["method"] for link in links] == ["itpruner", "alds"]
+
+
 def test_what_a_solver_prints_is_no_result(tmp_path: Path) -> None:
     code = (
         "import ctypes, os; from search import console\n"
