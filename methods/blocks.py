@@ -63,7 +63,22 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
     for name in [name for name in removable if any(other.startswith(f"{name}.") for other in removable)]:
         del removable[name]
         rejected[name] = "a removable block lies inside it"
+    for name in list(removable):
+        if reason := _misses(model, {name: removable[name]}, example):
+            del removable[name]
+            rejected[name] = reason
     return Blocks(removable, rejected)
+
+
+def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str | None:
+    """Why the network does not run without `blocks`: it may read more of them than their output."""
+    without = copy.deepcopy(model)
+    drop(without, blocks)
+    try:
+        without(example)
+    except UNTRACEABLE as error:
+        return f"the network does not run without it: {type(error).__name__}: {error}"
+    return None
 
 
 def removable_blocks(model: nn.Module, example: Tensor) -> list[str]:

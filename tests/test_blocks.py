@@ -297,3 +297,15 @@ def test_students_can_be_exported_for_any_batch_size(name: str) -> None:
 def test_an_unknown_block_is_named() -> None:
     with pytest.raises(ValueError, match=r"no module 'body\.99' in the network, expected one of its own"):
         drop(_seeded(residual), {"body.99": "identity"})
+
+
+def test_a_block_that_the_network_looks_into_stays() -> None:
+    class Curious(_Headed):
+        def forward(self, x: Tensor) -> Tensor:
+            stride = cast(nn.Conv2d, self.body.get_submodule("3.inner.0")).stride
+            return super().forward(x[..., :: stride[0], :: stride[1]])
+
+    layers = [*_conv(3, 16), _Basic(16, 16), _Basic(16, 16)]
+    found = find_blocks(Curious(nn.Sequential(*layers), 16), torch.randn(2, 3, 16, 16))
+    assert list(found.removable) == ["body.4"]
+    assert "the network does not run without it: AttributeError" in found.rejected["body.3"]
