@@ -6,6 +6,7 @@ import json
 from collections.abc import Generator
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,13 @@ from methods.training import Recipe, evaluate
 from search import zoo
 from search.data import Arrays
 
-NETWORKS = ("resnet8", "resnet20", "mobilenet-cifar")
+NETWORKS = ("resnet14", "resnet20", "mobilenet-cifar")
 RECIPE = Recipe(3, batch_size=16, learning_rate=0.01, report_every=2)
-networks = pytest.mark.parametrize("name", NETWORKS)
 methods = pytest.mark.parametrize("method", METHODS)
+pairs = pytest.mark.parametrize(
+    ("name", "method"),
+    [pair for pair in product(NETWORKS, METHODS) if pair != ("mobilenet-cifar", "practise")],  # it has no blocks
+)
 
 
 def likelihood(logits: Tensor, labels: Tensor) -> float:
@@ -58,8 +62,13 @@ def scores(name: str, method: str) -> Scores:
     return chosen.merge([score(bench(name), chosen, shard, 0) for shard in shards], rows(name))
 
 
-def plan_for(name: str, method: str, macs: float, params: float = 1.0) -> Plan:
-    limits = Budget("b", int(macs * rows(name).macs), int(params * rows(name).params), channels=2)
+def plan_for(name: str, method: str, macs: float | None = None, params: float | None = None) -> Plan:
+    limits = Budget(
+        "b",
+        None if macs is None else int(macs * rows(name).macs),
+        None if params is None else int(params * rows(name).params),
+        channels=2,
+    )
     return METHODS[method].allocate(scores(name, method), rows(name), limits, defaults(METHODS[method]))
 
 
@@ -108,16 +117,22 @@ def test_one_seed_gives_one_network_and_leaves_the_generator_alone() -> None:
 # Every method on them
 
 
-@networks
-@methods
+@pairs
 def test_a_trial_from_scores_to_a_student_that_survives_its_file(name: str, method: str, tmp_path: Path) -> None:
     plan = plan_for(name, method, 0.5)
     steps, outcome = ended(trial(bench(name), METHODS[method], plan, RECIPE, 7))
     assert (outcome.macs, outcome.params) == (plan.macs, plan.params)
-    assert plan.macs <= 0.5 * rows(name).macs
+    assert (plan.macs_expected or plan.macs) <= 0.5 * rows(name).macs
     assert [step.step for step in steps] == [2, 3]
     assert {step.steps for step in steps} == {3}
-    assert outcome.top1_validation == steps[-1].top1
+    if plan.macs_expected is None:
+        assert outcome.top1_validation == steps[-1].top1
+        assert outcome.macs_expected is outcome.macs_worst is None
+    else:  # its thresholds are set once more, so the last step is not the last word
+        assert outcome.macs_expected is not None
+        assert outcome.macs_worst is not None
+        assert 0.98 * plan.macs_expected <= outcome.macs_expected <= plan.macs_expected
+        assert outcome.macs_expected <= outcome.macs_worst <= plan.macs
     assert outcome.size_bytes == sum(value.nbytes for value in outcome.state.values())
     safetensors.numpy.save_file(dict(outcome.state), tmp_path / "student.safetensors")
     read = Plan.from_json(json.loads(json.dumps(plan.to_json())))
@@ -131,8 +146,10 @@ def test_a_trial_from_scores_to_a_student_that_survives_its_file(name: str, meth
 
 @methods
 def test_one_seed_gives_one_outcome(method: str) -> None:
-    plan = plan_for("resnet8", method, 0.4)
-    first, again, other = (ended(trial(bench("resnet8"), METHODS[method], plan, RECIPE, seed))[1] for seed in (1, 1, 2))
+    plan = plan_for("resnet14", method, 0.4)
+    first, again, other = (
+        ended(trial(bench("resnet14"), METHODS[method], plan, RECIPE, seed))[1] for seed in (1, 1, 2)
+    )
     assert all(np.array_equal(value, again.state[key]) for key, value in first.state.items())
     assert first.top1_surgery == other.top1_surgery
     assert first.top1_bn == other.top1_bn
@@ -141,10 +158,11 @@ def test_one_seed_gives_one_outcome(method: str) -> None:
 
 @methods
 def test_without_recovery_the_norms_have_the_last_word(method: str) -> None:
-    plan = plan_for("resnet8", method, 0.4)
-    steps, outcome = ended(trial(bench("resnet8"), METHODS[method], plan, replace(RECIPE, steps=0), 0))
+    plan = plan_for("resnet14", method, 0.4)
+    steps, outcome = ended(trial(bench("resnet14"), METHODS[method], plan, replace(RECIPE, steps=0), 0))
     assert steps == []
-    assert outcome.top1_validation == outcome.top1_bn != outcome.top1_surgery
+    assert outcome.top1_validation == outcome.top1_bn
+    assert (outcome.top1_bn == outcome.top1_surgery) == (method == "alds")  # which follows the norms as it fits
 
 
 def test_a_plan_that_misstates_its_cost_is_caught() -> None:
@@ -154,25 +172,24 @@ def test_a_plan_that_misstates_its_cost_is_caught() -> None:
         ended(trial(bench("resnet8"), METHODS["uniform"], false, RECIPE, 0))
 
 
-@networks
-@methods
+@pairs
 def test_a_larger_budget_never_gets_a_worse_plan(name: str, method: str) -> None:
     for grow in ("macs", "params"):
         losses = []
         for share in (0.02, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95, 1.0):
             try:
-                losses.append(plan_for(name, method, **{"macs": 1.0, grow: share}).loss)
+                losses.append(plan_for(name, method, **{grow: share}).loss)
             except Infeasible:
                 losses.append(np.inf)
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] == 0
-        assert losses[2] < np.inf
+        is_cut = method != "manidp" or grow == "macs"  # gates remove no parameter
+        assert (losses[-2] < np.inf) == is_cut
 
 
-@networks
-@methods
+@pairs
 def test_at_the_teachers_own_cost_the_student_is_the_teacher(name: str, method: str) -> None:
-    plan = plan_for(name, method, 1.0)
+    plan = plan_for(name, method, 1.0, 1.0)
     assert (plan.macs, plan.params) == (rows(name).macs, rows(name).params)
     images = torch.from_numpy(bench(name).calibration)
     teacher = bench(name).teacher
