@@ -114,7 +114,10 @@ class ManiDP:
             network = trace(teacher)
             with torch.no_grad():
                 if not torch.allclose(network(example), teacher(example), rtol=1e-4, atol=1e-5):
-                    raise Unsupported("the traced network gives other outputs; expected a forward without branches")
+                    raise Unsupported(
+                        "the traced network gives other outputs, expected the same; its forward depends on values: "
+                        "rewrite it, or use a method that does not gate"
+                    )
             sites, skipped = find_sites(network, example, self.squeeze)
         except Unsupported as error:
             return to_columns(()) | _texts(refusal=[str(error)], skipped=[]) | {"params": np.array([0])}
