@@ -70,7 +70,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     teacher = result.teacher
     table = Table(title=f"{result.name}: the best network for every budget", title_justify="left")
     for heading in ("budget", "method", "MACs", "params", "size", "val.", "test", "latency"):
-        table.add_column(heading, justify="left" if heading in ("budget", "method") else "right")
+        table.add_column(heading, justify="left" if heading in ("budget", "method") else "right", overflow="fold")
     table.add_row(
         "", "teacher", count(teacher.macs), count(teacher.params), size(teacher.size_bytes),
         percent(teacher.top1_validation), percent(teacher.top1_test), "1.00x", style="dim",

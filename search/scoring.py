@@ -88,7 +88,6 @@ def _scores(
     calibration = torch.from_numpy(workload.splits.calibration.copy())
     items = [(method, shard, 0, before) for method in missing for shard in method.shards(profile, calibration)]
     partials: dict[str, list[Scores]] = {method.name: [] for method in missing}
-    report("scoring", 0, len(items), "")
     done = 0
     for event in cluster.run(score, items):
         if isinstance(event, Failed):
