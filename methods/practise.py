@@ -222,7 +222,8 @@ def interactions(scores: Scores, selector: str) -> np.ndarray:
     beyond = scores["joint"] - (alone[:, None] + alone[None, :])
     np.fill_diagonal(beyond, 0)
     gains = np.maximum(-beyond, 0)
-    share = np.minimum(1, alone / np.maximum(gains.sum(1), np.finfo(np.float64).tiny))
+    total = gains.sum(1)
+    share = np.divide(alone, total, out=np.ones_like(total), where=total > alone)
     damped: np.ndarray = np.maximum(beyond, 0) - gains * np.minimum(share[:, None], share[None, :])
     return damped
 
