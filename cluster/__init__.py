@@ -1,9 +1,12 @@
 """Work on other processes: run functions on workers beside loaded data, and measure devices. Knows no method's name."""
 
-from cluster.base import Cluster, Done, Event, Failed, Step
+from cluster.base import Cluster, ClusterError, Done, Event, Failed, Item, Step, Stopped, always
 from cluster.inline import InlineCluster
-from cluster.meter import Latency, interleaved
-from cluster.ray_cluster import ClusterError, RayCluster
+from cluster.layers import LayerShape, layer_times
+from cluster.meter import Latency, Reading, identity, interleaved, measure
+from cluster.ray_cluster import RayCluster
+from cluster.roofline import Roofline, predicted_ms, roofline
+from cluster.runtimes import Program, Runtime
 
 __all__ = [
     "Cluster",
@@ -12,8 +15,21 @@ __all__ = [
     "Event",
     "Failed",
     "InlineCluster",
+    "Item",
     "Latency",
+    "LayerShape",
+    "Program",
     "RayCluster",
+    "Reading",
+    "Roofline",
+    "Runtime",
     "Step",
+    "Stopped",
+    "always",
+    "identity",
     "interleaved",
+    "layer_times",
+    "measure",
+    "predicted_ms",
+    "roofline",
 ]

@@ -1,10 +1,10 @@
-"""The one verb of a cluster: run a function over items beside a context every worker loaded once."""
+"""The two verbs of a cluster: run a function over items beside a context every worker loaded once, and run it alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import GeneratorType
+from types import GeneratorType, MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 
@@ -38,17 +38,59 @@ class Failed:
     seconds: float
 
 
-Event: TypeAlias = Step | Done | Failed
+@dataclass(frozen=True)
+class Stopped:
+    """Item number `index` was told to stop at its last step, `seconds` of a worker after it began."""
+
+    index: int
+    seconds: float
+
+
+Event: TypeAlias = Step | Done | Failed | Stopped
+
+Item: TypeAlias = tuple[Any, ...]
+
+
+class ClusterError(Exception):
+    """The cluster cannot be reached, has too little of what was asked for, or its workers cannot start."""
+
+
+def always(index: int, value: object) -> bool:
+    """Every item goes on."""
+    return True
 
 
 class Cluster(Protocol):
     """Runs functions on workers and brings back values or errors."""
 
-    def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
+    def run(
+        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
+    ) -> Iterator[Event]:
         """Calls `function(context, *item)` for every item and yields events as they happen.
 
         A generator function's yields arrive as `Step`, its return value as `Done`. Every item ends with exactly one
-        `Done` or `Failed`; an item may run again after its worker died, so functions must be pure.
+        `Done`, `Failed` or `Stopped`; an item may run again after its worker died, so functions must be pure.
+
+        Args:
+            items: taken one by one, each when a worker is free for it; taking one may run others in between.
+            go_on: asked with an item's number and value right after its `Step` was handed on, while the item waits;
+                where it says no, the item's generator is closed and it ends as `Stopped`.
+        """
+        ...
+
+    def alone(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Item],
+        resources: Mapping[str, float] = MappingProxyType({}),
+    ) -> Iterator[Event]:
+        """Calls `function(*item)` for every item, one after the other, in one process of their own.
+
+        The process sits on a node that has `resources` and holds them for as long as it lives, so no other search
+        measures there; without any it sits beside the driver.
+
+        Raises:
+            ClusterError: no node has these resources.
         """
         ...
 

@@ -1,42 +1,30 @@
-"""The cluster on Ray: a pool of actors that load the context once, with lost work run again."""
+"""The cluster on Ray: a pool of workers beside the context, and one process of its own for each device."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.base import Done, Event, Failed, Step, values
+from cluster.base import ClusterError, Event, Item, always
+from cluster.inline import bare, listed
+from cluster.pool import Pool
+from cluster.workers import line
 
-log = logging.getLogger(__name__)
-
-ATTEMPTS = 3
-PATIENCE_S = 300
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
-
-
-class ClusterError(Exception):
-    """The cluster cannot be reached, has too little of what was asked for, or its workers cannot start."""
-
-
-@dataclass(frozen=True)
-class _Active:
-    """An item on a worker, for the `attempt`-th time, since `began` (a monotonic clock)."""
-
-    worker: Any
-    index: int
-    attempt: int
-    began: float
+NOT_TO_ASK = ("memory", "object_store_memory")
+"""What every node has and Ray refuses to take as a resource of a worker."""
+METER = "paredown_meter"
+"""The resource that a node has one of: who holds it measures there, and nobody else."""
 
 
 class RayCluster:
@@ -70,121 +58,88 @@ class RayCluster:
         if self._is_ours:
             _connect(address)
         try:
-            self._workers = _capacity(max_parallel, gpus_per_worker)
-            self._context = _sent(context)
+            size = _capacity(max_parallel, gpus_per_worker)
+            reference = _sent(context)
         except ClusterError:
             self._disconnect()
             raise
-        self._actor = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, scheduling_strategy="SPREAD")(_Worker)
-        self._gpus = gpus_per_worker
-        self._idle: list[Any] = []
-        self._starting: dict[Any, Any] = {}
-        self._deaths = 0
-        for _ in range(self._workers):
-            self._start()
+        needs = {"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1}
+        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD")
+        self._pool.fill()
+        self._alone: dict[tuple[tuple[str, float], ...], Pool] = {}
 
-    def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
-        """See `Cluster.run`: one item per worker at a time; an item that loses `ATTEMPTS` workers counts as failed.
+    def run(
+        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
+    ) -> Iterator[Event]:
+        """See `Cluster.run` and `Pool.run`.
 
         Raises:
-            ClusterError: the workers die before they can take any work.
+            ClusterError: the workers cannot start; or all are busy with the run that this one began in.
         """
-        waiting = deque((index, 1) for index in range(len(items)))
-        active: dict[Any, _Active] = {}
-        while waiting or active:
-            while waiting and self._idle:
-                index, attempt = waiting.popleft()
-                worker = self._idle.pop()
-                active[worker.run.remote(function, items[index])] = _Active(worker, index, attempt, time.monotonic())
-            news = self._next([*active, *(self._starting if waiting else ())])
-            if news in self._starting:
-                self._greet(news)
-                continue
-            event, is_lost = _heard(news, active[news])
-            if isinstance(event, Step):
-                yield event
-                continue
-            item = active.pop(news)
-            if not is_lost:
-                self._idle.append(item.worker)
-            else:
-                log.warning("item %d, attempt %d: %s", item.index, item.attempt, event)
-                self._start()
-            if is_lost and item.attempt < ATTEMPTS:
-                waiting.appendleft((item.index, item.attempt + 1))
-            else:
-                yield event
+        return self._pool.run(function, items, go_on)
+
+    def alone(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Item],
+        resources: Mapping[str, float] = MappingProxyType({}),
+    ) -> Iterator[Event]:
+        """See `Cluster.alone`; the process starts with the first call for its `resources` and is kept until `close`.
+
+        It takes no CPU of Ray's, since the pool holds them all. Where the driver's node has a `paredown_meter`, a
+        process without `resources` holds that; it waits, and says so, while another search measures there.
+
+        Raises:
+            ClusterError: no node has these resources; or the process cannot start.
+        """
+        self._pool.check_open()
+        place = tuple(sorted(resources.items()))
+        if place not in self._alone:
+            self._alone[place] = _exclusive(resources) if resources else _beside_the_driver()
+        return self._alone[place].run(partial(bare, function), items)
 
     def close(self) -> None:
-        """Stops the workers, and Ray too where this object connected to it."""
-        for worker in (*self._idle, *self._starting.values()):
-            ray.kill(worker)
-        self._idle, self._starting = [], {}
+        """Kills the workers, whatever they do, and stops Ray where this object connected to it."""
+        for pool in (self._pool, *self._alone.values()):
+            pool.close()
         self._disconnect()
 
     def _disconnect(self) -> None:
         if self._is_ours:
             ray.shutdown()
-
-    def _start(self) -> None:
-        """Asks Ray for a worker; it gets work only once it has answered, so one that finds no room holds nothing up."""
-        worker: Any = self._actor.remote(self._context, sees_gpus=self._gpus > 0)
-        self._starting[worker.ping.remote()] = worker
-
-    def _greet(self, ping: Any) -> None:
-        """Takes a worker that has answered into the pool, or asks for another where it died at once."""
-        worker = self._starting.pop(ping)
-        try:
-            ray.get(ping)
-        except RayError as error:
-            self._deaths += 1
-            if self._deaths > ATTEMPTS * self._workers:
-                raise ClusterError(
-                    f"{self._deaths} workers died while starting: {_line(error)}; expected them to load the model and "
-                    "the data; check that the workers can import what the model and the data are made of"
-                ) from error
-            self._start()
-        else:
-            self._idle.append(worker)
-
-    def _next(self, awaited: list[Any]) -> Any:
-        """The first of these to have news; says so where it takes long, since Ray waits for room in silence."""
-        while True:
-            ready, _ = ray.wait(awaited, num_returns=1, timeout=PATIENCE_S, fetch_local=False)
-            if ready:
-                return ready[0]
-            free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-            log.warning("no news from workers for %d s; free CPUs: %g", PATIENCE_S, free.get("CPU", 0))
+            self._is_ours = False  # the next Ray of this process is another's
 
 
-class _Worker:
-    """One process with the context loaded."""
+def _exclusive(resources: Mapping[str, float]) -> Pool:
+    """One process that holds these resources.
 
-    def __init__(self, context: object, *, sees_gpus: bool) -> None:
-        if not sees_gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves every GPU visible to an actor that asked for none
-        self._context = context
+    Raises:
+        ClusterError: no node has them all.
+    """
+    nodes = [
+        {name: amount for name, amount in node["Resources"].items() if name not in NOT_TO_ASK}
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    if not any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in nodes):
+        raise ClusterError(
+            f"no node has {listed(resources)}; the nodes have {'; '.join(map(_shown, nodes))}; expected one to have "
+            "it all; start Ray there with --resources, or correct the device's resources"
+        )
+    return Pool(None, size=1, needs=resources, strategy="DEFAULT")
 
-    def ping(self) -> None:
-        """Answers."""
 
-    @ray.method(num_returns="streaming")
-    def run(self, function: Callable[..., Any], item: tuple[Any, ...]) -> Iterator[tuple[bool, Any]]:
-        """Every value of one call, with whether it is the last."""
-        yield from values(function, self._context, item)
+def _beside_the_driver() -> Pool:
+    """One process on the driver's node, which holds the node's meter where there is one."""
+    here = ray.get_runtime_context().get_node_id()
+    has_meter = any(node["NodeID"] == here and node["Resources"].get(METER, 0) >= 1 for node in ray.nodes())  # type: ignore[no-untyped-call]
+    where = NodeAffinitySchedulingStrategy(here, soft=True)  # a driver may sit outside the cluster
+    return Pool(None, size=1, needs={METER: 1} if has_meter else {}, strategy=where)
 
 
-def _heard(stream: Any, item: _Active) -> tuple[Event, bool]:
-    """The next event of an item, and whether its worker is lost."""
-    try:
-        is_last, value = ray.get(next(stream))
-    except RayTaskError as error:
-        seconds = time.monotonic() - item.began
-        return Failed(item.index, f"{type(error.cause).__name__}: {error.cause}", str(error), seconds), False
-    except RayError as error:
-        seconds = time.monotonic() - item.began
-        return Failed(item.index, f"lost its worker {item.attempt} times: {_line(error)}", str(error), seconds), True
-    return Done(item.index, value, time.monotonic() - item.began) if is_last else Step(item.index, value), False
+def _shown(resources: Mapping[str, float]) -> str:
+    """A node's resources, without the names that Ray gives every node."""
+    return listed({name: amount for name, amount in resources.items() if ":" not in name})
 
 
 def _connect(address: str) -> None:
@@ -193,7 +148,8 @@ def _connect(address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "auto":
-            ray.init("local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+            store = LOCAL_OBJECT_STORE_BYTES
+            ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RayError, OSError, ValueError) as error:
@@ -225,12 +181,6 @@ def _sent(context: object) -> Any:
         return ray.put(context)
     except (TypeError, AttributeError) as error:
         raise ClusterError(
-            f"the model or the data cannot be sent to workers: {_line(error)}; expected objects that pickle; "
+            f"the model or the data cannot be sent to workers: {line(error)}; expected objects that pickle; "
             "open files, locks and handles where they are used, not in the constructor"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    """The last line of an error that says something: Ray puts the cause there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

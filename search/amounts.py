@@ -1,4 +1,4 @@
-"""Amounts as a user writes them: `50%` of the teacher, `1.2M` of something, `20m` of time."""
+"""Amounts as a user writes them: `50%` of the teacher, `1.2M` of something, `12ms` or `20m` of time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class Amount:
     share: Fraction | None = None
     units: int | None = None
 
+    def __str__(self) -> str:
+        return self.text
+
     def of(self, teacher: int) -> int:
         """The limit in units, where the teacher costs `teacher`; a share is rounded down."""
         if self.units is not None:
@@ -25,6 +28,7 @@ class Amount:
 
 
 SCALES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+MILLISECONDS = {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3}
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -49,10 +53,65 @@ def amount(value: object) -> Amount:
             raise ValueError(
                 f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
             )
-        return Amount(text, units=units)
+        return Amount(found[1] + unit, units=units)
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Amount(text, share=number / 100)
+    return Amount(found[1] + unit, share=number / 100)
+
+
+@dataclass(frozen=True)
+class Time:
+    """A limit on latency as the user wrote it: a share of the teacher's own in (0, 1], or milliseconds."""
+
+    text: str
+    share: float | None = None
+    ms: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def of(self, teacher_ms: float) -> float:
+        """The limit in milliseconds, where the teacher takes `teacher_ms`."""
+        if self.ms is not None:
+            return self.ms
+        assert self.share is not None
+        return teacher_ms * self.share
+
+
+def latency(value: object) -> Time:
+    """The limit on latency that `value` of a spec says; a number without a unit is in milliseconds.
+
+    Raises:
+        ValueError: it is no latency, not positive, or more than the teacher's.
+    """
+    if isinstance(value, Time):
+        return value
+    text = str(value).strip()
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|ms|us|s|)", text)
+    if isinstance(value, bool) or not found:
+        raise ValueError(f"{text!r} is not a latency; write 60% (of the teacher's), 12ms or 800us")
+    number, unit = float(found[1]), found[2]
+    if number <= 0:
+        raise ValueError(f"{text!r} is not positive; a limit has to leave something")
+    if unit != "%":
+        return Time(found[1] + unit, ms=number * MILLISECONDS[unit])
+    if number > 100:
+        raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
+    return Time(found[1] + unit, share=number / 100)
+
+
+def drop(value: object) -> float:
+    """The top-1 that may be lost, as a fraction: `0.02` and `2%` are the same.
+
+    Raises:
+        ValueError: it is no fraction of 1.
+    """
+    text = str(value).strip()
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%?)", text)
+    lost = float(found[1]) / (100 if found[2] else 1) if found and not isinstance(value, bool) else 1.0
+    if lost >= 1:
+        raise ValueError(f"{text!r} is no share of top-1 that may be lost; write 0.02 or 2%")
+    return lost
 
 
 def seconds(value: object) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from cluster import Cluster, RayCluster
     from search.frontier import SearchResult
+    from search.spec import SearchSpec
     from search.workload import Workload
 
 FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
+STORE = "sqlite:///paredown.db"
 
 app = typer.Typer(
     help="One trained vision network in; for every device you name, the best smaller network that fits it, out.",
@@ -30,16 +34,15 @@ Address = Annotated[str | None, typer.Option(help="A running Ray cluster; withou
 
 
 @app.command()
-def check(spec: Spec, as_json: AsJson = False) -> None:
+def check(spec: Spec, address: Address = None, as_json: AsJson = False) -> None:
     """Say what each method can do for each budget, without training anything."""
-    from cluster import InlineCluster
     from search import console
     from search.preflight import preflight
     from search.spec import load
 
     settings = load(spec)
     with console.bars(hidden=as_json) as report:
-        found = preflight(settings, InlineCluster, report)
+        found = preflight(settings, lambda made: _nearby(made, settings, address), report)
     print(json.dumps(found.to_json(), indent=2)) if as_json else console.show_preflight(found)
     beyond = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if beyond:
@@ -48,29 +51,28 @@ def check(spec: Spec, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None:
+def search(
+    spec: Spec,
+    address: Address = None,
+    fork: Annotated[
+        str | None, typer.Option(help="Run it as a search of this name, beside one on record with another spec.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Search every budget, record it in MLflow and register the winners. The same command resumes a stopped search."""
-    from cluster import RayCluster
     from search import console, loop
-    from search.spec import load
-    from search.usercode import user_modules
+    from search.spec import load, renamed
 
     settings = load(spec)
-
-    def workers(workload: Workload) -> RayCluster:
-        return RayCluster(
-            workload.bench(),
-            address=address or settings.cluster.address,
-            max_parallel=settings.cluster.max_parallel,
-            gpus_per_worker=settings.cluster.gpus_per_trial,
-            by_value=user_modules(),
-        )
-
+    if fork is not None:
+        settings = renamed(settings, fork)
     try:
         with console.bars(hidden=as_json) as report:
-            result = loop.search(settings, workers, report)
+            result = loop.search(settings, lambda made: _workers(made, settings, address), report)
     except KeyboardInterrupt:
-        typer.echo("stopped; every finished trial is kept, and the same command goes on from there", err=True)
+        again = " ".join(["paredown search", str(spec), *([f"--address {address}"] if address else []),
+                          *([f"--fork {fork}"] if fork else [])])  # fmt: skip
+        typer.echo(f"stopped; every finished trial is kept. To go on:  {again}", err=True)
         raise typer.Exit(FAILED) from None
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
@@ -79,12 +81,36 @@ def search(spec: Spec, address: Address = None, as_json: AsJson = False) -> None
     _end(result)
 
 
+def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> RayCluster:
+    """Workers on Ray. From here on a polite kill is what Ctrl-C is: Ray would end the process with its books open."""
+    from cluster import RayCluster
+    from search.usercode import user_modules
+
+    found = RayCluster(
+        workload.bench(),
+        address=address or settings.cluster.address,
+        max_parallel=settings.cluster.max_parallel,
+        gpus_per_worker=settings.cluster.gpus_per_trial,
+        by_value=user_modules(),
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return found
+
+
+def _nearby(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
+    """This process alone, unless an address was given or a device is another node's."""
+    from cluster import InlineCluster
+
+    is_elsewhere = any(device.resources for device in settings.devices.values())
+    return _workers(workload, settings, address) if address or is_elsewhere else InlineCluster(workload.bench())
+
+
 @app.command()
 def frontier(
     name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report to this file.")] = None,
-    uri: Annotated[str, typer.Option(help="The MLflow store.")] = "sqlite:///paredown.db",
+    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
     from search import console, report
@@ -109,10 +135,10 @@ def compress(
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, for a knob that is not to have its default.")
     ] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress once: one method or chain, one budget, no search. Knobs have their defaults unless told otherwise."""
-    from cluster import InlineCluster
     from search import console
     from search.compress import compress as run
     from search.spec import load
@@ -121,7 +147,7 @@ def compress(
     with console.bars(hidden=as_json) as report:
         figures = run(
             settings,
-            InlineCluster,
+            lambda made: _nearby(made, settings, address),
             method="+".join(re.findall(r"[\w-]+", method)),
             budget=budget,
             out=out,
@@ -129,6 +155,45 @@ def compress(
             knobs=_pairs(knob or []),
         )
     print(json.dumps(figures, indent=2)) if as_json else console.show_figures(figures)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
+    budget: Annotated[str, typer.Argument(help="The budget whose winner is meant.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="The alias to point at it.")] = "production",
+    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias of the registered model at the winner of a budget."""
+    from search.register import promote as run
+
+    found = run(uri, name, budget, alias)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        before = found["previous_version"]
+        was = f", which was version {before}" if before else ""
+        print(f"{found['model']}@{found['alias']}{was}, is version {found['version']}: {found['model_uri']}")
+
+
+@app.command()
+def measure(
+    model: Annotated[
+        str, typer.Argument(help="A .pt2 or .onnx file, a folder of paredown compress, or models:/NAME@ALIAS.")
+    ],
+    device: Annotated[str, typer.Option(help="A device of the spec, the one it was searched for, or cpu-N.")],
+    spec: Annotated[Path | None, typer.Option(help="The spec that names the device.")] = None,
+    address: Address = None,
+    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of a saved model the way a search does."""
+    from search import console
+    from search.measure import measure as run
+
+    found = run(model, device, spec=spec, address=address, uri=uri)
+    print(json.dumps(found, indent=2)) if as_json else console.show_measured(found)
 
 
 def _pairs(given: list[str]) -> dict[str, str]:

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 
-from cluster import Cluster, Done, Failed
+from cluster import Cluster, Done, Failed, Step
 from methods import named
 from methods.base import Choice, Knob, KnobValue, MethodError, Plan
-from methods.pipeline import rebuild
+from methods.pipeline import Outcome, rebuild, trial
 from methods.training import Recipe, evaluate
-from search import trial
 from search.base import Report, SpecError
+from search.fitting import Fitted, Wish, fit
 from search.prepare import Prepared, prepare, recipe
 from search.spec import SearchSpec
 from search.study import RECOVERY
-from search.trial import Measured
-from search.workload import exported, load, save_weights
+from search.workload import Workload, exported, load, save_weights
 
 _RECOVERY = "recovery."
 
@@ -35,7 +34,7 @@ class CompressionFailed(Exception):
 
 def compress(
     spec: SearchSpec,
-    make_cluster: Callable[[object], Cluster],
+    make_cluster: Callable[[Workload], Cluster],
     *,
     method: str,
     budget: str,
@@ -55,7 +54,7 @@ def compress(
 
     Raises:
         SpecError: no such method, budget or knob, or a value out of a knob's range.
-        Infeasible: the budget is out of the method's reach.
+        Infeasible: a limit of the budget is out of the method's reach.
         CompressionFailed: surgery or recovery raised.
         OSError: `out` cannot be written; found before anything costs time.
     """
@@ -63,34 +62,45 @@ def compress(
     own, shared = _values(method, knobs)
     _make_folder(out)
     workload = load(spec, report)
-    cluster = make_cluster(workload.bench())
-    prepared = prepare(spec, workload, cluster, report, only=[method])
-    plan = _plan(prepared, method, budget, own)
-    teacher = _teacher(prepared)  # before the trial: it tells first what is wrong with the metric
-    measured = _trial(spec, cluster, plan, recipe(spec.recovery, shared), out, report)
-    student = rebuild(workload.teacher.cpu(), named(method), plan, measured.outcome.state)
-    figures = {name: value for name, value in vars(measured.outcome).items() if name != "state"}
+    cluster = make_cluster(workload)
+    try:
+        prepared = prepare(spec, workload, cluster, report, only=[method])
+        fitted = _fitted(prepared, method, budget, own)
+        teacher = vars(prepared.teacher) | {
+            "top1_test": evaluate(workload.teacher, workload.splits.test, workload.metric)
+        }
+        outcome = _trial(spec, cluster, fitted.plan, recipe(spec.recovery, shared), out, report)
+    finally:
+        cluster.close()
+    student = rebuild(workload.teacher.cpu(), named(method), fitted.plan, outcome.state)
+    figures = {name: value for name, value in vars(outcome).items() if name != "state"}
     figures |= {
         "method": method,
         "budget": budget,
-        "limits": prepared.budget(budget).declared(),
+        "limits": prepared.target(budget).declared(),
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
+        "top1_drop": prepared.teacher.top1_validation - outcome.top1_validation,
         "teacher": teacher,
-        "latency_ms": measured.latency_ms,
-        "teacher_latency_ms": measured.teacher_latency_ms,
+        "latency_ms": {device: timing.latency_ms for device, timing in fitted.timings.items()},
+        "teacher_latency_ms": {device: timing.teacher_latency_ms for device, timing in fitted.timings.items()},
+        "devices": prepared.stopwatch.described(),
     }
-    (out / "plan.json").write_text(json.dumps(plan.to_json(), indent=2))
+    (out / "plan.json").write_text(json.dumps(fitted.plan.to_json(), indent=2))
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     save_weights(student, out / "student.safetensors")
     torch.export.save(exported(student, workload.example), out / "student.pt2")
     return figures
 
 
-def _plan(prepared: Prepared, method: str, budget: str, knobs: Mapping[str, KnobValue]) -> Plan:
-    """The method's plan; raises where it cannot handle the network or meet the budget."""
+def _fitted(prepared: Prepared, method: str, budget: str, knobs: Mapping[str, KnobValue]) -> Fitted:
+    """The method's plan and its student's latency; raises where it cannot handle the network or meet the budget."""
     if method in prepared.refused:
         raise MethodError(prepared.refused[method])
-    return prepared.planner.plan(method, prepared.budget(budget), knobs)
+    wish = Wish(method, prepared.target(budget), knobs)
+    (found,) = fit([wish], prepared.planner, prepared.stopwatch, prepared.workload)
+    if isinstance(found, MethodError):
+        raise found
+    return found
 
 
 def _make_folder(out: Path) -> None:
@@ -134,20 +144,9 @@ def _value(name: str, knob: Knob, text: str) -> KnobValue:
     return found[0]
 
 
-def _teacher(prepared: Prepared) -> dict[str, float]:
-    workload = prepared.workload
-    return {
-        "macs": prepared.profile.macs,
-        "params": prepared.profile.params,
-        "top1_validation": evaluate(workload.teacher, workload.splits.validation, workload.metric),
-        "top1_test": evaluate(workload.teacher, workload.splits.test, workload.metric),
-    }
-
-
-def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Path, report: Report) -> Measured:
+def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Path, report: Report) -> Outcome:
     """What came of the plan; the trace of a failure is written to `out`."""
-    item = (named(plan.method), plan, how, spec.search.seed, spec.devices)
-    for event in cluster.run(trial.run, [item]):
+    for event in cluster.run(trial, [(named(plan.method), plan, how, spec.search.seed)]):
         if isinstance(event, Failed):
             (out / "failure.txt").write_text(event.trace)
             raise CompressionFailed(
@@ -155,7 +154,9 @@ def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Pat
                 f"see {out / 'failure.txt'} for where it happened"
             )
         if isinstance(event, Done):
-            measured: Measured = event.value
-            return measured
-        report("recovering", event.value.step, event.value.steps, f"validation top-1 {event.value.top1:.4f}")
+            outcome: Outcome = event.value
+            return outcome
+        if isinstance(event, Step):
+            step = event.value
+            report("recovering", step.step, step.steps, f"validation top-1 {step.top1:.4f}")
     raise AssertionError("a cluster ends every item")

@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Protocol, TypeAlias
 
+from search.targets import LATENCY
+
 AXES: tuple[str, ...] = ("macs", "macs_expected", "params")
-"""The costs a frontier is drawn over. MACs and expected MACs are two axes: a masked channel is not a saved one."""
+"""The costs a frontier is drawn over, beside each device's latency. MACs and expected MACs are two axes: a masked
+channel is not a saved one."""
 
 State: TypeAlias = Literal["complete", "failed", "infeasible", "stopped"]
 
 Latency: TypeAlias = Mapping[str, Mapping[str, float]]
-"""Milliseconds for one input: device name to `min`, `p50` and `p95`."""
+"""Milliseconds for one batch of a device: its name to `min`, `p50` and `p95`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Teacher:
     macs: int
     params: int
     size_bytes: int
+    latency_ms: Latency = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,14 @@ class Candidate:
 
     `macs_expected` is the mean over inputs of a gated model, measured on the calibration set, and None for any other.
     `plan` is what `Plan.to_json` gave. `top1_surgery` and `top1_bn` are validation top-1 right after `apply` and after
-    the batch norms saw data again; `top1_validation` is the one after recovery, by which the search decides.
-    `teacher_latency_ms` is the teacher's, measured in turn with this candidate on the same machine.
+    the batch norms saw data again; `top1_validation` is the one after recovery, by which the search decides, and
+    `top1_drop` what of the teacher's it lost. A trial that was stopped early has the top-1 of its step `stopped_at` in
+    `top1_last` instead.
+    `latency_ms` are per device, corrected for drift: scaled by the teacher's first measured median over its median in
+    this measurement, which took both in turn; `teacher_latency_ms` are the teacher's of this measurement, as they were.
+    `noise` is how far the medians lay above the fastest call, as a share, where that was too far after all repeats.
+    `same_as` is the run that trained this very plan with this very recipe; nothing was trained again.
+    `ended` is a Unix time in seconds.
 
     Raises:
         ValueError: a complete candidate lacks a cost or a finite top-1.
@@ -60,8 +70,14 @@ class Candidate:
     top1_surgery: float | None = None
     top1_bn: float | None = None
     top1_validation: float | None = None
+    top1_drop: float | None = None
+    top1_last: float | None = None
+    stopped_at: int | None = None
+    noise: Mapping[str, float] = field(default_factory=dict)
+    same_as: str | None = None
     seconds: float = 0.0
     device_s: float = 0.0
+    ended: float = 0.0
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,34 +91,43 @@ class Candidate:
                     "a complete candidate has a finite value there: record it, or give the state 'failed'"
                 )
 
-    def fits(self, limits: Mapping[str, int]) -> bool:
+    def fits(self, limits: Mapping[str, float]) -> bool:
         """Whether this candidate was measured to the end and meets every limit, for example `{"macs": 1_000_000}`."""
         return self.state == "complete" and all(cost_of(self, cost) <= limit for cost, limit in limits.items())
 
-    def excess(self, limits: Mapping[str, int]) -> dict[str, float]:
-        """How far each limited cost lies above its limit, as a share of it; negative where there is room."""
-        return {cost: cost_of(self, cost) / limit - 1 for cost, limit in limits.items()}
+    def excess(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """How far each limited cost lies above its limit, as a share of it; negative where there is room.
+
+        What is lost of top-1 counts as it is: it may be limited to nothing.
+        """
+        return {
+            cost: cost_of(self, cost) - limit if cost == "top1_drop" else cost_of(self, cost) / limit - 1
+            for cost, limit in limits.items()
+        }
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One budget's limits in absolute units, and the candidate that won it (None: nothing fits).
+    """One budget's limits in absolute units by cost (see `cost_of`), and the candidate that won (None: nothing fits).
 
-    `model_uri` is what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it, `alias` and `top1_test` exist only
-    where a winner is registered.
+    `model_uri` is what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it and `top1_test` exist only where a
+    winner is registered. Where a better model of another search holds the alias, it is None and the URI names the
+    version.
     """
 
     name: str
-    limits: Mapping[str, int]
+    limits: Mapping[str, float]
     winner: Candidate | None = None
     model_uri: str | None = None
     alias: str | None = None
     top1_test: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's `{name, limits, winner}`."""
+        """The contract's `{name, limits, winner}`; a limit on latency is `latency_ms: {device: ms}`, as in a winner."""
         found = None if self.winner is None else self._winner_json(self.winner)
-        return {"name": self.name, "limits": dict(self.limits), "winner": found}
+        limits: dict[str, Any] = {cost: limit for cost, limit in self.limits.items() if not cost.startswith(LATENCY)}
+        latency = {cost.removeprefix(LATENCY): limit for cost, limit in self.limits.items() if cost not in limits}
+        return {"name": self.name, "limits": limits | ({"latency_ms": latency} if latency else {}), "winner": found}
 
     def _winner_json(self, winner: Candidate) -> dict[str, Any]:
         return {
@@ -111,7 +136,7 @@ class BudgetResult:
             **_pick(winner, "method", "top1_validation"),
             **_pick(self, "top1_test"),
             **_pick(winner, "macs", "macs_expected", "params", "size_bytes"),
-            "latency_ms": {device: dict(times) for device, times in winner.latency_ms.items()},
+            "latency_ms": _plain(winner.latency_ms),
         }
 
 
@@ -127,7 +152,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A finished search. `started` is an ISO 8601 time, `spec` the text of the file that asked for it."""
+    """A finished search. `started` is an ISO 8601 time, `spec` the text of the file that asked for it.
+
+    `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
+    `importance` is per budget how much each knob decided of top-1, as shares.
+    """
 
     name: str
     teacher: Teacher
@@ -136,13 +165,19 @@ class SearchResult:
     cost: Cost
     started: str
     spec: str
+    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The costs that matter here: expected MACs are one where a model is gated or a budget limits them."""
+        """The costs a frontier is drawn over here: counted ones, and the latency on each device the teacher ran on.
+
+        Expected MACs are one where a model is gated or a budget limits them.
+        """
         is_gated = any(candidate.macs_expected is not None for candidate in self.candidates)
         is_asked = any("macs_expected" in budget.limits for budget in self.budgets)
-        return AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
+        counted = AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
+        return counted + tuple(f"{LATENCY}{device}" for device in self.teacher.latency_ms)
 
     def complete(self) -> list[Candidate]:
         """The candidates that were measured to the end."""
@@ -155,35 +190,91 @@ class SearchResult:
             "teacher": asdict(self.teacher),
             "budgets": [budget.to_json() for budget in self.budgets],
             "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in self.axes},
+            "hypervolume": {axis: volume(self.teacher, self.candidates, axis) for axis in self.axes},
             "cost": asdict(self.cost),
         }
 
 
+@dataclass(frozen=True)
+class Moment:
+    """How far a search had come when one more trial ended, after `device_s` seconds of devices in all.
+
+    `hypervolume` is over MACs; `best` holds the best validation top-1 within each budget's limits, once there is one.
+    """
+
+    device_s: float
+    hypervolume: float
+    best: Mapping[str, float]
+
+
+def history(result: SearchResult) -> list[Moment]:
+    """How a search went: one moment per trial, in the order they ended."""
+    moments: list[Moment] = []
+    device_s, points, best = 0.0, list[tuple[float, float]](), dict[str, float]()
+    for found in sorted(result.candidates, key=lambda one: (one.ended, one.trial)):
+        device_s += found.device_s
+        if found.state == "complete":
+            points.append(_point(found, "macs"))
+            top1 = points[-1][1]
+            met = [budget.name for budget in result.budgets if found.fits(budget.limits)]
+            best = best | {name: max(top1, best.get(name, top1)) for name in met}
+        moments.append(Moment(device_s, hypervolume(points, reference_cost=result.teacher.macs), best))
+    return moments
+
+
 def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> list[dict[str, Any]]:
-    """The non-dominated points over `axis`, one of `AXES`, cheapest first, as JSON-ready values.
+    """The non-dominated points over `axis`, one of a result's `axes`, cheapest first, as JSON-ready values.
 
     The teacher competes too, with `run_id` and `budget` None and method "teacher"; it is gone where a student is both
-    cheaper and no worse.
+    cheaper and no worse. What was not measured on a device stands nowhere on its axis.
     """
-    complete = [candidate for candidate in candidates if candidate.state == "complete"]
-    costs = [cost_of(one, axis) for one in (teacher, *complete)]
-    points = [{"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | asdict(teacher)]
-    points += [vars(candidate) for candidate in complete]
-    kept = non_dominated([(cost, point["top1_validation"]) for cost, point in zip(costs, points, strict=True)])
+    standing = _measured([teacher, *candidates], axis)
+    kept = [standing[index] for index in non_dominated([_point(one, axis) for one in standing])]
+    return [_point_json(one) | {axis: cost_of(one, axis)} for one in kept]
+
+
+def volume(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> float:
+    """The hypervolume over `axis` of the candidates measured to the end; the teacher bounds it and adds nothing."""
+    points = [_point(one, axis) for one in _measured(candidates, axis)]
+    return hypervolume(points, reference_cost=cost_of(teacher, axis))
+
+
+def _measured(found: Sequence[Teacher | Candidate], axis: str) -> list[Teacher | Candidate]:
+    """Those with a place on `axis`: measured to the end, and on the axis's device where it is one of latency."""
+    complete = [one for one in found if isinstance(one, Teacher) or one.state == "complete"]
+    return [one for one in complete if math.isfinite(cost_of(one, axis))]
+
+
+def _point(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
+    assert one.top1_validation is not None
+    return cost_of(one, axis), one.top1_validation
+
+
+def _point_json(one: Teacher | Candidate) -> dict[str, Any]:
+    known = {"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | vars(one)
     keys = ("run_id", "method", "budget", "top1_validation", "macs", "macs_expected", "params", "size_bytes")
-    return [{key: points[index][key] for key in keys} | {axis: costs[index]} for index in kept]
+    return {key: known[key] for key in keys} | {"latency_ms": _plain(one.latency_ms)}
 
 
-def cost_of(one: object, axis: str) -> int:
-    """What `one`, a teacher, a candidate or an outcome, costs on an axis: without gates expected MACs are its MACs."""
-    found: int | None = getattr(one, axis, None)
-    if found is None and axis == "macs_expected":
+def cost_of(one: object, cost: str) -> float:
+    """What `one`, a teacher, a candidate or an outcome, costs: an attribute, or `latency_ms/DEVICE`, the median there.
+
+    Without gates expected MACs are its MACs. What was not measured on a device costs infinitely much there; a teacher
+    has lost nothing of its own top-1.
+    """
+    if cost.startswith(LATENCY):
+        times = getattr(one, "latency_ms", {}).get(cost.removeprefix(LATENCY))
+        return math.inf if times is None else float(times["p50"])
+    if cost == "top1_drop" and isinstance(one, Teacher):
+        return 0.0
+    found: float | None = getattr(one, cost, None)
+    if found is None and cost == "macs_expected":
         return cost_of(one, "macs")
     assert found is not None
     return found
 
 
-def winner(candidates: Sequence[Candidate], limits: Mapping[str, int]) -> Candidate | None:
+def winner(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> Candidate | None:
     """The best validation top-1 among all complete candidates that meet every limit, whatever budget they were for.
 
     Ties go to fewer MACs, then fewer params, then the earlier trial, then the smaller run id.
@@ -203,24 +294,29 @@ def winner(candidates: Sequence[Candidate], limits: Mapping[str, int]) -> Candid
 
 
 class Costed(Protocol):
-    """Anything measured to the end: a complete `Candidate`, a `Teacher`, an outcome of the pipeline."""
+    """Anything measured to the end: a complete `Candidate`, or a `Teacher`."""
 
     @property
     def top1_validation(self) -> float | None: ...
+
+    @property
+    def latency_ms(self) -> Latency: ...
 
 
 def beats(one: Costed, other: Costed) -> bool:
     """Whether `other` can neither win any budget nor stand on any frontier while `one` is there.
 
-    So `one` costs no more on every axis and is no worse, and is strictly better in top-1 or strictly cheaper on every
-    axis: with less, `other` would tie on one axis and could stay there.
+    So `one` is no worse and costs no more in anything a budget may limit, and it is strictly better in top-1 or
+    strictly cheaper on every axis: with less, `other` would tie on one axis and could stay there. Size is limited but
+    no axis. What is lost of top-1 needs no look of its own: who is no worse has lost no more.
     """
     assert one.top1_validation is not None
     assert other.top1_validation is not None
-    ahead = [cost_of(other, axis) - cost_of(one, axis) for axis in AXES]
-    if min(ahead) < 0 or one.top1_validation < other.top1_validation:
+    axes = (*AXES, *(f"{LATENCY}{device}" for device in {**one.latency_ms, **other.latency_ms}))
+    costs = [(cost_of(one, cost), cost_of(other, cost)) for cost in (*axes, "size_bytes")]
+    if one.top1_validation < other.top1_validation or any(ours > theirs for ours, theirs in costs):
         return False
-    return one.top1_validation > other.top1_validation or min(ahead) > 0
+    return one.top1_validation > other.top1_validation or all(ours < theirs for ours, theirs in costs[:-1])
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -267,3 +363,7 @@ def hypervolume(points: Sequence[tuple[float, float]], *, reference_cost: float)
 
 def _pick(source: object, *names: str) -> dict[str, Any]:
     return {name: getattr(source, name) for name in names}
+
+
+def _plain(latency_ms: Latency) -> dict[str, dict[str, float]]:
+    return {device: dict(times) for device, times in latency_ms.items()}

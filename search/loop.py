@@ -7,79 +7,67 @@ same command goes on where it stopped.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
 
-from cluster import Cluster, Failed, Step
-from methods import named
-from methods.base import Infeasible, MethodError, Plan
-from methods.pipeline import size_bytes
-from methods.training import evaluate
-from search import cache, trial
+from cluster import Cluster
+from methods.pipeline import Progress
+from search import cache
 from search.base import Report
-from search.frontier import Candidate, SearchResult, Teacher, beats
-from search.prepare import Prepared, prepare, recipe
+from search.frontier import Candidate, SearchResult
+from search.prepare import RUNGS, Prepared, prepare
 from search.register import register
 from search.report import html
+from search.runner import Runner
 from search.spec import SearchSpec
-from search.study import BudgetStudy, Proposal, Storage, storage
-from search.tracking import Tracker, check_store, open_search
+from search.store import check_store
+from search.study import FULL, BudgetStudy, Proposal, Start, Storage, Strategy, storage
+from search.tracking import Tracker, open_search
 from search.workload import Workload, load
 
-Results: TypeAlias = dict[tuple[str, int], Candidate]
-"""What came of each trial, by budget and number."""
+log = logging.getLogger(__name__)
 
 
-def search(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> SearchResult:
+def search(
+    spec: SearchSpec,
+    make_cluster: Callable[[Workload], Cluster],
+    report: Report,
+    *,
+    strategy: Strategy = FULL,
+) -> SearchResult:
     """Runs a search to its end, or goes on with one that was stopped; returns what is on record.
 
     Args:
         make_cluster: gives the workers, which hold the workload's `bench()`.
         report: told of progress.
+        strategy: what it does beyond drawing at random.
+
+    Raises:
+        SpecChanged: a search of this name is on record with another spec.
     """
     check_store(spec.tracking.uri)
     studies_at = storage(spec.tracking.studies)
     path = report_path(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
     with cache.alone(f"{Path.cwd()} {spec.tracking.uri} {spec.name}"):
-        clock = _Clock(time.monotonic())
         workload = load(spec, report)
-        cluster = make_cluster(workload)
+        tracker = _tracker(spec, workload)
         try:
-            prepared = prepare(spec, workload, cluster, report)
-            tracker = _tracker(prepared)
-            studies = _studies(prepared, tracker, studies_at)
-            rounds = 0
-            for _ in _rounds(prepared, tracker, studies, cluster, report):
-                rounds += 1
-                tracker.add_seconds(clock.lap())
-        finally:
-            cluster.close()
-        try:
-            register(workload, tracker, report)
-        finally:
-            tracker.add_seconds(clock.lap() if rounds else 0.0)
+            cluster = make_cluster(workload)
+            try:
+                _run(spec, workload, cluster, tracker, studies_at, report, strategy)
+            finally:
+                cluster.close()
+            register(spec, workload, tracker, report)
             result = tracker.result()
             path.write_text(html(result))
-        tracker.finish(path)
+            tracker.finish(path)
+        except BaseException as error:
+            tracker.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            raise
         return result
-
-
-@dataclass
-class _Clock:
-    """Wall seconds since it was last looked at."""
-
-    last: float
-
-    def lap(self) -> float:
-        """The seconds since the last lap."""
-        now = time.monotonic()
-        passed, self.last = now - self.last, now
-        return passed
 
 
 def report_path(spec: SearchSpec) -> Path:
@@ -87,130 +75,150 @@ def report_path(spec: SearchSpec) -> Path:
     return Path("paredown.reports", f"{spec.name}.html")
 
 
-def _tracker(prepared: Prepared) -> Tracker:
-    """The record of this search, with its teacher's figures."""
-    spec, workload = prepared.spec, prepared.workload
-    teacher = Teacher(
-        top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
-        top1_test=None,
-        macs=prepared.profile.macs,
-        params=prepared.profile.params,
-        size_bytes=size_bytes(workload.teacher),
-    )
+def _tracker(spec: SearchSpec, workload: Workload) -> Tracker:
+    """The record of this search, cleared of what a killed driver left unfinished."""
     tracker = open_search(
         spec.tracking.uri,
         spec.name,
-        digest=f"{spec.digest()}-{workload.fingerprint[:16]}",
+        decisive=spec.decisive() | {"teacher and data": workload.fingerprint},
         spec=spec.text,
         model=spec.registered_model,
-        limits=prepared.budgets,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    tracker.write_teacher(teacher)
+    tracker.resume()
     return tracker
 
 
-def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage) -> list[BudgetStudy]:
-    """One study per budget that some method can meet."""
+def _run(
+    spec: SearchSpec,
+    workload: Workload,
+    cluster: Cluster,
+    tracker: Tracker,
+    studies_at: Storage,
+    report: Report,
+    strategy: Strategy,
+) -> None:
+    """Everything that needs workers."""
+    began = time.monotonic()
+    prepared = prepare(spec, workload, cluster, report, known=tracker.teacher())
+    tracker.write_limits({target.name: target.declared() for target in prepared.targets})
+    tracker.write_devices(prepared.stopwatch.described())
+    tracker.write_teacher(prepared.teacher)
+    for budget, found in prepared.reach.items():
+        for reason in (reason for reason in found.values() if isinstance(reason, str)):
+            log.warning("%s: %s", budget, reason)
+    studies = _studies(prepared, tracker, studies_at, strategy)
+    by_budget = {study.budget: study for study in studies}
+
+    def goes_on(proposal: Proposal, progress: Progress) -> bool:
+        return by_budget[proposal.budget].goes_on(proposal.number, progress.step, progress.top1)
+
+    trials = spec.search.trials * len(studies)
+    runner = Runner(prepared, tracker, cluster, report, trials=trials, goes_on=goes_on, began=began)
+    propose = _freely if spec.search.asynchronous else _rounds
+    propose(prepared, studies, runner, strategy)
+    tracker.write_importance({study.budget: study.importance() for study in studies})
+
+
+def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage, strategy: Strategy) -> list[BudgetStudy]:
+    """One study per budget that some method can meet, the tightest first: neighbours lie side by side."""
     spec = prepared.spec
-    return [
+    found = [
         BudgetStudy(
-            studies_at, f"{tracker.run_id}/{name}", name, methods, spec.search.seed, labels=spec.recovery.labels
+            studies_at,
+            f"{tracker.run_id}/{name}",
+            name,
+            methods,
+            spec.search.seed,
+            labels=spec.recovery.labels,
+            warmup=2 * max(1, spec.recovery.steps // RUNGS),
+            strategy=strategy,
         )
         for name in prepared.reach
         if (methods := prepared.able(name))
     ]
+    return sorted(found, key=lambda study: (_size(prepared, study.budget), study.budget))
 
 
-def _rounds(
-    prepared: Prepared, tracker: Tracker, studies: Sequence[BudgetStudy], cluster: Cluster, report: Report
-) -> Iterator[None]:
-    """Asks, runs and tells whole rounds, yielding after each, until every budget has its trials or time is up."""
+def _size(prepared: Prepared, budget: str) -> int:
+    """The most MACs that any method's first plan for a budget leaves."""
+    return max(plan.macs for plan in prepared.reach[budget].values() if not isinstance(plan, str))
+
+
+def _rounds(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, strategy: Strategy) -> None:
+    """Asks, runs and tells whole rounds until every budget has its trials or time is up.
+
+    All budgets go through their rounds side by side, so that what one learns from its neighbours does not depend on
+    when a driver was killed.
+    """
     trials = prepared.spec.search.trials
     deadline = time.monotonic() + prepared.spec.search.timeout
-    for run_id in tracker.unfinished():
-        tracker.discard(run_id)
     while time.monotonic() < deadline:
-        rounds = [_round(study, trials) for study in studies]
-        proposals = [proposal for one in rounds for proposal in one]
-        if not proposals:
+        open_ones = [study for study in studies if study.told < trials]
+        if not open_ones:
             return
-        recorded: Results = {(one.budget, one.trial): one for one in tracker.trials()}
-        missing = [proposal for proposal in proposals if proposal.key not in recorded]
-        report("trials", len(recorded), trials * len(studies), "")
-        results = recorded | _run(
-            prepared, tracker, missing, cluster, _shifted(report, len(recorded), trials * len(studies))
-        )
-        for study, one in zip(studies, rounds, strict=True):
-            for proposal in one:
-                _tell(study, prepared, proposal.number, results[proposal.key])
-        yield
+        turn = min(study.told // study.round for study in open_ones)
+        now = [study for study in open_ones if study.told // study.round == turn]
+        starts = {study.budget: _start(study, studies) if turn and strategy.shares else None for study in now}
+        rounds = {study.budget: list(_round(study, turn, trials, starts[study.budget])) for study in now}
+        asked = [proposal for one in rounds.values() for proposal in one]
+        missing = [proposal for proposal in asked if proposal.key not in runner.results]
+        for _ in runner.run([missing]):
+            pass
+        for study in now:
+            for proposal in rounds[study.budget]:
+                _tell(study, prepared, runner.results[proposal.key])
 
 
-def _tell(study: BudgetStudy, prepared: Prepared, number: int, found: Candidate) -> None:
+def _round(study: BudgetStudy, turn: int, trials: int, start: Start | None) -> Iterator[Proposal]:
+    """What a killed driver left of this budget's round, and enough new proposals to make it whole.
+
+    The first of a round is a neighbour's best, where that is new here.
+    """
+    yield from study.unfinished()
+    first, end = turn * study.round, min((turn + 1) * study.round, trials)
+    while study.asked < end:
+        yield study.ask(start if study.asked == first else None)
+
+
+def _start(study: BudgetStudy, studies: Sequence[BudgetStudy]) -> Start | None:
+    """The best proposal of the looser neighbour, or of the tighter one where there is none."""
+    place = studies.index(study)
+    for neighbour in (*studies[place + 1 : place + 2], *studies[max(0, place - 1) : place]):
+        if (best := neighbour.best()) is not None:
+            return best
+    return None
+
+
+def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, strategy: Strategy) -> None:
+    """Asks whenever a worker is free, the budget with the fewest trials first, and tells as trials end."""
+    trials = prepared.spec.search.trials
+    deadline = time.monotonic() + prepared.spec.search.timeout
+    by_budget = {study.budget: study for study in studies}
+
+    def proposals() -> Iterator[list[Proposal]]:
+        for study in studies:
+            yield from ([one] for one in study.unfinished() if one.key not in runner.results)
+        while time.monotonic() < deadline:
+            if not (left := [study for study in studies if study.asked < trials]):
+                return
+            study = min(left, key=lambda study: study.asked)
+            is_turn = strategy.shares and study.asked >= study.round and study.asked % study.round == 0
+            yield [study.ask(_start(study, studies) if is_turn else None)]
+
+    for study in studies:
+        for one in study.unfinished():
+            if one.key in runner.results:
+                _tell(study, prepared, runner.results[one.key])
+    for candidate in runner.run(proposals()):
+        _tell(by_budget[candidate.budget], prepared, candidate)
+
+
+def _tell(study: BudgetStudy, prepared: Prepared, found: Candidate) -> None:
     """Tells Optuna what came of a trial; one over a limit, as a gated model may be, counts as infeasible."""
     if found.state == "complete":
-        study.tell(number, found.top1_validation, found.excess(prepared.budget(study.budget).declared()))
+        excess = found.excess(prepared.target(study.budget).declared())
+        study.tell(found.trial, found.top1_validation, excess)
+    elif found.state == "stopped":
+        study.tell_stopped(found.trial)
     else:
-        study.tell(number, None)
-
-
-def _shifted(report: Report, done: int, total: int) -> Report:
-    """`report`, with a round's trials counted on top of those before it."""
-    return lambda stage, count, _, note: report(stage, done + count, total, note)
-
-
-def _round(study: BudgetStudy, trials: int) -> list[Proposal]:
-    """What a killed driver left of this budget's round, and enough new proposals to make the round whole."""
-    left = study.unfinished()
-    asked = study.told + len(left)
-    end = -(-max(asked, study.told + 1) // study.round) * study.round
-    return left + [study.ask() for _ in range(min(end, trials) - asked)]
-
-
-def _run(
-    prepared: Prepared, tracker: Tracker, proposals: Sequence[Proposal], cluster: Cluster, report: Report
-) -> Results:
-    """Runs proposals and records each as it ends."""
-    results: Results = {}
-    runs: list[tuple[Proposal, str, Plan]] = []
-    for proposal in proposals:
-        run_id = tracker.start_trial(proposal)
-        try:
-            runs.append((proposal, run_id, _planned(prepared, proposal)))
-        except Infeasible as error:
-            tracker.fail(run_id, "infeasible", str(error), device_s=0.0)
-            results[proposal.key] = tracker.candidate(run_id)
-        except MethodError as error:
-            tracker.fail(run_id, "failed", str(error), device_s=0.0)
-            results[proposal.key] = tracker.candidate(run_id)
-    so_far = [one for one in tracker.trials() if one.state == "complete"]
-    for event in cluster.run(trial.run, [_item(prepared.spec, proposal, plan) for proposal, _, plan in runs]):
-        proposal, run_id, plan = runs[event.index]
-        label = f"{proposal.budget} {proposal.number} {proposal.method}"
-        if isinstance(event, Step):
-            progress = event.value
-            note = f"{label}: step {progress.step}/{progress.steps}, top-1 {progress.top1:.4f}"
-        elif isinstance(event, Failed):
-            tracker.fail(run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
-            note = f"{label} failed: {event.error}"
-        else:
-            outcome = event.value.outcome
-            keep = not any(beats(one, outcome) for one in so_far)
-            tracker.complete(run_id, plan, event.value, event.seconds, keep_weights=keep)
-            so_far.append(tracker.candidate(run_id))
-            note = f"{label}: top-1 {outcome.top1_validation:.4f}"
-        if not isinstance(event, Step):
-            results[proposal.key] = tracker.candidate(run_id)
-        report("trials", len(results), len(proposals), note)
-    return results
-
-
-def _planned(prepared: Prepared, proposal: Proposal) -> Plan:
-    return prepared.planner.plan(proposal.method, prepared.budget(proposal.budget), proposal.knobs)
-
-
-def _item(spec: SearchSpec, proposal: Proposal, plan: Plan) -> tuple[object, ...]:
-    """The arguments of `trial.run` beside the bench."""
-    how = recipe(spec.recovery, proposal.recovery)
-    return named(proposal.method), plan, how, proposal.seed(spec.search.seed), spec.devices
+        study.tell(found.trial, None)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
 from methods import named
-from methods.base import Budget, KnobValue, MethodError, Plan, defaults
+from methods.base import KnobValue, MethodError, Plan
 from methods.chain import AnyMethod, Chain
+from methods.pipeline import size_bytes
 from methods.profile import Profile, profile
-from methods.training import Recipe
+from methods.training import Recipe, evaluate
 from search.base import Report
+from search.fitting import reachable
+from search.frontier import Teacher
+from search.latency import Stopwatch
 from search.scoring import Planner
 from search.spec import RecoverySpec, SearchSpec
+from search.targets import Target
 from search.workload import Workload
+
+RUNGS = 5
+"""How often recovery is looked at; a trial can be given up at each but the last."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +34,16 @@ class Prepared:
     spec: SearchSpec
     workload: Workload
     profile: Profile
-    budgets: tuple[Budget, ...]
+    teacher: Teacher
+    targets: tuple[Target, ...]
     planner: Planner
+    stopwatch: Stopwatch
     refused: Mapping[str, str]
     reach: Mapping[str, Mapping[str, Plan | str]]
 
-    def budget(self, name: str) -> Budget:
-        """The budget of that name."""
-        return next(budget for budget in self.budgets if budget.name == name)
+    def target(self, name: str) -> Target:
+        """The budget of that name, with all its limits."""
+        return next(target for target in self.targets if target.name == name)
 
     def able(self, budget: str) -> list[AnyMethod]:
         """The methods that can meet a budget, the baseline last."""
@@ -40,24 +51,53 @@ class Prepared:
 
 
 def prepare(
-    spec: SearchSpec, workload: Workload, cluster: Cluster, report: Report, only: Sequence[str] | None = None
+    spec: SearchSpec,
+    workload: Workload,
+    cluster: Cluster,
+    report: Report,
+    *,
+    only: Sequence[str] | None = None,
+    known: Teacher | None = None,
+    timed: bool = True,
 ) -> Prepared:
-    """Profile, scores and, per budget and method, whether a plan exists: all before any training."""
+    """Profile, scores and, per budget and method, whether a plan exists: all before any training.
+
+    Args:
+        only: the methods to look at; all that compete where it is None.
+        known: the teacher's figures where they are on record: limits stay what they were when the search began.
+        timed: whether the teacher's latency is measured; budgets that limit latency need it.
+    """
     found = profile(workload.teacher, workload.example)
+    reference = None if known is None else known.latency_ms
+    stopwatch = Stopwatch(spec.devices, Path(spec.folder), workload, cluster, report, reference=reference)
+    teacher = known or _teacher(workload, found, stopwatch if timed else None)
+    targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
     refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
     able = [name for name in names if name not in refused]
     planner = Planner(workload, found, cluster, report)
     firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, able)]
     planner.score(list({method.name: method for method in firsts}.values()))
-    budgets = spec.limits(found)
-    reach = {budget.name: {name: _reach(planner, name, budget) for name in able} for budget in budgets}
-    return Prepared(spec, workload, found, budgets, planner, refused, reach)
+    reach = {
+        target.name: {name: _reach(name, target, planner, stopwatch, workload) for name in able} for target in targets
+    }
+    return Prepared(spec, workload, found, teacher, targets, planner, stopwatch, refused, reach)
 
 
-def _reach(planner: Planner, name: str, budget: Budget) -> Plan | str:
+def _teacher(workload: Workload, found: Profile, stopwatch: Stopwatch | None) -> Teacher:
+    return Teacher(
+        top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
+        top1_test=None,
+        macs=found.macs,
+        params=found.params,
+        size_bytes=size_bytes(workload.teacher),
+        latency_ms={} if stopwatch is None else stopwatch.teacher(),
+    )
+
+
+def _reach(name: str, target: Target, planner: Planner, stopwatch: Stopwatch, workload: Workload) -> Plan | str:
     try:
-        return planner.plan(name, budget, defaults(named(name)))
+        return reachable(name, target, planner, stopwatch, workload)
     except MethodError as error:
         return str(error)
 
@@ -71,6 +111,6 @@ def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
         labels=settings.labels,
         images=settings.images,
         precision=settings.precision,
-        report_every=max(1, settings.steps // 5),
+        report_every=max(1, settings.steps // RUNGS),
         **tuned,
     )

@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import subprocess
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from methods import named
 from methods.pipeline import rebuild
 from methods.training import evaluate
-from search.base import Report
-from search.frontier import BudgetResult, SearchResult, frontier
-from search.tracking import Tracker
+from search.base import Report, SpecError
+from search.frontier import BudgetResult, Candidate, SearchResult, frontier
+from search.registry import check_alias, of_a_budget
+from search.spec import SearchSpec
+from search.targets import LATENCY
+from search.tracking import Tracker, find_search
 from search.workload import Workload
 
+IMAGES = 16
+"""How many calibration images a stored program is compared with its student on."""
 
-def register(workload: Workload, tracker: Tracker, report: Report) -> None:
+TAG_BYTES = 65_535
+"""The longest tag: MLflow takes 100,000 characters, but the column of its MySQL stores holds this many bytes."""
+
+
+def register(spec: SearchSpec, workload: Workload, tracker: Tracker, report: Report) -> None:
     """Stores every frontier member and registers the winners; what is already there stays.
 
     The test set is read here and nowhere else: once for the teacher, once per registered version.
+
+    Raises:
+        WorkloadError: a student's exported program does not do what the student does; it is not registered.
     """
     result = tracker.result()
-    teacher = workload.teacher.cpu()
     if result.teacher.top1_test is None:
-        test = evaluate(teacher, workload.splits.test, workload.metric)
+        test = evaluate(workload.teacher.cpu(), workload.splits.test, workload.metric)
         tracker.write_teacher(replace(result.teacher, top1_test=test))
-    winners = {one.winner.run_id: one for one in result.budgets if one.winner is not None}
-    members = [*winners, *(run_id for run_id in _frontier_runs(result) if run_id not in winners)]
-    uris: dict[str, str] = {}
-    for done, run_id in enumerate(members):
-        report("storing models", done, len(members), "")
-        uris[run_id] = tracker.model_uri(run_id) or tracker.log_model(
-            run_id, student(workload, tracker, run_id), workload.splits.calibration[:2]
-        )
-    report("storing models", len(members), len(members), "")
+    uris = _store(workload, tracker, result, report)
+    trained = _trained(result)
     for budget in result.budgets:
-        if budget.winner is not None and budget.alias is None:
-            run_id = budget.winner.run_id
-            found = student(workload, tracker, run_id)
-            test = evaluate(found, workload.splits.test, workload.metric)
-            tracker.register(budget.name, run_id, uris[run_id], _tags(budget, test))
+        if budget.winner is None:
+            continue
+        run_id = budget.winner.run_id
+        known = tracker.registry.version_of(run_id, budget.name)
+        tags = known.tags if known else _tags(spec, workload, tracker, result, budget)
+        tracker.registry.register(budget.name, run_id, uris[trained[run_id]], tags, budget.limits)
+
+
+def promote(uri: str, name: str, budget: str, alias: str) -> dict[str, Any]:
+    """Points `alias` at the version that holds a budget of search `name` now; what was done, ready for JSON.
+
+    Returns:
+        `model`, `alias`, `version`, `budget`, `previous_version` (None where the alias is new), `run_id`, `model_uri`.
+
+    Raises:
+        SpecError: the search has no such budget, or `alias` cannot be an alias or is that of a budget.
+        TrackingError: there is no such search, or no winner is registered for the budget.
+    """
+    check_alias(alias)
+    tracker = find_search(uri, name)
+    known = [one.name for one in tracker.result().budgets]
+    if budget not in known:
+        raise SpecError(
+            f"search {name!r} has no budget {budget!r}; expected one of {', '.join(known)}; correct the budget"
+        )
+    if alias in known:
+        raise SpecError(of_a_budget(alias))
+    return tracker.registry.promote(budget, alias)
 
 
 def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
@@ -49,24 +79,98 @@ def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
     return rebuild(workload.teacher.cpu(), named(plan.method), plan, tracker.weights(run_id))
 
 
+def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: Report) -> dict[str, str]:
+    """The URI of the stored model of every run that trained a winner or a member of a frontier."""
+    trained = _trained(result)
+    winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
+    members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
+    uris: dict[str, str] = {}
+    for done, run_id in enumerate(members):
+        report("storing models", done, len(members), "")
+        uris[run_id] = tracker.registry.stored(run_id) or tracker.registry.store(
+            run_id, student(workload, tracker, run_id), workload.splits.calibration[:IMAGES]
+        )
+    report("storing models", len(members), len(members), "")
+    return uris
+
+
+def _trained(result: SearchResult) -> dict[str, str]:
+    """The run that trained each run's student: itself, or the one whose plan and recipe it shares."""
+    return {one.run_id: one.same_as or one.run_id for one in result.candidates}
+
+
 def _frontier_runs(result: SearchResult) -> list[str]:
     """The runs of every axis's frontier, each once, the teacher left out."""
     points = [point for axis in result.axes for point in frontier(result.teacher, result.candidates, axis)]
     return list(dict.fromkeys(point["run_id"] for point in points if point["run_id"] is not None))
 
 
-def _tags(budget: BudgetResult, top1_test: float) -> Mapping[str, object]:
-    """Every limit beside its measured value."""
+def _tags(
+    spec: SearchSpec, workload: Workload, tracker: Tracker, result: SearchResult, budget: BudgetResult
+) -> dict[str, object]:
+    """All that a version says of itself: where it is from, every limit and every measured value."""
     winner = budget.winner
     assert winner is not None
-    measured = {
+    trained = _trained(result)[winner.run_id]
+    found = student(workload, tracker, trained)
+    origin = {
         "method": winner.method,
-        "top1_validation": winner.top1_validation,
-        "top1_test": repr(top1_test),
-        "macs": winner.macs,
-        "macs_expected": winner.macs_expected,
-        "params": winner.params,
-        "size_bytes": winner.size_bytes,
+        "knobs": _json(winner.knobs),
+        "spec_hash": tracker.spec_digest,
+        "teacher_hash": workload.fingerprint,
+        "git_commit": commit(spec.folder),
+        "onnx_uri": tracker.registry.onnx_uri(trained),
     }
-    measured = {key: value for key, value in measured.items() if value is not None}
-    return measured | {f"limit_{cost}": limit for cost, limit in budget.limits.items()}
+    limits = {f"limit_{cost}": limit for cost, limit in budget.limits.items()}
+    test = {"top1_test": evaluate(found, workload.splits.test, workload.metric)}
+    tags = origin | _plan(winner) | _device(spec, result, budget) | limits | _measured(winner, result) | test
+    return {key: value for key, value in tags.items() if value is not None}
+
+
+def _measured(winner: Candidate, result: SearchResult) -> dict[str, object]:
+    """Every measured value of a candidate by the name of its cost, latency as `latency_ms/DEVICE/p50`."""
+    names = ("top1_validation", "top1_drop", "macs", "macs_expected", "params", "size_bytes")
+    values = {name: getattr(winner, name) for name in names}
+    for device, times in winner.latency_ms.items():
+        values |= {f"{LATENCY}{device}/{key}": value for key, value in times.items()}
+        values[f"is_predicted/{device}"] = str(bool(result.devices.get(device, {}).get("is_predicted"))).lower()
+    return values | {f"noise/{device}": share for device, share in winner.noise.items()}
+
+
+def commit(folder: str) -> str | None:
+    """The commit that the files of `folder` are at, with `-dirty` where git knows of changes since.
+
+    None where there is no git, no repository or no commit yet.
+    """
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            ["git", "--no-optional-locks", "-C", folder, *describe],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _plan(winner: Candidate) -> dict[str, object]:
+    """The plan, or its digest where it is too long for a tag: then it is in the run's plan.json only."""
+    text = _json(winner.plan)
+    if len(text) <= TAG_BYTES:
+        return {"plan": text}
+    return {"plan_digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+
+def _device(spec: SearchSpec, result: SearchResult, budget: BudgetResult) -> dict[str, object]:
+    """The device the budget is meant for, and the host that measured for it."""
+    name = next(spec.device_of(one) for one in spec.budgets if one.name == budget.name)
+    return {
+        "device": name,
+        "device_spec": spec.devices[name].model_dump_json(),
+        "host": result.devices.get(name, {}).get("host"),
+    }
+
+
+def _json(value: object) -> str:
+    """JSON in ASCII and without spaces, keys in order."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

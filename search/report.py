@@ -15,9 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from search.figures import COSTS, TEACHER_MARK, figure, method_label, method_marks
-from search.frontier import BudgetResult, Candidate, SearchResult, Teacher, cost_of, hypervolume
-from search.units import count, duration, knobs, milliseconds, percent, plain, points, size
+from search import costs
+from search.costs import Row
+from search.figures import TEACHER_MARK, figure, history_figures, method_label, method_marks
+from search.frontier import BudgetResult, Candidate, SearchResult, Teacher, volume
+from search.targets import LATENCY
+from search.units import count, duration, knobs, lost, milliseconds, percent, plain, points, size
+
+LEAST_SHARE = 0.005
+"""Knobs that decided less than this of top-1 are left out of the report."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +50,86 @@ class PlanView:
     cost: str = ""
 
 
+@dataclass(frozen=True)
+class Chart:
+    """One frontier chart: the element it is drawn in, its cost, the cost's name, and the hypervolume over it."""
+
+    id: str
+    axis: str
+    name: str
+    hypervolume: float
+
+
 def html(result: SearchResult) -> str:
     """The report of `result`: a complete HTML document with its style, script, charts and plotly.js inside.
 
     It loads nothing from elsewhere. Every text that came from a user is escaped.
     """
     environment = Environment(loader=PackageLoader("search"), autoescape=True, undefined=StrictUndefined)
-    filters = (percent, points, count, size, duration, milliseconds, knobs)
+    filters = (percent, points, lost, count, size, duration, milliseconds, knobs)
     environment.filters |= {function.__name__: function for function in filters} | {"quoted": json.dumps}
+    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value), "title": _title}
     winners = [budget.winner for budget in result.budgets if budget.winner]
     marks = method_marks([candidate.method for candidate in [*result.candidates, *winners]])
+    charts = _charts(result)
+    drawn = {chart.id: figure(result, chart.axis, marks) for chart in charts}
+    drawn |= {f"history-{key}": value for key, value in history_figures(result).items()}
     return environment.get_template("report.html").render(
         result=result,
         teacher=result.teacher,
         marks=marks,
         teacher_mark=TEACHER_MARK,
-        costs=COSTS,
-        axes=result.axes,
-        cost_of=cost_of,
-        headlines=[headline(result.teacher, budget) for budget in result.budgets],
-        reasons=_reasons(result),
-        volumes={axis: _volume(result, axis) for axis in result.axes},
-        registered=[budget for budget in result.budgets if budget.model_uri],
-        plans={b.name: plan_view(b.winner.plan, result.teacher) for b in result.budgets if b.winner and b.winner.plan},
-        wins=_wins(result),
-        trials=_in_order(result),
-        failures=_failures(result),
-        devices=sorted({device for best in winners for device in best.latency_ms}),
-        has_expected="macs_expected" in result.axes,
-        figures=_script_json({f"frontier-{axis}": figure(result, axis, marks) for axis in result.axes}),
+        charts=charts,
+        **_tables(result),
+        figures=_script_json(drawn),
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def headline(teacher: Teacher, budget: BudgetResult) -> str:
+def _charts(result: SearchResult) -> list[Chart]:
+    volumes = {axis: volume(result.teacher, result.candidates, axis) for axis in result.axes}
+    return [
+        Chart(f"frontier-{place}", axis, costs.name(axis, result.devices), volumes[axis])
+        for place, axis in enumerate(result.axes)
+    ]
+
+
+def _tables(result: SearchResult) -> dict[str, Any]:
+    """What the template lays out beside the charts, by the names it has there."""
+    columns = [cost for cost in costs.columns(result) if cost != "top1_drop"]
+    timed = [cost.removeprefix(LATENCY) for cost in columns if cost.startswith(LATENCY)]
+    others = [device for device in timed if device not in result.devices]
+    facts = dict.fromkeys(("runtime", "threads", "batch", "host", "processor", "is_predicted"))
+    own = {budget.name: [one for one in result.candidates if one.budget == budget.name] for budget in result.budgets}
+    plans = {budget.name: budget.winner.plan for budget in result.budgets if budget.winner and budget.winner.plan}
+    return {
+        "headlines": [headline(result, budget) for budget in result.budgets],
+        "reasons": _reasons(result),
+        "registered": [budget for budget in result.budgets if budget.model_uri],
+        "plans": {name: plan_view(plan, result.teacher) for name, plan in plans.items()},
+        "rows": {budget.name: costs.rows(result, budget) for budget in result.budgets},
+        "meters": {budget.name: _meters(result, budget) for budget in result.budgets},
+        "columns": {cost: costs.name(cost, result.devices) for cost in columns},
+        "whole": {cost: costs.of_teacher(result, cost) for cost in columns},
+        "effort": costs.effort(result.candidates),
+        "efforts": {name: costs.effort(candidates) for name, candidates in own.items()},
+        "importance": {name: _ranked(shares) for name, shares in result.importance.items() if shares},
+        "wins": _wins(result),
+        "trials": _in_order(result),
+        "origins": {candidate.run_id: candidate for candidate in result.candidates},
+        "failures": _failures(result),
+        "has_expected": "macs_expected" in result.axes,
+        "devices": {device: facts | dict(result.devices.get(device, {})) for device in [*result.devices, *others]},
+        "timed": {device: f"{LATENCY}{device}" for device in timed},
+    }
+
+
+def _title(text: str) -> str:
+    """`text` with its first letter large, where it is not a name of its own."""
+    return text[:1].upper() + text[1:]
+
+
+def headline(result: SearchResult, budget: BudgetResult) -> str:
     """The one-line result of a budget: its limited costs as shares of the teacher's, and the change of top-1.
 
     Example: `half: 49.8 % MACs at -0.3 points`.
@@ -85,9 +137,31 @@ def headline(teacher: Teacher, budget: BudgetResult) -> str:
     best = budget.winner
     if best is None:
         return f"{budget.name}: no model fits"
-    shares = [f"{percent(cost_of(best, cost) / cost_of(teacher, cost))} {COSTS[cost]}" for cost in budget.limits]
+    limited = [row for row in costs.rows(result, budget).values() if row.limit is not None]
+    shares = [f"{percent(row.share)} {row.name}" for row in limited if row.cost != "top1_drop"]
     assert best.top1_validation is not None
-    return f"{budget.name}: {' and '.join(shares)} at {points(best.top1_validation - teacher.top1_validation)}"
+    change = points(best.top1_validation - result.teacher.top1_validation)
+    return f"{budget.name}: {_listed(shares)} at {change}" if shares else f"{budget.name}: {change}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The parts as a sentence lists them: commas, and a last 'and'."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _meters(result: SearchResult, budget: BudgetResult) -> list[Row]:
+    """The costs a budget's tile shows: limited ones, MACs and params, expected MACs of a gated winner, one latency."""
+    rows = {cost: row for cost, row in costs.rows(result, budget).items() if cost != "top1_drop"}
+    always = {"macs", "params"} | ({"macs_expected"} if budget.winner and budget.winner.macs_expected else set())
+    latencies = [row for row in rows.values() if row.cost.startswith(LATENCY)]
+    if not any(row.limit is not None for row in latencies):
+        always |= {row.cost for row in latencies[:1]}
+    return [row for row in rows.values() if row.limit is not None or row.cost in always]
+
+
+def _ranked(shares: Mapping[str, float]) -> dict[str, float]:
+    """The knobs that decided anything, the most important first."""
+    return {name: share for name, share in sorted(shares.items(), key=lambda one: -one[1]) if share >= LEAST_SHARE}
 
 
 def plan_view(plan: Mapping[str, Any], teacher: Teacher) -> PlanView:
@@ -116,7 +190,7 @@ def plan_view(plan: Mapping[str, Any], teacher: Teacher) -> PlanView:
 
 
 def _link_cost(plan: Mapping[str, Any], teacher: Teacher) -> str:
-    shares = [f"{percent(plan[cost] / getattr(teacher, cost))} {COSTS[cost]}" for cost in ("macs", "params")]
+    shares = [f"{percent(plan[cost] / getattr(teacher, cost))} {costs.NAMES[cost]}" for cost in ("macs", "params")]
     return f"leaves {' and '.join(shares)}"
 
 
@@ -170,11 +244,6 @@ def _wins(result: SearchResult) -> dict[str, list[str]]:
         if budget.winner:
             wins.setdefault(budget.winner.run_id, []).append(budget.name)
     return wins
-
-
-def _volume(result: SearchResult, axis: str) -> float:
-    found = [(cost_of(c, axis), c.top1_validation or 0.0) for c in result.complete()]
-    return hypervolume(found, reference_cost=cost_of(result.teacher, axis))
 
 
 def _script_json(value: object) -> Markup:

@@ -36,6 +36,12 @@ class Planner:
         self._report = report
         self._profiles: dict[Before, Profile] = {(): found}
         self._scores: dict[tuple[str, Before], Scores] = {}
+        self._spent = {"scoring_shards": 0.0, "scoring_s": 0.0}
+
+    def spent(self) -> dict[str, float]:
+        """What scoring took since this was last asked: shards that ran, and seconds of workers."""
+        taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        return taken
 
     def score(self, methods: Sequence[Method], plans: Sequence[Plan] = ()) -> None:
         """Scores the student that `plans` lead to with every one of `methods`, all their shards at once.
@@ -45,7 +51,7 @@ class Planner:
         """
         before = _before(plans)
         missing = [method for method in methods if (method.name, before) not in self._scores]
-        found = _scores(missing, self._workload, self._profile(plans, before), self._cluster, self._report, before)
+        found = self._found(missing, self._profile(plans, before), before)
         self._scores |= {(name, before): values for name, values in found.items()}
 
     def plan(self, name: str, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
@@ -73,33 +79,30 @@ class Planner:
             self._profiles[before] = profile(student, self._workload.example)
         return self._profiles[before]
 
+    def _found(self, methods: Sequence[Method], profile: Profile, before: Before) -> dict[str, Scores]:
+        """The scores of each method, by name. Those in the cache cost nothing."""
+        paths = {method.name: _path(method, self._workload, before) for method in methods}
+        found = {name: kept for name, path in paths.items() if (kept := _read(path)) is not None}
+        missing = [method for method in methods if method.name not in found]
+        calibration = torch.from_numpy(self._workload.splits.calibration.copy())
+        items = [(method, shard, 0, before) for method in missing for shard in method.shards(profile, calibration)]
+        partials: dict[str, list[Scores]] = {method.name: [] for method in missing}
+        for event in self._cluster.run(score, items):
+            if isinstance(event, Failed):
+                raise ScoreError(f"scoring for {items[event.index][0].name} failed: {event.error}")
+            if isinstance(event, Done):
+                self._spent["scoring_shards"] += 1
+                self._spent["scoring_s"] += event.seconds
+                partials[items[event.index][0].name].append(event.value)
+                self._report("scoring", sum(map(len, partials.values())), len(items), items[event.index][0].name)
+        for method in missing:
+            found[method.name] = method.merge(partials[method.name], profile)
+            _write(paths[method.name], found[method.name])
+        return found
+
 
 def _before(plans: Sequence[Plan]) -> Before:
     return tuple((METHODS[plan.method], json.dumps(plan.to_json(), sort_keys=True)) for plan in plans)
-
-
-def _scores(
-    methods: Sequence[Method], workload: Workload, profile: Profile, cluster: Cluster, report: Report, before: Before
-) -> dict[str, Scores]:
-    """The scores of each method, by name. Those in the cache cost nothing."""
-    paths = {method.name: _path(method, workload, before) for method in methods}
-    found = {name: kept for name, path in paths.items() if (kept := _read(path)) is not None}
-    missing = [method for method in methods if method.name not in found]
-    calibration = torch.from_numpy(workload.splits.calibration.copy())
-    items = [(method, shard, 0, before) for method in missing for shard in method.shards(profile, calibration)]
-    partials: dict[str, list[Scores]] = {method.name: [] for method in missing}
-    done = 0
-    for event in cluster.run(score, items):
-        if isinstance(event, Failed):
-            raise ScoreError(f"scoring for {items[event.index][0].name} failed: {event.error}")
-        if isinstance(event, Done):
-            done += 1
-            partials[items[event.index][0].name].append(event.value)
-            report("scoring", done, len(items), items[event.index][0].name)
-    for method in missing:
-        found[method.name] = method.merge(partials[method.name], profile)
-        _write(paths[method.name], found[method.name])
-    return found
 
 
 def _path(method: Method, workload: Workload, before: Before) -> Path:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from methods import METHODS, named
 from methods.base import Budget
-from methods.profile import Profile
-from search.amounts import Amount, amount, seconds
+from search.amounts import Amount, Time, amount, drop, latency, seconds
 from search.base import SpecError
+from search.documents import read
+from search.frontier import Teacher
+from search.targets import Target
 
 
 def _unique(values: tuple[Any, ...], what: str) -> None:
@@ -90,10 +92,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-Limit = Annotated[Amount, BeforeValidator(amount)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Limit = Annotated[Amount, BeforeValidator(amount), PlainSerializer(str, when_used="json")]
+Latency = Annotated[Time, BeforeValidator(latency), PlainSerializer(str, when_used="json")]
+Drop = Annotated[float, BeforeValidator(drop)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
+Held = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
+
+
+LIMITED = ("macs", "macs_expected", "params", "size_bytes", "latency")
+"""The costs a budget may limit; each needs at least one."""
 
 
 class ModelSpec(_Strict):
@@ -119,18 +129,26 @@ class DataSpec(_Strict):
 
 
 class DeviceSpec(_Strict):
-    """A device latency is measured on, and the channel multiple it likes."""
+    """A device latency is measured on, and the channel multiple it likes.
 
-    runtime: Literal["torch"] = "torch"
+    `resources` are Ray's: they pin the meter to a node that has them, and it holds them alone. `file` is the roofline
+    of a device that is not there; what it predicts is never called measured.
+    """
+
+    runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
     threads: Positive = 1
     batch: Positive = 1
     channels: Positive = 8
+    resources: dict[str, Held] = {}
+    file: str | None = None
 
 
 class BudgetSpec(_Strict):
-    """Upper limits one winner must meet, and the device they are meant for (the first one where none is named).
+    """Limits one winner must meet all at once, and the device they are meant for (the first one where none is named).
 
-    `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too.
+    `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too. `size_bytes`
+    are those of the stored weights, `latency` is the median on the device, and `top1_drop` how much validation top-1
+    may be lost.
     """
 
     name: Annotated[Name, BeforeValidator(_alias)]
@@ -138,14 +156,22 @@ class BudgetSpec(_Strict):
     macs: Limit | None = None
     macs_expected: Limit | None = None
     params: Limit | None = None
+    size_bytes: Limit | None = None
+    latency: Latency | None = None
+    top1_drop: Drop | None = None
 
 
 class SearchSettings(_Strict):
-    """`trials` per budget; no new round of trials starts once `timeout` seconds have passed."""
+    """`trials` per budget; no new round of trials starts once `timeout` seconds have passed.
+
+    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but what it
+    proposes then depends on which trial ended first, so it cannot be repeated.
+    """
 
     trials: Positive = 8
     timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
     seed: Seed = 0
+    asynchronous: bool = False
 
 
 class RecoverySpec(_Strict):
@@ -207,28 +233,48 @@ class SearchSpec(_Strict):
         """The registered model's name: the search's own unless told otherwise."""
         return self.tracking.registered_model or self.name
 
-    def digest(self) -> str:
-        """A hash of all that decides what is proposed and what comes of it: not of where it runs or is recorded.
+    def decisive(self) -> dict[str, Any]:
+        """All that decides what is proposed and what comes of it: not where it runs or is recorded, nor how long.
 
-        A search may be given more trials or more time: it goes on, because neither changes what is proposed next.
+        Budgets are by name: a search may be given more of them, as it may be given more trials or more time.
         """
-        decisive = self.model_dump(
-            mode="json", exclude={"cluster": True, "tracking": True, "search": {"trials", "timeout"}}
+        found = self.model_dump(
+            mode="json",
+            exclude={"cluster": True, "tracking": True, "search": {"trials", "timeout"}, "budgets": True, "name": True},
         )
-        return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return found | {"budgets": {one.name: one.model_dump(mode="json", exclude={"name"}) for one in self.budgets}}
 
-    def limits(self, profile: Profile) -> tuple[Budget, ...]:
-        """Every budget in absolute units of this teacher."""
-        first = next(iter(self.devices.values()))
-        return tuple(
-            Budget(
-                name=budget.name,
-                macs=budget.macs.of(profile.macs) if budget.macs else None,
-                params=budget.params.of(profile.params) if budget.params else None,
-                macs_expected=budget.macs_expected.of(profile.macs) if budget.macs_expected else None,
-                channels=(self.devices[budget.device] if budget.device else first).channels,
-            )
-            for budget in self.budgets
+    def digest(self) -> str:
+        """A hash of `decisive`."""
+        text = json.dumps(self.decisive(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def device_of(self, budget: BudgetSpec) -> str:
+        """The name of the device a budget is meant for."""
+        return budget.device or next(iter(self.devices))
+
+    def needs_latency(self) -> bool:
+        """Whether some budget limits latency."""
+        return any(budget.latency is not None for budget in self.budgets)
+
+    def targets(self, teacher: Teacher) -> tuple[Target, ...]:
+        """Every budget in absolute units of this teacher; its latency is needed where a budget limits that."""
+        return tuple(self._target(budget, teacher) for budget in self.budgets)
+
+    def _target(self, budget: BudgetSpec, teacher: Teacher) -> Target:
+        device = self.device_of(budget)
+        units = {
+            name: limit.of(getattr(teacher, "macs" if name == "macs_expected" else name))
+            for name in ("macs", "params", "macs_expected", "size_bytes")
+            if (limit := getattr(budget, name)) is not None
+        }
+        size = units.pop("size_bytes", None)
+        return Target(
+            budget=Budget(budget.name, channels=self.devices[device].channels, **units),
+            device=device,
+            size_bytes=size,
+            latency_ms=budget.latency.of(teacher.latency_ms[device]["p50"]) if budget.latency else None,
+            top1_drop=budget.top1_drop,
         )
 
 
@@ -248,7 +294,7 @@ def load(path: Path) -> SearchSpec:
 def parse(text: str, *, folder: Path) -> SearchSpec:
     """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
     try:
-        raw, mistakes = _read(text)
+        raw, mistakes = read(text)
     except yaml.YAMLError as error:
         raise SpecError(f"the spec is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -265,31 +311,15 @@ def parse(text: str, *, folder: Path) -> SearchSpec:
     return spec
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that remembers the keys which a mapping gives twice."""
+def renamed(spec: SearchSpec, name: str) -> SearchSpec:
+    """The same spec under another name.
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.twice: list[str] = []
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping; the last of two equal keys would win without a word."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                self.twice.append(f"line {key.start_mark.line + 1}: key {key.value!r} given twice; keep one of them")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
-        return node
-
-
-def _read(text: str) -> tuple[object, list[str]]:
-    """The YAML document and the mistakes that only its text shows."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data(), loader.twice
-    finally:
-        loader.dispose()
+    Raises:
+        SpecError: it is no name.
+    """
+    if not re.fullmatch(NAME, name):
+        raise SpecError(f"--fork is {name!r}; expected letters, digits, '-' and '_', such as digits-2; correct it")
+    return spec.model_copy(update={"name": name})
 
 
 def _count(mistakes: list[str]) -> str:
@@ -336,10 +366,13 @@ def _cross_checks(raw: dict[str, Any]) -> list[str]:
         device = budget.get("device")
         if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
             mistakes.append(f"budgets.{index}.device: no device {device!r}{_nearest(device, list(devices))}")
-        if all(budget.get(cost) is None for cost in ("macs", "macs_expected", "params")):
-            mistakes.append(f"budgets.{index}: limits nothing; give macs, macs_expected, params or several")
+        if all(budget.get(cost) is None for cost in LIMITED):
+            mistakes.append(f"budgets.{index}: limits no cost; give one or several of {', '.join(LIMITED)}")
     if devices == {}:
         mistakes.append("devices: empty; name at least one device or leave the key out")
+    for name, device in devices.items() if isinstance(devices, dict) else ():
+        if isinstance(device, dict) and (device.get("runtime") == "profile") != (device.get("file") is not None):
+            mistakes.append(f"devices.{name}: runtime 'profile' and file, its roofline, belong together; give both")
     recovery = raw.get("recovery")
     other = recovery.get("data") if isinstance(recovery, dict) else None
     needed = {"imagefolder": "root", "factory": "name"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import optuna
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
@@ -28,6 +31,27 @@ RECOVERY: dict[str, Knob] = {
     "distill": Range(0.0, 1.0, default=0.5),
 }
 """The knobs of recovery, which every method shares. Without labels there is nothing to weigh, and `distill` is gone."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a search does beyond drawing at random; the benchmark of its quality switches these off.
+
+    It `models` what was told (TPE), `starts` with every method's defaults, `stops` what falls behind in recovery, and
+    `shares` good proposals between neighbouring budgets.
+    """
+
+    models: bool = True
+    starts: bool = True
+    stops: bool = True
+    shares: bool = True
+
+
+FULL = Strategy()
+RANDOM = Strategy(models=False, starts=False, stops=False, shares=False)
+
+Start: TypeAlias = Mapping[str, Any]
+"""A proposal by the names of Optuna's parameters, as one study's `best` gives it to another's `ask`."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +82,29 @@ class BudgetStudy:
     """
 
     def __init__(
-        self, storage: Storage, name: str, budget: str, methods: Sequence[AnyMethod], seed: int, *, labels: bool
+        self,
+        storage: Storage,
+        name: str,
+        budget: str,
+        methods: Sequence[AnyMethod],
+        seed: int,
+        *,
+        labels: bool,
+        warmup: int = 0,
+        strategy: Strategy = FULL,
     ) -> None:
         self.budget = budget
         self._methods = {method.name: method for method in methods}
         self._recovery = RECOVERY if labels else {"learning_rate": RECOVERY["learning_rate"]}
         self._seed = seed
-        self._study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        self._strategy = strategy
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=self._pruner(warmup) if strategy.stops else NopPruner(),
+        )
 
     @property
     def round(self) -> int:
@@ -72,22 +112,54 @@ class BudgetStudy:
         return len(self._methods)
 
     @property
+    def asked(self) -> int:
+        """How many trials there are, ended or not."""
+        return sum(trial.state != TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
+
+    @property
     def told(self) -> int:
         """How many trials have ended, in whatever way."""
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)))
+        ended = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+        return len(self._study.get_trials(deepcopy=False, states=ended))
 
     def unfinished(self) -> list[Proposal]:
         """The proposals asked but never told, in order: a killed driver leaves them behind."""
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [self._proposal(Trial(self._sampling(trial.number), trial._trial_id)) for trial in running]
 
-    def ask(self) -> Proposal:
-        """The next proposal; it counts as running until it is told."""
+    def ask(self, start: Start | None = None) -> Proposal:
+        """The next proposal; it counts as running until it is told.
+
+        Args:
+            start: what to propose instead of a draw, as another study's `best` gave it; one that was tried here, or
+                whose method this budget does not have, is ignored.
+        """
         trials = self._study.get_trials(deepcopy=False)
-        number = sum(trial.state != TrialState.WAITING for trial in trials)
-        if number < len(self._methods) and number == len(trials):
-            self._study.enqueue_trial(self._defaults(list(self._methods)[number]))
+        number = self.asked
+        if number == len(trials):  # else a driver was killed between queueing and asking
+            if number < len(self._methods) and self._strategy.starts:
+                start = self._defaults(list(self._methods)[number])
+            tried = [trial.params for trial in trials]
+            if start is not None and start["method"] in self._methods and start not in tried:
+                self._study.enqueue_trial(dict(start))
         return self._proposal(self._sampling(number).ask())
+
+    def best(self) -> Start | None:
+        """What the best told trial within the limits proposed, if there is one."""
+        ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        fitting = [trial for trial in ended if all(excess <= 0 for excess in trial.constraints.values())]
+        best = max(fitting, key=lambda trial: (trial.value, -trial.number), default=None)
+        return None if best is None else best.params
+
+    def goes_on(self, number: int, step: int, top1: float) -> bool:
+        """Takes in what a running trial reached at a step of recovery; False where it should be given up.
+
+        It is compared with trials that were told, never with those beside it, so that timing decides nothing.
+        """
+        trial = self._trial(number)
+        if step not in self._study.get_trials(deepcopy=False)[number].intermediate_values:
+            trial.report(top1, step)
+        return not trial.should_prune()
 
     def tell(self, number: int, top1: float | None, excess: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ends a trial with its validation top-1, or as failed with None.
@@ -97,17 +169,43 @@ class BudgetStudy:
         if top1 is None:
             self._study.tell(number, state=TrialState.FAIL)
             return
-        trial = Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        trial = self._trial(number)
         for cost in set(excess) - set(trial.constraints):
             trial.set_constraint(cost, excess[cost])
         self._study.tell(number, top1, state=TrialState.COMPLETE)
 
+    def tell_stopped(self, number: int) -> None:
+        """Ends a trial that `goes_on` gave up; the sampler learns from what it reached."""
+        self._study.tell(number, state=TrialState.PRUNED)
+
+    def importance(self) -> dict[str, float]:
+        """How much each knob decided of top-1, as shares that add up to 1; empty where too few trials ended.
+
+        Source: PED-ANOVA (Watanabe, Bansal, Hutter 2023), as Optuna has it.
+        """
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len({trial.value for trial in complete}) < 2:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of too few trials, where it gives equal shares
+            found = optuna.importance.get_param_importances(self._study)
+        return {name: float(share) for name, share in found.items() if share > 0}
+
+    def _trial(self, number: int) -> Trial:
+        return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+
     def _sampling(self, number: int) -> optuna.Study:
-        startup = 2 * len(self._methods)
-        self._study.sampler = optuna.samplers.TPESampler(
-            seed=_seed(self._seed, self.budget, number), n_startup_trials=startup
-        )
+        self._study.sampler = self._sampler(_seed(self._seed, self.budget, number))
         return self._study
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        if not self._strategy.models:
+            return RandomSampler(seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=2 * len(self._methods))
+
+    def _pruner(self, warmup: int) -> BasePruner:
+        """Gives up what is behind the median of the told trials at the same step, after `warmup` steps."""
+        return MedianPruner(n_startup_trials=len(self._methods), n_warmup_steps=warmup)
 
     def _defaults(self, method: str) -> dict[str, Any]:
         own = {f"{method}.{name}": value for name, value in defaults(self._methods[method]).items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+MINUS = "\u2212"
+
 
 def percent(share: float | None) -> str:
     """A share as a person reads it.
@@ -21,19 +23,29 @@ def points(difference: float) -> str:
     ('+1.2 points', '±0.0 points')
     """
     value = f"{100 * abs(difference):.1f}"
-    sign = "±" if float(value) == 0 else "+" if difference > 0 else "\u2212"
+    sign = "±" if float(value) == 0 else "+" if difference > 0 else MINUS
     return f"{sign}{value} points"
+
+
+def lost(difference: float) -> str:
+    """What is lost of a share, in percentage points; negative where something was won.
+
+    >>> lost(0.0191), lost(-0.0042), lost(-0.0001)
+    ('1.9 points', '\u22120.4 points', '0.0 points')
+    """
+    value = f"{100 * abs(difference):.1f}"
+    return f"{MINUS if difference < 0 and float(value) else ''}{value} points"
 
 
 def count(value: float | None) -> str:
     """A number of multiply-accumulates or parameters.
 
-    >>> [count(value) for value in (4_110_000_000, 12_345_678, 270_000, 2300)]
-    ['4.11G', '12.3M', '0.27M', '2,300']
+    >>> [count(value) for value in (4_110_000_000, 12_345_678, 270_000, 78_042, 2300)]
+    ['4.11G', '12.3M', '0.27M', '78.0k', '2,300']
     """
     if value is None:
         return "—"
-    for scale, unit, least in ((1e9, "G", 1e9), (1e6, "M", 1e4)):
+    for scale, unit, least in ((1e9, "G", 1e9), (1e6, "M", 1e5), (1e3, "k", 1e4)):
         if value >= least:
             scaled = value / scale
             return f"{scaled:.2f}{unit}" if scaled < 10 else f"{scaled:.1f}{unit}"

@@ -14,12 +14,16 @@ from search.frontier import (
     BudgetResult,
     Candidate,
     Cost,
+    Moment,
     SearchResult,
     Teacher,
     beats,
+    cost_of,
     frontier,
+    history,
     hypervolume,
     non_dominated,
+    volume,
     winner,
 )
 
@@ -137,22 +141,121 @@ def test_frontier_holds_the_teacher_until_a_student_beats_it() -> None:
     assert [point["run_id"] for point in frontier(TEACHER, [better], "macs")] == ["better"]
 
 
-costs = st.integers(0, 3)
+few = st.integers(0, 2)
+TIMED = replace(TEACHER, latency_ms={"cpu": {"p50": 9.0}, "nano": {"p50": 9.0}})
+EVERY_AXIS = ("macs", "macs_expected", "params", "latency_ms/cpu", "latency_ms/nano")
+LIMITED = (*EVERY_AXIS, "size_bytes", "top1_drop")
 
 
-@given(st.lists(st.tuples(costs, costs, costs, costs), min_size=1, max_size=6), costs, costs)
+@st.composite
+def candidates(draw: st.DrawFn, run_id: str) -> Candidate:
+    """A candidate with every cost on a coarse grid, gated or not, measured on any of two devices."""
+    top1 = draw(few) / 2
+    return candidate(
+        run_id,
+        macs=draw(few),
+        macs_expected=draw(st.none() | few),
+        params=draw(few),
+        size_bytes=draw(few),
+        latency_ms={name: {"p50": float(draw(few))} for name in draw(st.sets(st.sampled_from(["cpu", "nano"])))},
+        top1_validation=top1,
+        top1_drop=TEACHER.top1_validation - top1,
+        trial=draw(few),
+    )
+
+
+def stands(run_id: str, found: list[Candidate]) -> bool:
+    """Whether a run is on any frontier."""
+    return any(run_id == point["run_id"] for axis in EVERY_AXIS for point in frontier(TIMED, found, axis))
+
+
+@given(
+    st.integers(1, 6).flatmap(lambda count: st.tuples(*(candidates(str(place)) for place in range(count)))),
+    st.dictionaries(st.sampled_from(LIMITED), few.map(float)),
+)
 def test_what_is_beaten_wins_nothing_and_stands_on_no_frontier(
-    rows: list[tuple[int, int, int, int]], macs: int, params: int
+    drawn: tuple[Candidate, ...], limits: dict[str, float]
 ) -> None:
-    found = [
-        candidate(str(place), macs=row[0], params=row[1], top1_validation=row[2] / 3, trial=row[3])
-        for place, row in enumerate(rows)
-    ]
+    found = list(drawn)
     beaten = {other.run_id for one in found for other in found if beats(one, other)}
-    standing = {point["run_id"] for axis in ("macs", "params") for point in frontier(TEACHER, found, axis)}
-    best = winner(found, {"macs": macs, "params": params})
-    assert beaten.isdisjoint(standing)
+    best = winner(found, limits)
+    assert not any(stands(run_id, found) for run_id in beaten)
     assert best is None or best.run_id not in beaten
+
+
+@given(candidates("one"), candidates("other"))
+def test_what_is_not_beaten_can_still_win_or_stand(one: Candidate, other: Candidate) -> None:
+    """The converse: weights that nothing can ask for are not kept. Its own costs are the limits it can still win."""
+    own = {cost: cost_of(other, cost) for cost in LIMITED if cost_of(other, cost) < float("inf")}
+    budgets = [{cost: limit} for cost, limit in own.items()]
+    wins = any(winner([one, other], limits) is other for limits in budgets)
+    above = replace(TIMED, top1_validation=-1.0)  # a teacher that hides no student
+    alone = any(other.run_id == point["run_id"] for axis in EVERY_AXIS for point in frontier(above, [other, one], axis))
+    assert beats(one, other) == (not wins and not alone)
+
+
+def test_beating_looks_at_size_and_at_every_device_of_either() -> None:
+    times = {"cpu-1": {"p50": 2.0}}
+    first = candidate("first", latency_ms=times)
+    better = candidate("better", top1_validation=0.9, latency_ms=times)
+    assert beats(better, first)
+    assert not beats(replace(better, size_bytes=401), first)
+    assert not beats(replace(better, latency_ms={}), first)
+    assert not beats(replace(better, latency_ms={"cpu-1": {"p50": 2.1}}), first)
+    assert beats(better, replace(first, latency_ms={}))
+    cheaper = candidate("cheaper", macs=400, params=50, latency_ms={"cpu-1": {"p50": 1.9}})
+    assert beats(cheaper, first)
+    assert not beats(replace(cheaper, latency_ms=times), first)
+
+
+def test_latency_is_an_axis_for_those_measured_there() -> None:
+    teacher = replace(TEACHER, latency_ms={"cpu-1": {"min": 3.0, "p50": 4.0, "p95": 5.0}})
+    fast = candidate("fast", latency_ms={"cpu-1": {"min": 0.9, "p50": 1.0, "p95": 1.1}})
+    lost = candidate("lost", top1_validation=0.89)
+    result = SearchResult("x", teacher, [], [fast, lost], Cost(0, 0, 2, 0), "", "")
+    assert result.axes == ("macs", "params", "latency_ms/cpu-1")
+    points = result.to_json()["frontier"]["latency_ms/cpu-1"]
+    assert [(point["run_id"], point["latency_ms/cpu-1"]) for point in points] == [("fast", 1.0), (None, 4.0)]
+    assert points[0]["latency_ms"] == {"cpu-1": {"min": 0.9, "p50": 1.0, "p95": 1.1}}
+    assert volume(teacher, [fast, lost], "latency_ms/cpu-1") == pytest.approx(0.75 * 0.8)
+    assert winner([fast, lost], {"latency_ms/cpu-1": 2.0}) is fast
+    assert winner([fast, lost], {"macs": 600}) is lost
+
+
+def test_history_grows_in_the_order_trials_ended() -> None:
+    late = candidate("late", top1_validation=0.85, device_s=10.0, ended=30.0)
+    early = candidate("early", macs=250, device_s=5.0, ended=10.0, budget="tiny")
+    stopped = candidate("stopped", state="stopped", macs=None, device_s=2.0, ended=20.0)
+    budgets = [
+        BudgetResult("half", {"macs": 500}),
+        BudgetResult("tiny", {"macs": 300}),
+        BudgetResult("no", {"macs": 1}),
+    ]
+    result = SearchResult("x", TEACHER, budgets, [late, stopped, early], Cost(9, 17, 3, 1), "", "")
+    first = {"half": 0.8, "tiny": 0.8}
+    grown = pytest.approx(0.75 * 0.8 + 0.5 * 0.05)
+    assert history(result) == [
+        Moment(5.0, pytest.approx(0.6), first),
+        Moment(7.0, pytest.approx(0.6), first),
+        Moment(17.0, grown, first | {"half": 0.85}),
+    ]
+    assert history(result)[-1].hypervolume == volume(TEACHER, result.candidates, "macs")
+    assert history(replace(result, candidates=[])) == []
+
+
+@given(
+    st.lists(
+        st.builds(lambda macs, top1: candidate(macs=macs, top1_validation=top1), st.integers(0, 1200), st.floats(0, 1)),
+        max_size=8,
+    )
+)
+def test_history_never_falls(found: list[Candidate]) -> None:
+    result = SearchResult("x", TEACHER, [BudgetResult("half", {"macs": 500})], found, Cost(0, 0, 0, 0), "", "")
+    moments = history(result)
+    assert len(moments) == len(found)
+    for before, after in pairwise(moments):
+        assert after.hypervolume >= before.hypervolume
+        assert after.best.get("half", 0) >= before.best.get("half", 0)
 
 
 def test_expected_macs_are_a_cost_of_their_own() -> None:
@@ -191,14 +294,15 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
     best = candidate("run-7", latency_ms=times, macs_expected=410, plan={"choices": {}}, knobs={"rank": 2})
     budgets = [
         BudgetResult("half", {"macs": 500}, best, "models:/digits@half", "half", 0.79),
-        BudgetResult("tiny", {"macs": 50, "params": 9}),
+        BudgetResult("tiny", {"macs": 50, "latency_ms/cpu-1": 0.5, "top1_drop": 0.01}),
     ]
     result = SearchResult("digits", TEACHER, budgets, [best], Cost(12.5, 40.0, 3, 1), "2026-01-02T03:04:05Z", "name: x")
     values = result.to_json()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values == {
         "name": "digits",
-        "teacher": {"top1_validation": 0.9, "top1_test": 0.88, "macs": 1000, "params": 200, "size_bytes": 800},
+        "teacher": {"top1_validation": 0.9, "top1_test": 0.88, "macs": 1000, "params": 200, "size_bytes": 800}
+        | {"latency_ms": {}},
         "budgets": [
             {
                 "name": "half",
@@ -217,7 +321,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "latency_ms": times,
                 },
             },
-            {"name": "tiny", "limits": {"macs": 50, "params": 9}, "winner": None},
+            {"name": "tiny", "limits": {"macs": 50, "latency_ms": {"cpu-1": 0.5}, "top1_drop": 0.01}, "winner": None},
         ],
         "frontier": {
             axis: [
@@ -230,6 +334,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "macs_expected": 410,
                     "params": 100,
                     "size_bytes": 400,
+                    "latency_ms": times,
                 },
                 {
                     "run_id": None,
@@ -240,9 +345,11 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "macs_expected": 1000 if axis == "macs_expected" else None,
                     "params": 200,
                     "size_bytes": 800,
+                    "latency_ms": {},
                 },
             ]
             for axis in ("macs", "macs_expected", "params")
         },
+        "hypervolume": {"macs": 0.4, "macs_expected": pytest.approx(0.472), "params": 0.4},
         "cost": {"wall_s": 12.5, "device_s": 40.0, "trials": 3, "stopped": 1},
     }

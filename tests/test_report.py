@@ -2,19 +2,23 @@
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import results
 
 import search
 from methods.channels import ChannelGroup, Member, to_choices
-from search.figures import LABELS, TEACHER_MARK, figure, method_marks
+from search.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher, winner
 from search.report import Bar, headline, html, plan_view
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>alert(1)</script>\"'&<img src=http://evil.example/x>"
 TEACHER = Teacher(top1_validation=0.972, top1_test=0.966, macs=12_500_000, params=272_000, size_bytes=1_113_000)
 LIMITS = {"half": {"macs": 6_250_000}, "tiny": {"macs": 3_125_000, "params": 108_800}, "none": {"macs": 1000}}
@@ -120,12 +124,10 @@ def test_page_holds_every_winner_with_limits_and_values() -> None:
         "half: 48.8 % MACs at \u22121.9 points",
         "tiny: 24.0 % MACs and 36.8 % params at \u22125.1 points",
         "none: no model fits",
-        "6.10M · 48.8 %limit 6.25M · 50.0 %",
-        "0.15M · 55.1 %no limit",
-        "3.00M · 24.0 %limit 3.12M · 25.0 %",
-        "0.10M · 36.8 %limit 0.11M · 40.0 %",
-        "620.0 kB55.7 %",
-        "1.20 ms60.0 % of 2.00 ms",
+        "6.10M · 48.8 %✓ ≤ 6.25M · 50.0 %",
+        "0.15M · 55.1 %620.0 kB · 55.7 %1.20 ms · 60.0 %",
+        "3.00M · 24.0 %✓ ≤ 3.12M · 25.0 %",
+        "0.10M · 36.8 %✓ ≤ 0.11M · 40.0 %",
         'mlflow.pytorch.load_model("models:/digits@half")',
         'mlflow.pytorch.load_model("models:/digits@tiny")',
         "beta_rel = 1.235",
@@ -141,6 +143,60 @@ def test_page_holds_every_winner_with_limits_and_values() -> None:
     assert text.count("budget 'none' allows 1000 MACs; ManiDP needs 0.9M") == 2
 
 
+def test_page_holds_every_limit_of_a_budget_with_several() -> None:
+    text = Page(html(results.search())).text
+    for piece in (
+        "edge: 49.0 % MACs and 54.2 % latency on cpu-1 at \u22121.5 points",
+        "nano: 33.1 % size and 37.4 % predicted latency on nano at \u22123.1 points",
+        "95.7 %\u22121.5 points✓ ≥ \u22122.0 points95.1 %",
+        "0.223 ms · 54.2 %✓ ≤ 0.247 ms · 60.0 % noisy",
+        "105.1 kB · 33.1 %✓ ≤ 200.0 kB · 63.0 %",
+        "1.16 ms · 37.4 %✓ ≤ 1.24 ms · 40.0 %",
+        "no model fits— ≥ \u22120.5 points",
+        "allowed: 1,000 MACs (0.0 %), 0.5 points top-1 lost",
+        "validation top-1, \u22121.5 points ≥ \u22122.0 points ✓",
+    ):
+        assert piece in text, piece
+    assert "✗" not in text
+
+
+def test_page_says_what_the_search_took_and_what_became_of_each_trial() -> None:
+    text = Page(html(results.search())).text
+    for piece in (
+        "1 min 44 swall time",
+        "17trials, 13 complete",
+        "2stopped early, after 6.8 s of devices",
+        "1reused another's training",
+        "2without a model, 1 failed",
+        "6 trials, 1 stopped 1 min 9 s device time",
+        "stoppedat step 120, top-1 68.8 %",
+        "completesame plan as half 2",
+        "recovery.learning_rate27.0 %",
+        "cpu-1measuredonnxruntime11bench-3x86_64, 16 cores0.396 ms0.412 ms0.449 ms",
+        "nanopredictedprofile11—3.10 ms",
+        "hypervolume 0.641",
+    ):
+        assert piece in text, piece
+    assert "alds.measure" not in text
+
+
+def test_predicted_latency_is_called_so_wherever_it_is_shown() -> None:
+    page = Page(html(results.search()))
+    assert len(re.findall(r"latency on nano", page.text)) == len(re.findall(r"[Pp]redicted latency on nano", page.text))
+    drawn = json.dumps(page.figures, ensure_ascii=False)
+    assert len(re.findall(r"nano p50", drawn)) == len(re.findall(r"nano p50 [\d.]+ ms, [^<\"]*predicted", drawn)) > 0
+    titles = [one["layout"]["xaxis"]["title"]["text"] for one in page.figures.values()]
+    assert "share of the teacher's 3.10 ms (predicted)" in titles
+    assert sum("predicted" in title for title in titles) == 1
+
+
+def test_a_limit_that_is_missed_is_marked() -> None:
+    over = candidate("over", "alds", macs=6_300_000)
+    page = Page(html(search_result([over], budgets=[BudgetResult("half", {"macs": 6_250_000}, over)])))
+    assert "6.30M · 50.4 %✗ ≤ 6.25M · 50.0 %" in page.text
+    assert "✓ ≤" not in page.text
+
+
 def test_texts_of_users_stay_texts() -> None:
     evil = candidate(
         EVIL,
@@ -148,15 +204,19 @@ def test_texts_of_users_stay_texts() -> None:
         budget=EVIL,
         knobs={EVIL: EVIL},
         latency_ms={EVIL: {"min": 1.0, "p50": 1.0, "p95": 1.0}},
+        same_as=EVIL,
         plan={"method": EVIL, "choices": {EVIL: EVIL, "groups": [[EVIL, 1, 2]]}, "notes": [EVIL]},
     )
     failed = Candidate("f", 0, EVIL, EVIL, {}, "failed", error=EVIL)
     budget = BudgetResult(EVIL, {"macs": 7_000_000}, evil, EVIL, EVIL, 0.9)
-    page = Page(html(search_result([evil, failed], name=EVIL, budgets=[budget], spec=EVIL, started=EVIL)))
+    told: dict[str, Any] = {"devices": {EVIL: {"host": EVIL, "runtime": EVIL}}, "importance": {EVIL: {EVIL: 1.0}}}
+    teacher = replace(TEACHER, latency_ms={EVIL: {"min": 1.0, "p50": 1.0, "p95": 1.0}})
+    found = search_result([evil, failed], name=EVIL, budgets=[budget], spec=EVIL, started=EVIL, teacher=teacher, **told)
+    page = Page(html(found))
     assert page.tags.count("script") == 3
     assert "img" not in page.tags
     assert page.links == ["data:,"]
-    assert page.text.count(EVIL) >= 12
+    assert page.text.count(EVIL) >= 18
     drawn = json.dumps(page.figures)
     assert "&lt;img" in drawn
     assert "<img" not in drawn
@@ -180,18 +240,43 @@ def test_figures_draw_each_complete_candidate_once_and_the_limits() -> None:
     assert any("after surgery 41.1 %" in text and "cpu-1 p50 1.20 ms" in text for text in texts)
 
 
+def test_latency_charts_leave_out_what_was_not_measured_there() -> None:
+    found = [candidate("a", "alds", latency_ms=times(1.2)), candidate("b", "alds")]
+    result = search_result(found, teacher=replace(TEACHER, latency_ms=times(2.0)))
+    drawn = figure(result, "latency_ms/cpu-1", method_marks(["alds"]))
+    dots = [x for trace in drawn["data"] for x in trace["x"] if trace.get("hoverinfo") == "text"]
+    assert sorted(dots) == pytest.approx([60, 100])
+    assert [ring["x"] for ring in drawn["data"] if ring["mode"] == "markers"][-2] == pytest.approx([60])
+    assert drawn["layout"]["xaxis"]["title"]["text"] == "share of the teacher's 2.00 ms"
+
+
+def test_history_is_drawn_over_device_time_in_a_fitting_unit() -> None:
+    result = results.search()
+    drawn = history_figures(result)
+    (volumes,) = drawn["hypervolume"]["data"]
+    assert len(volumes["x"]) == len(result.candidates)
+    assert volumes["x"][-1] == pytest.approx(result.cost.device_s)
+    assert [line["name"] for line in drawn["best"]["data"]] == ["half", "tiny", "edge", "nano"]
+    assert [line["y"][-1] for line in drawn["best"]["data"]] == pytest.approx([95.7, 92.9, 95.7, 94.1])
+    assert drawn["best"]["layout"]["xaxis"]["title"]["text"] == "device time, seconds"
+    slow = replace(result, candidates=[replace(one, device_s=600.0) for one in result.candidates[:2]])
+    drawn = history_figures(slow)
+    assert drawn["hypervolume"]["data"][0]["x"] == [10.0, 20.0]
+    assert drawn["hypervolume"]["layout"]["xaxis"]["title"]["text"] == "device time, minutes"
+
+
 def test_near_limits_are_labelled_one_above_the_other_and_equal_ones_together() -> None:
-    limits = {"a": 0.5, "b": 0.5, "c": 0.55, "d": 0.9}
+    limits = {"a": 0.5, "b": 0.5, "c": 0.55, "d": 0.9, "e": 0.6}
     budgets = [BudgetResult(name, {"macs": int(share * TEACHER.macs)}) for name, share in limits.items()]
     drawn = figure(search_result([], budgets=budgets), "macs", {})["layout"]["annotations"]
-    assert [(label["text"], label["yshift"]) for label in drawn] == [("a, b", 0), ("c", 15), ("d", 0)]
+    assert [(label["text"], label["yshift"]) for label in drawn] == [("a, b", 0), ("c", 15), ("e", 0), ("d", 0)]
 
 
 def test_every_colour_a_figure_names_is_in_the_style_sheet_for_both_schemes() -> None:
     style = (Path(search.__path__[0]) / "templates" / "report.css").read_text()
     light, dark = (set(re.findall(r"(--[\w-]+):", rules)) for rules in style.split("@media (prefers", 1))
     marks = method_marks([*LABELS, "x", "y", "z"])
-    drawn = json.dumps(figure(search_result(FOUND), "macs", marks))
+    drawn = json.dumps([figure(search_result(FOUND), "macs", marks), history_figures(results.search())])
     named = set(re.findall(r'"(--[\w-]+)"', drawn)) | {m.colour for m in [*marks.values(), TEACHER_MARK]}
     assert named <= light
     assert named - dark <= {"--font"}
@@ -216,6 +301,7 @@ def test_expected_macs_have_a_column_only_where_a_candidate_has_them() -> None:
 def test_search_without_a_winner_still_reports(found: list[Candidate]) -> None:
     page = Page(html(search_result(found)))
     assert page.text.count("no model fits") == 2 * len(LIMITS)
+    assert "Devices" not in page.text
     assert "load_model" not in page.text
     assert "What each winner keeps" not in page.text
     assert ("No trial was run." in page.text) == (not found)
@@ -223,7 +309,7 @@ def test_search_without_a_winner_still_reports(found: list[Candidate]) -> None:
 
 def test_headline_names_only_the_limited_costs() -> None:
     budget = BudgetResult("small", {"params": 200_000}, candidate("a", "alds", top1_validation=0.972))
-    assert headline(TEACHER, budget) == "small: 55.1 % params at ±0.0 points"
+    assert headline(search_result([]), budget) == "small: 55.1 % params at ±0.0 points"
 
 
 def test_plan_of_a_channel_method_becomes_bars() -> None:
@@ -260,3 +346,39 @@ def test_plans_become_tables_links_and_facts_by_their_shapes() -> None:
     columns = plan_view({"choices": {"sites": {"conv": ["a", "b"], "gate": [0, 1]}}}, TEACHER)
     assert columns.tables == [(["conv", "gate"], [["a", "0"], ["b", "1"]])]
     assert plan_view({}, TEACHER).facts == []
+
+
+FRAMES = """<body><script>
+let waiting = 0;
+for (const width of [1280, 390]) {
+  const frame = document.createElement("iframe");
+  frame.style = `width: ${width}px; height: 900px; border: 0`;
+  frame.src = "report.html";
+  waiting += 1;
+  frame.onload = () => {
+    const page = frame.contentDocument;
+    const told = document.createElement("p");
+    const charts = [...page.querySelectorAll(".chart")];
+    const drawn = charts.filter((chart) => chart.querySelector(".main-svg path, .main-svg .point")).length;
+    told.textContent = [width, page.documentElement.scrollWidth, charts.length, drawn].join(" ");
+    document.body.append(told);
+  };
+  document.body.append(frame);
+}
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_browser_draws_every_chart_without_a_word_and_nothing_is_wider_than_the_page(tmp_path: Path) -> None:
+    result = results.search()
+    (tmp_path / "report.html").write_text(html(result))
+    (tmp_path / "frames.html").write_text(FRAMES)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+    command += ["--enable-logging=stderr", "--v=0", "--window-size=1400,1900", f"--user-data-dir={tmp_path / 'user'}"]
+    command += ["--virtual-time-budget=8000", "--dump-dom", (tmp_path / "frames.html").as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert "CONSOLE" not in ended.stderr
+    count = len(result.axes) + 2
+    seen = sorted(re.findall(r"<p>(\d+) (\d+) (\d+) (\d+)</p>", ended.stdout))
+    assert seen == [("1280", "1280", f"{count}", f"{count}"), ("390", "390", f"{count}", f"{count}")]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from searches import inline, parsed, place, quiet
 
 from cluster import Cluster, Done, Event, InlineCluster, RayCluster
+from cluster.base import Item, always
 from methods.base import Plan
-from methods.training import Recipe, evaluate, top1
-from search import data, loop, spec, usercode, workload, zoo
+from methods.pipeline import trial
+from search import data, loop, spec, usercode, workload
 from search.frontier import SearchResult
 from search.prepare import prepare
 from search.tracking import find_search
@@ -28,6 +31,7 @@ model: {source: zoo, name: resnet8, weights: teacher.safetensors}
 data: {source: digits, validation: 0.2, calibration: 128}
 metric: %s
 methods: [itpruner, alds]
+devices: {rock: {runtime: profile, file: rock.yaml}}
 budgets:
   - {name: half, macs: 50%%}
   - {name: small, params: 30%%, macs: 60%%}
@@ -37,31 +41,9 @@ recovery: {steps: 4, batch_size: 64}
 """
 
 
-def quiet(stage: str, done: int, total: int, note: str) -> None:
-    """A report nobody reads."""
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
-    pool, test = data.digits()
-    splits = data.split(pool, test, validation=0.2, calibration=128, seed=0)
-    model = zoo.build("resnet8", 1, 10, 0)
-    workload.fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), quiet)
-    assert evaluate(model, splits.test, top1) > 0.9
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    workload.save_weights(model, path)
-    return path
-
-
 @pytest.fixture
 def wanted(teacher: Path, tmp_path: Path) -> spec.SearchSpec:
-    (tmp_path / "teacher.safetensors").write_bytes(teacher.read_bytes())
-    return spec.parse(SPEC % "top1", folder=tmp_path)
-
-
-def inline(made: Workload) -> Cluster:
-    return InlineCluster(made.bench())
+    return parsed(place(tmp_path, teacher), SPEC % "top1")
 
 
 def figures(result: SearchResult) -> list[tuple[Any, ...]]:
@@ -70,6 +52,8 @@ def figures(result: SearchResult) -> list[tuple[Any, ...]]:
 
 
 def test_a_search_from_spec_to_registry(wanted: spec.SearchSpec, tmp_path: Path) -> None:
+    text = wanted.text.replace("rock: {runtime: profile, file: rock.yaml}", "cpu-1: {runtime: onnxruntime}")
+    wanted = parsed(tmp_path, text)
     result = loop.search(wanted, inline, quiet)
 
     half, small, impossible = result.budgets
@@ -104,7 +88,7 @@ def test_a_search_from_spec_to_registry(wanted: spec.SearchSpec, tmp_path: Path)
 def test_chains_and_gates_in_one_search(wanted: spec.SearchSpec, tmp_path: Path) -> None:
     text = wanted.text.replace("[itpruner, alds]", "[manidp, [itpruner, alds]]").replace("trials: 4", "trials: 3")
     text = text.replace("{name: small, params: 30%, macs: 60%}", "{name: light, macs_expected: 60%}")
-    result = loop.search(spec.parse(text, folder=tmp_path), inline, quiet)
+    result = loop.search(parsed(tmp_path, text), inline, quiet)
 
     half, light, _ = result.budgets
     assert half.winner is not None
@@ -121,7 +105,7 @@ def test_chains_and_gates_in_one_search(wanted: spec.SearchSpec, tmp_path: Path)
         assert 0.98 * limit <= one.macs_expected <= limit < result.teacher.macs < one.macs
     assert not gated["half"].fits(half.limits)
     assert gated["light"].fits(light.limits)
-    assert result.to_json()["frontier"].keys() == {"macs", "macs_expected", "params"}
+    assert result.to_json()["frontier"].keys() == {"macs", "macs_expected", "params", "latency_ms/rock"}
     chains = [one for one in result.candidates if one.method == "itpruner+alds"]
     assert len(chains) == 2
     for chain in chains:
@@ -169,13 +153,20 @@ class Killed:
     inner: Cluster
     left: int
 
-    def run(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[Event]:
-        for event in self.inner.run(function, items):
-            if function is loop.trial.run and isinstance(event, Done):
+    def run(
+        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
+    ) -> Iterator[Event]:
+        for event in self.inner.run(function, items, go_on):
+            if function is trial and isinstance(event, Done):
                 if self.left == 0:
                     raise KeyboardInterrupt
                 self.left -= 1
             yield event
+
+    def alone(
+        self, function: Callable[..., Any], items: Iterable[Item], resources: Mapping[str, float] = MappingProxyType({})
+    ) -> Iterator[Event]:
+        return self.inner.alone(function, items, resources)
 
     def close(self) -> None:
         self.inner.close()
@@ -198,7 +189,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(
     ]
     assert {run.info.status for run in MlflowClient().search_runs(["1"])} == {"FINISHED"}
 
-    longer = spec.parse((SPEC % "top1").replace("trials: 4", "trials: 5"), folder=tmp_path)
+    longer = parsed(tmp_path, (SPEC % "top1").replace("trials: 4", "trials: 5"))
     gone_on = loop.search(longer, inline, quiet)
     assert len(gone_on.candidates) == 10
     assert [row for row in figures(gone_on) if row[1] < 4] == figures(calm)
@@ -218,7 +209,7 @@ def brittle(logits, labels):
 
 def test_an_exception_in_a_trial_is_recorded_and_the_search_goes_on(wanted: spec.SearchSpec, tmp_path: Path) -> None:
     (tmp_path / "metric.py").write_text(METRIC)
-    result = loop.search(spec.parse(SPEC % "./metric.py:brittle", folder=tmp_path), inline, quiet)
+    result = loop.search(parsed(tmp_path, SPEC % "./metric.py:brittle"), inline, quiet)
     failed = [one for one in result.candidates if one.state == "failed"]
     assert len(failed) == 1
     assert "RuntimeError: the sixth call is too much" in str(failed[0].error)
@@ -237,7 +228,7 @@ def plain(logits, labels):
 def test_a_search_on_ray_follows_the_plans_of_this_process(wanted: spec.SearchSpec, tmp_path: Path) -> None:
     """Scores do not depend on where shards ran; a user's metric travels to the workers by value."""
     (tmp_path / "metric.py").write_text(PLAIN)
-    wanted = spec.parse(SPEC % "./metric.py:plain", folder=tmp_path)
+    wanted = parsed(tmp_path, SPEC % "./metric.py:plain")
     here = workload.load(wanted, quiet)
     planned = prepare(wanted, here, InlineCluster(here.bench()), quiet)
 

@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.profile import Profile
-from search.amounts import Amount
+from search.amounts import Amount, drop, latency
 from search.base import SpecError
+from search.changes import SpecChanged, changes, check_unchanged
+from search.frontier import Teacher
 from search.spec import SearchSpec, load, parse
 
 GOOD = """
@@ -32,6 +33,11 @@ def spec(text: str = GOOD) -> SearchSpec:
     return parse(text, folder=Path())
 
 
+def teacher(macs: int) -> Teacher:
+    times = {"min": 4.0, "p50": 5.0, "p95": 6.0}
+    return Teacher(0.9, None, macs, 50_000, 200_000, {"edge": times, "server": times})
+
+
 def mistakes(text: str) -> str:
     with pytest.raises(SpecError) as caught:
         parse(text, folder=Path())
@@ -39,8 +45,7 @@ def mistakes(text: str) -> str:
 
 
 def test_a_good_spec_in_absolute_units() -> None:
-    profile = Profile((), (), macs=1001, params=50_000, input_shape=(1, 8, 8))
-    half, tiny = spec().limits(profile)
+    half, tiny = (target.budget for target in spec().targets(teacher(1001)))
     assert (half.macs, half.params, half.channels) == (500, None, 4)
     assert (tiny.macs, tiny.params, tiny.channels) == (250, 20_000, 16)
     assert spec().search.timeout == 120
@@ -76,7 +81,7 @@ budgets:
         "budgets.1.macs: '150%' is more than the teacher itself",
         "budgets.2.name: 'latest' is reserved",
         "budgets.2.devic: unknown key; did you mean 'device'?",
-        "budgets.3: limits nothing",
+        "budgets.3: limits no cost",
         "budgets.4.macs: '0' is not positive",
         "budgets.4.device: no device 'phone'",
     ):
@@ -95,7 +100,21 @@ budgets:
         ("methods: [itprune, uniform, 3]", "'3' is not a method"),
         ("budgets: [{name: a, macs: 0.5}]", "budgets.0.macs: '0.5' is less than one unit; write 50% for a share"),
         ("budgets: [{name: a, params: 0.0004k}]", "'0.0004k' is less than one unit"),
-        ("budgets: [{name: a, macs: null}]", "budgets.0: limits nothing; give macs, macs_expected, params or several"),
+        (
+            "budgets: [{name: a, macs: null}]",
+            "budgets.0: limits no cost; give one or several of macs, macs_ex",
+        ),
+        ("budgets: [{name: a, top1_drop: 0.1}]", "budgets.0: limits no cost"),
+        ("budgets: [{name: a, macs: 50%, top1_drop: 1}]", "budgets.0.top1_drop: '1' is no share of top-1"),
+        ("budgets: [{name: a, latency: 12 MB}]", "budgets.0.latency: '12 MB' is not a latency; write 60%"),
+        ("budgets: [{name: a, latency: 120%}]", "budgets.0.latency: '120%' is more than the teacher itself"),
+        ("budgets: [{name: a, latency: 0 ms}]", "budgets.0.latency: '0 ms' is not positive"),
+        (
+            "devices: {edge: {runtime: profile}}",
+            "devices.edge: runtime 'profile' and file, its roofline, belong together",
+        ),
+        ("devices: {edge: {file: pi.yaml}}", "devices.edge: runtime 'profile' and file, its roofline, belong together"),
+        ("devices: {edge: {resources: {jetson: 0}}}", "devices.edge.resources.jetson: Input should be greater than 0"),
         ("data: {source: factory, name: null}", "data.name: missing; source 'factory' needs it"),
         ("data: {source: digits, seed: -1}", "data.seed: Input should be greater than or equal to 0, but it is -1"),
         ("search: {seed: -1}", "search.seed: Input should be greater than or equal to 0, but it is -1"),
@@ -151,10 +170,44 @@ def test_a_list_among_the_methods_is_a_chain() -> None:
 
 
 def test_a_budget_may_limit_expected_macs() -> None:
-    profile = Profile((), (), macs=1000, params=50_000, input_shape=(1, 8, 8))
-    budget, _ = spec(GOOD.replace("macs: 50%", "macs_expected: 50%, params: 10k")).limits(profile)
+    target, _ = spec(GOOD.replace("macs: 50%", "macs_expected: 50%, params: 10k")).targets(teacher(1000))
+    budget = target.budget
     assert budget.declared() == {"macs_expected": 500, "params": 10_000}
     assert budget.limits() == {"macs": 500, "params": 10_000}
+
+
+def test_several_limits_at_once() -> None:
+    text = GOOD.replace("params: 20k, device: server", "device: server, latency: 60 %, size_bytes: 50%, top1_drop: 2 %")
+    half, tiny = spec(text).targets(teacher(1000))
+    assert half.declared() == {"macs": 500}
+    assert half.device == "edge"
+    assert tiny.declared() == {"macs": 250, "size_bytes": 100_000, "latency_ms/server": 3.0, "top1_drop": 0.02}
+    assert spec(text).needs_latency()
+    assert not spec().needs_latency()
+
+
+@pytest.mark.parametrize(("text", "limit"), [("60%", 3.0), ("2ms", 2.0), ("800 us", 0.8), (7, 7.0), ("0.001 s", 1.0)])
+def test_latency_is_a_share_or_a_time(text: object, limit: float) -> None:
+    assert latency(text).of(5.0) == pytest.approx(limit)
+
+
+def test_a_drop_is_a_fraction_or_in_percent() -> None:
+    assert drop("2%") == drop(0.02) == drop(".02") == 0.02
+    assert drop(0) == 0
+
+
+def test_what_changed_between_two_sittings() -> None:
+    old = spec().decisive()
+    more = spec(GOOD.replace("search:", "  - {name: more, params: 30%}\nsearch:").replace("trials: 4", "trials: 9"))
+    check_unchanged("digits", old, more.decisive())
+    other = GOOD.replace("macs: 50%", "macs: 40%").replace("- {name: tiny", "- {name: teeny") + "recovery: {steps: 3}\n"
+    found = changes(old, spec(other).decisive())
+    assert found[:2] == ["recovery.steps: 400, now 3", 'budgets.half.macs: "50%", now "40%"']
+    assert found[2].startswith("budgets.tiny: {")
+    assert found[2].endswith("now gone")
+    with pytest.raises(SpecChanged, match=r"(?s)recovery.steps: 400, now 3.*--fork"):
+        check_unchanged("digits", old, spec(other).decisive())
+    assert spec(GOOD.replace("50%", "50 %")).decisive() == old
 
 
 def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> None:

@@ -10,7 +10,7 @@ import pytest
 import methods
 from methods.base import Choice, Range, defaults
 from search.base import SearchError
-from search.study import RECOVERY, BudgetStudy, Proposal, storage
+from search.study import RANDOM, RECOVERY, BudgetStudy, Proposal, storage
 
 METHODS = {name: methods.METHODS[name] for name in ("manidp", "alds", "uniform")}
 
@@ -136,3 +136,84 @@ def test_a_database_that_cannot_be_opened_is_told() -> None:
         storage("sqlite:////nowhere/at/all.db")
     with pytest.raises(SearchError, match="expected a database URL"):
         storage("foo://bar")
+
+
+def test_what_is_behind_the_median_of_told_trials_is_given_up(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    curves = [[0.2, 0.6], [0.4, 0.8], [0.3, 0.7]]
+    for curve in curves:
+        number = made.ask().number
+        assert all(made.goes_on(number, step, top1) for step, top1 in enumerate(curve, start=1))
+        made.tell(number, curve[-1])
+    ahead, level, behind = (made.ask().number for _ in range(3))
+    assert made.goes_on(ahead, 1, 0.9)
+    assert made.goes_on(level, 1, 0.3)
+    assert not made.goes_on(behind, 1, 0.29)
+    made.tell_stopped(behind)
+    assert made.told == 4
+    again = study(tmp_path / "s")
+    assert not again.goes_on(behind, 1, 0.29)
+    assert [proposal.number for proposal in again.unfinished()] == [ahead, level]
+
+
+def test_a_trial_is_not_given_up_for_one_that_is_still_running(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    numbers = [made.ask().number for _ in range(6)]
+    for number in numbers[:5]:
+        made.goes_on(number, 1, 0.9)
+    assert made.goes_on(numbers[5], 1, 0.1)
+
+
+def test_a_good_proposal_starts_a_neighbour_once(tmp_path: Path) -> None:
+    one, other = study(tmp_path / "one"), study(tmp_path / "other")
+    run(one, 2)
+    run(other, 1)
+    assert one.best() is not None
+    started = other.ask(one.best())
+    best = max(one._study.get_trials(), key=lambda trial: (trial.value, -trial.number))
+    assert started.method == best.params["method"]
+    assert started.recovery["distill"] == best.params["recovery.distill"]
+    drawn = other.ask(one.best())
+    assert drawn.recovery["distill"] != started.recovery["distill"]
+    assert other.ask({"method": "practise"}).method in METHODS
+
+
+def test_a_driver_killed_between_queueing_and_asking(tmp_path: Path) -> None:
+    calm, killed = study(tmp_path / "calm"), study(tmp_path / "killed")
+    start = {"method": "uniform", "recovery.distill": 0.1, "recovery.learning_rate": 0.1}
+    for made in (calm, killed):
+        run(made, 1)
+    killed._study.enqueue_trial(start)
+    assert study(tmp_path / "killed").ask(start) == calm.ask(start)
+    assert killed.ask(None) == calm.ask(None)
+
+
+def test_what_lies_over_a_limit_is_nobodys_start(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    assert made.best() is None
+    for excess in (0.1, -0.1, 0.0):
+        made.tell(made.ask().number, 0.9 + excess, {"macs": excess})
+    best = made.best()
+    assert best is not None
+    assert best["method"] == "uniform"
+
+
+def test_importance_says_which_knob_decided(tmp_path: Path) -> None:
+    made = study(tmp_path / "s")
+    assert made.importance() == {}
+    run(made, 10)
+    found = made.importance()
+    assert max(found, key=lambda name: found[name]) == "recovery.distill"
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_a_random_search_starts_with_no_defaults(tmp_path: Path) -> None:
+    drawn = [
+        BudgetStudy(
+            storage(str(tmp_path / name)), "one", "half", list(METHODS.values()), 0, labels=True, strategy=RANDOM
+        )
+        for name in ("one", "two")
+    ]
+    found = [run(made, 3) for made in drawn]
+    assert found[0] == found[1]
+    assert found[0][0].recovery["distill"] != RECOVERY["distill"].default

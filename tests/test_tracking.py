@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from search.base import SearchError, TrackingError
 from search.cache import alone
-from search.tracking import check_store, find_search
+from search.store import check_store
+from search.tracking import find_search
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -36,3 +41,32 @@ def test_one_driver_per_search() -> None:
         pass
     with alone("a search"):
         pass
+
+
+def make_store(folder: Path) -> None:
+    """Makes a store in `folder`, in a process of its own."""
+    os.chdir(folder)
+    check_store("sqlite:///paredown.db")
+
+
+def test_a_process_killed_while_it_makes_the_store(tmp_path: Path) -> None:
+    """MLflow could not use a database that a kill left half made; here none is left."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["search.store"])
+    process = context.Process(target=make_store, args=(tmp_path,))
+    process.start()
+    while not any(file.stat().st_size for file in tmp_path.glob("*.db")):
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert not Path("paredown.db").exists()
+    check_store("sqlite:///paredown.db")
+
+
+def test_nothing_reports_home() -> None:
+    """MLflow makes its telemetry client while it is imported, whoever imports it first."""
+    program = "import search.loop; from mlflow.telemetry import get_telemetry_client as get; print(get())"
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "None"

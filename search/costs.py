@@ -1,0 +1,171 @@
+"""Costs as a person reads them: a model's beside the teacher's and the limits it was held to, and what trials took.
+
+The report and the terminal show the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from search.frontier import BudgetResult, Candidate, SearchResult, cost_of
+from search.targets import LATENCY
+from search.units import count, lost, milliseconds, size
+
+NAMES = {
+    "macs": "MACs",
+    "macs_expected": "expected MACs",
+    "params": "params",
+    "size_bytes": "size",
+    "top1_drop": "top-1 lost",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cost of a winner beside the teacher's own and the limit; None is what was not measured or is not limited.
+
+    `noise` is how far the median lay above the fastest call, as a share, where that was too far.
+    """
+
+    cost: str
+    name: str
+    value: float | None = None
+    teacher: float | None = None
+    limit: float | None = None
+    noise: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The value as a share of the teacher's."""
+        return self._of_teacher(self.value)
+
+    @property
+    def limit_share(self) -> float | None:
+        """The limit as a share of the teacher's."""
+        return self._of_teacher(self.limit)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the value was measured and meets the limit, if there is one."""
+        return self.value is not None and (self.limit is None or self.value <= self.limit)
+
+    def _of_teacher(self, value: float | None) -> float | None:
+        return value / self.teacher if value is not None and self.teacher else None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What some trials took: how many they were, how many ended in which way, and seconds of devices.
+
+    `reused` trials had the plan and the recipe of another one, and trained nothing. `stopped_s` went to trials that
+    were stopped early.
+    """
+
+    trials: int
+    complete: int
+    stopped: int
+    infeasible: int
+    failed: int
+    reused: int
+    device_s: float
+    stopped_s: float
+
+
+def effort(candidates: Sequence[Candidate]) -> Effort:
+    """What these candidates' trials took."""
+    states = [candidate.state for candidate in candidates]
+    return Effort(
+        trials=len(states),
+        complete=states.count("complete"),
+        stopped=states.count("stopped"),
+        infeasible=states.count("infeasible"),
+        failed=states.count("failed"),
+        reused=sum(candidate.same_as is not None for candidate in candidates),
+        device_s=sum(candidate.device_s for candidate in candidates),
+        stopped_s=sum(candidate.device_s for candidate in candidates if candidate.state == "stopped"),
+    )
+
+
+def name(cost: str, devices: Mapping[str, Mapping[str, Any]]) -> str:
+    """A cost's name, that of a predicted latency saying so.
+
+    >>> name("macs", {}), name("latency_ms/nano", {"nano": {"is_predicted": True}})
+    ('MACs', 'predicted latency on nano')
+    """
+    if not cost.startswith(LATENCY):
+        return NAMES[cost]
+    device = cost.removeprefix(LATENCY)
+    return f"{'predicted ' if is_predicted(device, devices) else ''}latency on {device}"
+
+
+def is_predicted(device: str, devices: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a device's latency was computed from a roofline instead of measured."""
+    return bool(devices.get(device, {}).get("is_predicted", False))
+
+
+def shown(cost: str, value: float | None) -> str:
+    """A cost's value in its unit.
+
+    >>> [shown(*one) for one in (("macs", 6_100_000), ("size_bytes", 620_000), ("latency_ms/cpu-1", 1.2))]
+    ['6.10M', '620.0 kB', '1.20 ms']
+    """
+    if value is None:
+        return "—"
+    if cost.startswith(LATENCY):
+        return milliseconds(value)
+    return {"size_bytes": size, "top1_drop": lost}.get(cost, count)(value)
+
+
+def rows(result: SearchResult, budget: BudgetResult) -> dict[str, Row]:
+    """Every cost that a table of winners has, by name; where a budget has no winner, its limits alone."""
+    return {cost: _row(result, budget, cost) for cost in columns(result)}
+
+
+def columns(result: SearchResult) -> list[str]:
+    """The costs of winners: counted ones, size, the latency on each device, and what is lost of top-1.
+
+    Expected MACs are one where a winner is gated or a budget limits them.
+    """
+    limited = {cost: None for budget in result.budgets for cost in budget.limits}
+    is_gated = any(budget.winner and budget.winner.macs_expected is not None for budget in result.budgets)
+    expected = ["macs_expected"] if is_gated or "macs_expected" in limited else []
+    timed = dict.fromkeys([*latencies(result), *(cost for cost in limited if cost.startswith(LATENCY))])
+    return ["macs", *expected, "params", "size_bytes", *timed, "top1_drop"]
+
+
+def latencies(result: SearchResult) -> list[str]:
+    """The devices' latencies that were measured or predicted, as costs."""
+    found = [result.teacher.latency_ms, *(candidate.latency_ms for candidate in result.complete())]
+    return list(dict.fromkeys(f"{LATENCY}{device}" for latency_ms in found for device in latency_ms))
+
+
+def _row(result: SearchResult, budget: BudgetResult, cost: str) -> Row:
+    best = budget.winner
+    row = Row(cost, name(cost, result.devices), teacher=of_teacher(result, cost, best), limit=budget.limits.get(cost))
+    if best is None:
+        return row
+    value = _lost(result, best) if cost == "top1_drop" else cost_of(best, cost)
+    return replace(row, value=_finite(value), noise=best.noise.get(cost.removeprefix(LATENCY)))
+
+
+def of_teacher(result: SearchResult, cost: str, best: Candidate | None = None) -> float | None:
+    """What the teacher costs; a search without its reference latency has the one that was measured beside `best`."""
+    device = cost.removeprefix(LATENCY)
+    if cost == "top1_drop":
+        return None
+    if best is not None and device in best.teacher_latency_ms and device not in result.teacher.latency_ms:
+        return best.teacher_latency_ms[device]["p50"]
+    return _finite(cost_of(result.teacher, cost))
+
+
+def _lost(result: SearchResult, best: Candidate) -> float:
+    """What the winner lost of top-1, also where the search did not record it."""
+    assert best.top1_validation is not None
+    return result.teacher.top1_validation - best.top1_validation if best.top1_drop is None else best.top1_drop
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

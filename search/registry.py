@@ -1,0 +1,298 @@
+"""MLflow models and versions: the stored program of a trial, and the registered versions that aliases point at.
+
+One registered model per search, one version per budget and winning run; the alias of a budget is its name. Every step
+may be cut short by a kill and taken again: what is there already is found and used.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnx
+import torch
+from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.tracking import MlflowClient
+from torch import nn
+
+from search.base import SpecError, TrackingError, WorkloadError
+from search.programs import ExportError, onnx_program, parity
+from search.store import connect
+from search.targets import LATENCY
+from search.usercode import first_line
+from search.workload import exported
+
+TOLERANCE = 1e-4
+"""How far the outputs of a stored program may lie from the student's, as a share of the largest one or of 1."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of the registered model: the run whose model it is (one made by hand may have none), and its tags."""
+
+    run_id: str | None
+    version: int
+    tags: Mapping[str, str]
+
+
+class Registry:
+    """The registered model `model` of the store that `client`, made by `search.store.connect`, talks to."""
+
+    def __init__(self, client: MlflowClient, model: str) -> None:
+        self._client = client
+        self.model = model
+
+    def stored(self, run_id: str) -> str | None:
+        """The URI of the model stored with a trial, if that is done."""
+        uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.model_uri")
+        return uri
+
+    def onnx_uri(self, run_id: str) -> str | None:
+        """The URI of the ONNX model beside it; None where the student could not be exported so."""
+        uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_uri")
+        return uri
+
+    def store(self, run_id: str, student: nn.Module, images: np.ndarray) -> str:
+        """Stores `student` with its trial, as a pt2 program and where that works as ONNX too; the pt2 program's URI.
+
+        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX.
+
+        Args:
+            student: in eval mode, on the CPU.
+            images: `(n, c, h, w)` float32, n at least 2: both programs are compared with the student on them, and the
+                first two are stored as an example.
+
+        Raises:
+            WorkloadError: the exported program gives other outputs than the student; nothing was stored.
+        """
+        _check_program(run_id, student, images)
+        try:
+            program = _onnx(student, images)
+        except ExportError as error:
+            self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
+            program = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            uri = self._log_pt2(run_id, student, images[:2])
+            if program is not None:
+                signature = infer_signature(images[:2], _outputs(student, images[:2]))
+                self._client.set_tag(run_id, "paredown.onnx_uri", self._log_onnx(run_id, program, signature))
+        self._client.set_tag(run_id, "paredown.model_uri", uri)
+        return uri
+
+    def register(
+        self, budget: str, run_id: str, uri: str, tags: Mapping[str, object], limits: Mapping[str, float]
+    ) -> Version:
+        """The version of a trial's model for a budget, added with `tags` if it is not there; its alias moves if better.
+
+        Better than none, than a version whose own tags do not meet `limits`, and than one of lower validation top-1.
+
+        Args:
+            uri: of the stored model, which another run may have stored that trained the very same.
+            limits: the budget's, by cost; `tags` name measured values as `search.frontier.cost_of` does, with a latency
+                under `latency_ms/DEVICE/p50`.
+        """
+        made = self.version_of(run_id, budget) or self._add(budget, run_id, uri, tags)
+        held = self.holder(budget)
+        if held is None or not _fits(held.tags, limits) or _top1(held.tags) < _top1(made.tags):
+            self._client.set_registered_model_alias(self.model, budget, str(made.version))
+        return made
+
+    def version_of(self, run_id: str, budget: str) -> Version | None:
+        """The version that holds the model of a run for a budget, if there is one."""
+        found = self._client.search_model_versions(f"run_id = '{run_id}'")
+        mine = [one for one in found if one.name == self.model and one.tags.get("budget") == budget]
+        return _version(mine[0]) if mine else None
+
+    def holder(self, alias: str) -> Version | None:
+        """The version an alias points at, if it does."""
+        try:
+            return _version(self._client.get_model_version_by_alias(self.model, alias))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+
+    def promote(self, budget: str, alias: str) -> dict[str, Any]:
+        """Points `alias` at the version that the alias of a budget points at now; what was done, ready for JSON.
+
+        Raises:
+            SpecError: `alias` cannot be an alias, or is that of a budget.
+            TrackingError: no model is registered for the budget.
+        """
+        check_alias(alias)
+        found = self._client.search_model_versions(f"tags.budget = '{alias}'")
+        if any(one.name == self.model for one in found):
+            raise SpecError(of_a_budget(alias))
+        held = self.holder(budget)
+        if held is None:
+            raise TrackingError(
+                f"no version of {self.model!r} is registered for budget {budget!r}; expected a search that found it a "
+                "winner; run the search to its end, or raise the budget's limits"
+            )
+        before = self.holder(alias)
+        self._client.set_registered_model_alias(self.model, alias, str(held.version))
+        return {
+            "model": self.model,
+            "alias": alias,
+            "version": held.version,
+            "budget": budget,
+            "previous_version": None if before is None else before.version,
+            "run_id": held.run_id,
+            "model_uri": f"models:/{self.model}@{alias}",
+        }
+
+    def _add(self, budget: str, run_id: str, uri: str, tags: Mapping[str, object]) -> Version:
+        try:
+            self._client.create_registered_model(self.model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        told = {"budget": budget} | {key: str(value) for key, value in tags.items()}
+        return _version(self._client.create_model_version(self.model, source=uri, run_id=run_id, tags=told))
+
+    def _log_pt2(self, run_id: str, student: nn.Module, example: np.ndarray) -> str:
+        model = {"pytorch_model": student, "input_example": example, "serialization_format": "pt2"}
+        return self._log(run_id, "model", mlflow.pytorch, ("torch", "mlflow", "numpy"), model)
+
+    def _log_onnx(self, run_id: str, program: bytes, signature: ModelSignature) -> str:
+        model = {"onnx_model": onnx.load_from_string(program), "signature": signature, "save_as_external_data": False}
+        return self._log(run_id, "onnx", mlflow.onnx, ("onnx", "onnxruntime", "mlflow", "numpy"), model)
+
+    def _log(
+        self, run_id: str, name: str, flavor: ModuleType, packages: tuple[str, ...], model: Mapping[str, Any]
+    ) -> str:
+        """The URI of a run's model of that name: the one a killed driver left whole, or a new one.
+
+        The run itself stays ended: `log_model` of a flavor would open it again, and a kill would leave it open.
+        """
+        run = self._client.get_run(run_id)
+        experiment: str = run.info.experiment_id
+        for left in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{name}'"):
+            if left.status == LoggedModelStatus.READY:
+                return str(left.model_uri)
+            self._client.delete_logged_model(left.model_id)
+        made = self._client.create_logged_model(experiment, name, source_run_id=run_id, params=run.data.params)
+        requirements = [f"{package}=={version(package)}" for package in packages]
+        Model.log(None, flavor, run_id=run_id, model_id=made.model_id, pip_requirements=requirements, **model)
+        return str(made.model_uri)
+
+
+def check_alias(alias: str) -> None:
+    """Refuses what MLflow does not take as an alias, or reads as something else.
+
+    Raises:
+        SpecError: it does not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", alias):
+        raise SpecError(
+            f"alias {alias!r} is no name for MLflow; expected up to 255 letters, digits, '_' and '-'; choose another"
+        )
+    if alias.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", alias):
+        raise SpecError(
+            f"alias {alias!r} is reserved by the model registry; expected a name of your own; choose another, such as "
+            "production"
+        )
+
+
+def of_a_budget(alias: str) -> str:
+    """Why an alias that names a budget is refused."""
+    return (
+        f"alias {alias!r} is the name of a budget, which the search itself points at that budget's winner; expected "
+        "another name; choose one, such as production"
+    )
+
+
+def load_model(uri: str, name: str) -> object:
+    """The PyTorch model at `name`, such as `models:/x/1`, in the store at `uri`."""
+    connect(uri)
+    return mlflow.pytorch.load_model(name)
+
+
+def version_tags(uri: str, name: str) -> Mapping[str, str]:
+    """The tags of the registered version at `name`, `models:/x@alias` or `models:/x/3`, in the store at `uri`.
+
+    Raises:
+        TrackingError: there is no such version.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/([0-9]+))", name)
+    if not found:
+        raise TrackingError(
+            f"{name!r} names no registered version; expected models:/NAME@ALIAS or models:/NAME/VERSION; correct it"
+        )
+    model, alias, number = found.groups()
+    client = connect(uri)
+    try:
+        one = client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, number)
+    except MlflowException as error:
+        raise TrackingError(
+            f"there is no {name} in the MLflow store: {textwrap.shorten(str(error), 300)}; expected a registered "
+            "version; check its name and --uri"
+        ) from error
+    return _version(one).tags
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(found.run_id, int(found.version), dict(found.tags))
+
+
+def _check_program(run_id: str, student: nn.Module, images: np.ndarray) -> None:
+    """Refuses a student whose exported program gives other outputs than it does."""
+    program = exported(student, torch.from_numpy(images[:2])).module()
+    expected, found = _outputs(student, images), _outputs(program, images)
+    deviation = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+    if not deviation <= TOLERANCE:  # NaN too
+        raise WorkloadError(
+            f"the exported program of run {run_id} differs from the student by {deviation:.1e} of its largest output; "
+            f"expected at most {TOLERANCE}, because the program is what is registered; look in the network's forward "
+            "for randomness, and for decisions that an export takes once and for all"
+        )
+
+
+def _onnx(student: nn.Module, images: np.ndarray) -> bytes:
+    """The student as ONNX; raises `ExportError` where that cannot be done or gives other outputs."""
+    given = torch.from_numpy(images)
+    program = onnx_program(student, given[:2])
+    try:
+        deviation = parity(student, program, given)
+    except Exception as error:  # onnxruntime's errors share no class of their own
+        raise ExportError(f"onnxruntime cannot run the ONNX model: {first_line(error)}") from error
+    if not deviation <= TOLERANCE:
+        raise ExportError(f"the ONNX model differs by {deviation:.1e} of the largest output; expected {TOLERANCE}")
+    return program
+
+
+def _outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    """What `model` gives for the images, `(n, classes)`."""
+    with torch.no_grad():
+        found: np.ndarray = model(torch.from_numpy(images)).numpy()
+    return found
+
+
+def _fits(tags: Mapping[str, str], limits: Mapping[str, float]) -> bool:
+    """Whether the measured values among the tags meet every limit; what is not there does not."""
+    return all(_cost(tags, cost) <= limit for cost, limit in limits.items())
+
+
+def _cost(tags: Mapping[str, str], cost: str) -> float:
+    """A measured value among the tags, as `search.frontier.cost_of` of a candidate."""
+    if cost.startswith(LATENCY):
+        return float(tags.get(f"{cost}/p50", "inf"))
+    if cost == "macs_expected" and cost not in tags:
+        return _cost(tags, "macs")
+    return float(tags.get(cost, "inf"))
+
+
+def _top1(tags: Mapping[str, str]) -> float:
+    return float(tags.get("top1_validation", "-inf"))

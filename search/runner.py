@@ -1,0 +1,180 @@
+"""Trials as they are proposed: planned, timed, trained on the cluster, and each on record when it has ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from cluster import Cluster, Done, Event, Failed, Step, Stopped
+from methods import named
+from methods.base import Infeasible
+from methods.pipeline import Outcome, Progress, trial
+from methods.training import Recipe
+from search.base import Report
+from search.fitting import Fitted, Wish, fit
+from search.frontier import Candidate, State, beats
+from search.prepare import Prepared, recipe
+from search.study import Proposal
+from search.tracking import Tracker
+
+GoesOn = Callable[[Proposal, Progress], bool]
+"""Whether a running trial is worth going on with, from what it just reached."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial on record that is ready to be trained; `work` is the same for the same plan and recipe."""
+
+    proposal: Proposal
+    run_id: str
+    fitted: Fitted
+    how: Recipe
+
+    @property
+    def work(self) -> str:
+        """A name for what would be trained, and how: trials that share it are trained once."""
+        plan = {
+            key: value for key, value in self.fitted.plan.to_json().items() if key not in ("loss", "bound", "notes")
+        }
+        text = json.dumps([plan, asdict(self.how)], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Runner:
+    """Runs proposals and is the only one that writes what comes of them.
+
+    Args:
+        report: told how many of `trials` in all have ended.
+        goes_on: asked at every step of recovery but the last.
+        began: when this sitting began, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        tracker: Tracker,
+        cluster: Cluster,
+        report: Report,
+        *,
+        trials: int,
+        goes_on: GoesOn,
+        began: float,
+    ) -> None:
+        self._prepared = prepared
+        self._tracker = tracker
+        self._cluster = cluster
+        self._report = report
+        self._trials = trials
+        self._goes_on = goes_on
+        self.results: dict[tuple[str, int], Candidate] = {(one.budget, one.trial): one for one in tracker.trials()}
+        self._sources = tracker.works()
+        self._training: list[Planned] = []
+        self._ended: list[Candidate] = []
+        self._twins: list[Planned] = []
+        self._last: dict[int, Progress] = {}
+        self._clock = began
+
+    def run(self, batches: Iterable[Sequence[Proposal]]) -> Iterator[Candidate]:
+        """Runs proposals in batches, each taken when a worker is free for it; yields every trial as it ends.
+
+        A trial whose plan and recipe were trained before takes that outcome; one whose twin is being trained waits.
+        """
+        waiting: Iterable[Planned] = (ready for batch in batches for ready in self._planned(batch))
+        while True:
+            self._training, self._twins, self._last = [], [], {}
+            for event in self._cluster.run(trial, self._items(waiting), self._decide):
+                self._hear(event)
+                yield from self._drained()
+            yield from self._drained()
+            if not self._twins:
+                return
+            waiting = self._twins
+
+    def _drained(self) -> Iterator[Candidate]:
+        """What ended since this was last asked."""
+        ended, self._ended = self._ended, []
+        if ended:
+            now = time.monotonic()
+            passed, self._clock = now - self._clock, now
+            self._tracker.add(wall_s=passed, **self._prepared.planner.spent(), **self._prepared.stopwatch.spent())
+        yield from ended
+
+    def _planned(self, proposals: Sequence[Proposal]) -> Iterator[Planned]:
+        """Puts proposals on record, plans them and times their students together; those without a plan end here."""
+        prepared = self._prepared
+        runs = [self._tracker.start_trial(proposal) for proposal in proposals]
+        wishes = [Wish(one.method, prepared.target(one.budget), one.knobs) for one in proposals]
+        found = fit(wishes, prepared.planner, prepared.stopwatch, prepared.workload)
+        for proposal, run_id, fitted in zip(proposals, runs, found, strict=True):
+            if isinstance(fitted, Fitted):
+                yield Planned(proposal, run_id, fitted, recipe(prepared.spec.recovery, proposal.recovery))
+            else:
+                state: State = "infeasible" if isinstance(fitted, Infeasible) else "failed"
+                self._tracker.fail(run_id, state, str(fitted), device_s=0.0)
+                self._end(run_id)
+
+    def _items(self, waiting: Iterable[Planned]) -> Iterator[tuple[object, ...]]:
+        """The arguments of `trial` beside the bench, for what has to be trained."""
+        begun: set[str] = set()
+        for one in waiting:
+            self._tracker.planned(one.run_id, one.fitted, one.work)
+            if one.work in begun:
+                self._twins.append(one)
+            elif (source := self._sources.get(one.work)) is not None:
+                self._tracker.reuse(one.run_id, source)
+                self._end(one.run_id)
+            else:
+                begun.add(one.work)
+                self._training.append(one)
+                seed = one.proposal.seed(self._prepared.spec.search.seed)
+                yield named(one.proposal.method), one.fitted.plan, one.how, seed
+
+    def _decide(self, index: int, progress: Progress) -> bool:
+        """Whether a trial goes on; its last step is its end anyway."""
+        is_last = progress.step >= progress.steps
+        return is_last or self._goes_on(self._training[index].proposal, progress)
+
+    def _hear(self, event: Event) -> None:
+        """Puts on record what a worker says."""
+        one = self._training[event.index]
+        if isinstance(event, Step):
+            self._last[event.index] = event.value
+            self._tracker.progress(one.run_id, event.value.step, event.value.top1)
+            self._tell(one, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
+            return
+        if isinstance(event, Done):
+            self._complete(one, event.value, event.seconds)
+            note = f"top-1 {event.value.top1_validation:.4f}"
+        elif isinstance(event, Stopped):
+            last = self._last[event.index]
+            self._tracker.stop(one.run_id, last.step, last.top1, event.seconds)
+            note = f"given up at step {last.step}, top-1 {last.top1:.4f}"
+        elif isinstance(event, Failed):
+            self._tracker.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
+            note = f"failed: {event.error}"
+        self._end(one.run_id)
+        self._tell(one, note)
+
+    def _complete(self, one: Planned, outcome: Outcome, seconds: float) -> None:
+        drop = self._prepared.teacher.top1_validation - outcome.top1_validation
+        costs = Candidate(
+            one.run_id, one.proposal.number, one.proposal.budget, one.proposal.method, {}, "complete",
+            macs=outcome.macs, macs_expected=outcome.macs_expected, params=outcome.params,
+            size_bytes=outcome.size_bytes, top1_validation=outcome.top1_validation, top1_drop=drop,
+            latency_ms={device: timing.latency_ms for device, timing in one.fitted.timings.items()},
+        )  # fmt: skip
+        is_beaten = any(beats(found, costs) for found in self.results.values() if found.state == "complete")
+        self._sources[one.work] = one.run_id
+        self._tracker.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=not is_beaten)
+
+    def _end(self, run_id: str) -> None:
+        found = self._tracker.candidate(run_id)
+        self.results[found.budget, found.trial] = found
+        self._ended.append(found)
+
+    def _tell(self, one: Planned, note: str) -> None:
+        label = f"{one.proposal.budget} {one.proposal.number} {one.proposal.method}"
+        self._report("trials", len(self.results), self._trials, f"{label}: {note}")

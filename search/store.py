@@ -1,0 +1,80 @@
+"""The MLflow store: how it is reached, and whether it can be used. Every other file gets its client here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import textwrap
+from pathlib import Path
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from search import cache
+from search.base import TrackingError
+
+FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
+"""What a store that cannot be used raises: a server, a database, a file, a driver that is not installed."""
+
+
+def check_store(uri: str) -> None:
+    """Makes sure that the MLflow store can be read and written, before anything costs time.
+
+    Raises:
+        TrackingError: it cannot.
+    """
+    path = sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise TrackingError(unwritable(uri, "permission denied"))
+    try:
+        if path is not None and not path.exists():
+            cache.keep(path, _create)  # MLflow could not go on with one that a kill left half made
+        connect(uri).search_experiments(max_results=1)
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def _quiet() -> None:
+    """Has MLflow keep its news to itself."""
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def unwritable(uri: str, reason: str) -> str:
+    """What to tell of a store that cannot be used, without its password."""
+    message = (
+        f"cannot use the MLflow store {uri}: {textwrap.shorten(reason, 300)}; expected a store this process may read "
+        "and write; correct tracking.uri, or the permissions of its folder"
+    )
+    return re.sub(r"//([^:/@\s]+):[^@\s]+@", r"//\1:***@", message)
+
+
+def _create(path: Path) -> None:
+    """Makes an empty MLflow database."""
+    _quiet()
+    MlflowClient(tracking_uri=f"sqlite:///{path.resolve()}").search_experiments(max_results=1)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store at `uri`, which becomes this process's own; a local database's path is made absolute."""
+    _quiet()
+    path = sqlite_path(uri)
+    absolute = uri if path is None else f"sqlite:///{path.resolve()}"
+    mlflow.set_tracking_uri(absolute)
+    return MlflowClient(tracking_uri=absolute)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a local database; None for a server or a database elsewhere."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def artifact_location(uri: str, name: str) -> str | None:
+    """A folder beside a local database; a server has its own place."""
+    path = sqlite_path(uri)
+    return None if path is None else (path.resolve().with_suffix(".artifacts") / name).as_uri()
