@@ -41,7 +41,7 @@ class ScoreError(MethodError):
 class Infeasible(MethodError):
     """No plan of this method fits the budget; `least` holds the least reachable value of each limited cost."""
 
-    def __init__(self, message: str, least: Mapping[str, int]) -> None:
+    def __init__(self, message: str, least: Mapping[str, float]) -> None:
         super().__init__(message, least)
         self.message = message
         self.least = dict(least)

@@ -160,7 +160,7 @@ def _as_far_as_possible(
     try:
         return link.allocate(scores, profile, budget, knobs)
     except Infeasible as error:
-        raised = {cost: max(limit, error.least[cost]) for cost, limit in budget.limits().items()}
+        raised = {cost: max(limit, int(error.least[cost])) for cost, limit in budget.limits().items()}
     try:
         within_reach = Budget(budget.name, raised.get("macs"), raised.get("params"), budget.channels)
         return link.allocate(scores, profile, within_reach, knobs)

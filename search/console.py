@@ -220,11 +220,14 @@ def show_measured(found: Mapping[str, Any]) -> None:
     for heading in ("fastest", "median", "95 %"):
         table.add_column(heading, justify="right")
     readings = {"now": found} | ({"in the search": found["searched"]} if found["searched"] else {})
+    if found["teacher_latency_ms"]:
+        readings["its teacher now"] = {"latency_ms": found["teacher_latency_ms"], "noise": None}
     for when, one in readings.items():
         table.add_row(when, *(milliseconds(one["latency_ms"][key]) for key in ("min", "p50", "p95")))
     out.print(table)
     if found["searched"]:
-        out.print(f"The median now is {percent(found['searched']['ratio'])} of the search's.", highlight=False)
+        speed = ", at the speed the teacher had then" if found["teacher_latency_ms"] else ""
+        out.print(f"The median now is {percent(found['searched']['ratio'])} of the search's{speed}.", highlight=False)
     for when, one in readings.items():
         if one["noise"] is not None:
             out.print(f"Noisy {when}: after all repeats the median lay {percent(one['noise'])} above the fastest call.")

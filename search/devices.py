@@ -246,7 +246,7 @@ class Present:
 
     def _recall(self, key: str) -> bool:
         """Whether a student was measured before; then it is among those known."""
-        for path in (self._path(key, is_quiet=True), self._path(key, is_quiet=False)):
+        for path in (self._path(key, is_quiet=False), self._path(key, is_quiet=True)):  # its own first
             if key not in self._known and (found := read_json(path)):
                 self._known[key] = found
         return key in self._known

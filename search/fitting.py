@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -221,7 +220,7 @@ class _Pursuit:
         except Infeasible as error:
             if not self._bracket.points:
                 raise
-            self._bracket.refuse(macs, error.least.get("macs", 0))
+            self._bracket.refuse(macs, int(error.least.get("macs", 0)))
             return
         self._bracket.points.append(Point(macs, plan, self._stopwatch.predict(student, self.device)))
 
@@ -292,7 +291,7 @@ class _Pursuit:
             takes = "is predicted to take at least"
         else:
             takes = "takes at least" if self._is_settled else f"takes, in the best of {self.rounds} rounds,"
-        least: dict[str, Any] = {f"{LATENCY}{self.device}": found}
+        least = {f"{LATENCY}{self.device}": found}
         return Infeasible(
             f"budget {self._target.name!r} allows {milliseconds(limit)} on {self.device}, but {self._wish.method} "
             f"{takes} {milliseconds(found)} there ({found / limit - 1:.0%} more), with {best.plan.macs:,} MACs; "

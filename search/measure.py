@@ -51,6 +51,8 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         `p50`, `p95` of one call, which runs the device's batch), `noise` (how far the median lay above the fastest
         call, as a share, where that was too far after all repeats, else None), and `searched`: what the search wrote
         down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then, or None.
+        A registered version is measured in turn with its teacher; `teacher_latency_ms` is that, and the ratio is
+        corrected for drift by it, as a search's own figures are.
 
     Raises:
         SpecError: there is no such device, or the spec or a roofline is wrong.
@@ -63,12 +65,15 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
     wanted = _device(device, settings, found.tags)
     if wanted.runtime == "profile":
         timed = described(wanted, {}) | {"latency_ms": _predicted(found, wanted, settings), "noise": None}
+        beside = None
     else:
-        known, reading = _measured(found, wanted, address)
+        teacher = _teacher(found.tags, uri)
+        known, reading = _measured(found, teacher or found, wanted, address)
         noise = reading.noise if reading.is_noisy else None
         timed = described(wanted, known) | {"latency_ms": asdict(reading.latency["model"]), "noise": noise}
-    searched = _searched(device, found.tags, timed["latency_ms"]["p50"])
-    return {"model": model, "device": device, **timed, "searched": searched}
+        beside = None if teacher is None else asdict(reading.latency["beside"])
+    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside)
+    return {"model": model, "device": device, **timed, "teacher_latency_ms": beside, "searched": searched}
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
@@ -86,19 +91,28 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
     )
 
 
-def _measured(model: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:
+def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
+    """The teacher of a registered version, where that says where it is."""
+    from search import registry
+
+    if (where := tags.get("teacher_uri")) is None:
+        return None
+    return _exported(registry.load_model(uri, where), where, {})
+
+
+def _measured(model: Model, beside: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:
     """What the device is, and what it took; its process is this one where it needs no resources of a node.
 
-    A search measures a student in turn with its teacher, so the model takes turns with a copy of itself: alone it would
-    find its weights in the processor's caches, and small networks seem up to 8 % faster.
+    A search measures a student in turn with its teacher, so the model takes turns with that, or with a copy of itself:
+    alone it would find its weights in the processor's caches, and small networks seem up to 8 % faster.
     """
     runtime = runtime_of(device)
     images = np.random.default_rng(0).standard_normal((device.batch, *model.shape), np.float32)
-    program = _program(model, device)
+    programs = {"model": _program(model, device), "beside": _program(beside, device)}
     meter: Cluster = RayCluster(None, address=address or "auto", max_parallel=1) if device.resources else _HERE
     try:
         known: dict[str, str] = _alone(meter, device, identity, runtime)
-        return known, _alone(meter, device, cluster.measure, {"model": program, "copy": program}, runtime, images)
+        return known, _alone(meter, device, cluster.measure, programs, runtime, images)
     finally:
         meter.close()
 
@@ -139,12 +153,16 @@ def _module(model: Model, needer: str) -> nn.Module:
     return model.program
 
 
-def _searched(device: str, tags: Mapping[str, str], now: float) -> dict[str, Any] | None:
-    """What the search wrote down for this device, and how that compares."""
+def _searched(
+    device: str, tags: Mapping[str, str], now: float, beside: Mapping[str, float] | None
+) -> dict[str, Any] | None:
+    """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
     prefix = f"{LATENCY}{device}/"
     latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
     if "p50" not in latency_ms:
         return None
+    if beside is not None:
+        now *= float(tags[f"teacher_{prefix}p50"]) / beside["p50"]
     noise = tags.get(f"noise/{device}")
     host = tags.get("host") if tags.get("device") == device else None
     return {

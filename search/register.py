@@ -80,7 +80,14 @@ def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
 
 
 def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: Report) -> dict[str, str]:
-    """The URI of the stored model of every run that trained a winner or a member of a frontier."""
+    """The URI of the stored model of every run that trained a winner or a member of a frontier.
+
+    The teacher is stored with the search itself, so that a student can be measured beside it again.
+    """
+    images = workload.splits.calibration[:IMAGES]
+    if tracker.registry.stored(tracker.run_id) is None:
+        report("storing models", 0, 1, "the teacher")
+        tracker.registry.store(tracker.run_id, workload.teacher.cpu(), images)
     trained = _trained(result)
     winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
     members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
@@ -88,7 +95,7 @@ def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: R
     for done, run_id in enumerate(members):
         report("storing models", done, len(members), "")
         uris[run_id] = tracker.registry.stored(run_id) or tracker.registry.store(
-            run_id, student(workload, tracker, run_id), workload.splits.calibration[:IMAGES]
+            run_id, student(workload, tracker, run_id), images
         )
     report("storing models", len(members), len(members), "")
     return uris
@@ -118,6 +125,7 @@ def _tags(
         "knobs": _json(winner.knobs),
         "spec_hash": tracker.spec_digest,
         "teacher_hash": workload.fingerprint,
+        "teacher_uri": tracker.registry.stored(tracker.run_id),
         "git_commit": commit(spec.folder),
         "onnx_uri": tracker.registry.onnx_uri(trained),
     }
@@ -128,11 +136,15 @@ def _tags(
 
 
 def _measured(winner: Candidate, result: SearchResult) -> dict[str, object]:
-    """Every measured value of a candidate by the name of its cost, latency as `latency_ms/DEVICE/p50`."""
+    """Every measured value of a candidate by the name of its cost, latency as `latency_ms/DEVICE/p50`.
+
+    Beside it stands the teacher's when the search began, which it is scaled to.
+    """
     names = ("top1_validation", "top1_drop", "macs", "macs_expected", "params", "size_bytes")
     values = {name: getattr(winner, name) for name in names}
     for device, times in winner.latency_ms.items():
         values |= {f"{LATENCY}{device}/{key}": value for key, value in times.items()}
+        values[f"teacher_{LATENCY}{device}/p50"] = result.teacher.latency_ms[device]["p50"]
         values[f"is_predicted/{device}"] = str(bool(result.devices.get(device, {}).get("is_predicted"))).lower()
     return values | {f"noise/{device}": share for device, share in winner.noise.items()}
 

@@ -222,7 +222,7 @@ def test_compress_shows_its_figures_beside_the_teachers(run: Run, tmp_path: Path
         "validation top-1 after recovery",
         "test top-1",
         "(teacher ",
-        "latency p50",
+        "latency on cpu-1",
     ):
         assert part in ended.out
     assert "8/8" in ended.err

@@ -128,6 +128,7 @@ MEASURED: dict[str, Any] = {
     **results.DEVICES["cpu-1"],
     "latency_ms": {"min": 0.2, "p50": 0.215, "p95": 0.31},
     "noise": 0.12,
+    "teacher_latency_ms": {"min": 0.38, "p50": 0.4, "p95": 0.42},
     "searched": {"latency_ms": {"min": 0.19, "p50": 0.206, "p95": 0.22}, "noise": None, "host": "bench-3"}
     | {"ratio": 0.215 / 0.206},
 }
@@ -140,14 +141,17 @@ def test_measured_latency_stands_beside_what_the_search_wrote_down(terminal: io.
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     assert ["now", "0.200 ms", "0.215 ms", "0.310 ms"] in lines
     assert ["in the search", "0.190 ms", "0.206 ms", "0.220 ms"] in lines
-    assert "The median now is 104.4 % of the search's." in text
+    assert "The median now is 104.4 % of the search's, at the speed the teacher had then." in text
+    assert ["its teacher now", "0.380 ms", "0.400 ms", "0.420 ms"] in lines
     assert text.count("Noisy") == 1
     assert "Noisy now: after all repeats the median lay 12.0 % above the fastest call." in text
 
 
 def test_predicted_latency_of_a_file_is_called_so(terminal: io.StringIO) -> None:
     console.show_measured(
-        MEASURED | results.DEVICES["nano"] | {"model": "student.pt2", "noise": None, "searched": None}
+        MEASURED
+        | results.DEVICES["nano"]
+        | {"model": "student.pt2", "noise": None, "searched": None, "teacher_latency_ms": None}
     )
     text = terminal.getvalue()
     assert "student.pt2: predicted latency on cpu-1 (profile, threads: 1, batch: 1)" in text

@@ -73,7 +73,7 @@ def test_a_saved_model_is_measured_on_threads_of_this_machine(saved: Saved, kind
     assert json.loads(json.dumps(found)) == found
     assert list(found) == [
         "model", "device", "runtime", "threads", "batch", "host", "processor", "is_predicted",
-        "latency_ms", "noise", "searched",
+        "latency_ms", "noise", "teacher_latency_ms", "searched",
     ]  # fmt: skip
     assert (found["model"], found["device"]) == (model, "cpu-2")
     assert (found["runtime"], found["threads"], found["batch"]) == ("onnxruntime", 2, 1)
@@ -117,6 +117,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
             "latency_ms": {"min": 0.25, "p50": 0.5, "p95": 0.75}, "noise": 0.2, "host": "bench-3",
             "ratio": found["latency_ms"]["p50"] / 0.5,
         }  # fmt: skip
+        assert found["teacher_latency_ms"] is None
     elsewhere = run("models:/tiny@edge", "cpu-1")
     assert (elsewhere["threads"], elsewhere["searched"]["host"], elsewhere["searched"]["noise"]) == (1, None, None)
     assert run("models:/tiny@edge", "cpu-3")["searched"] is None
@@ -124,6 +125,24 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
         run("models:/tiny@edge", "cpu")
     with pytest.raises(TrackingError, match="there is no models:/tiny@gone"):
         run("models:/tiny@gone", "cpu-1")
+
+
+def test_a_registered_version_is_measured_beside_its_teacher(saved: Saved) -> None:
+    """What drifted since the search is told by the teacher: here it was twice as fast then as it is now."""
+    client = connect(STORE)
+    experiment = client.create_experiment("tiny")
+    registry = Registry(client, "tiny")
+    run_id, parent = (client.create_run(experiment).info.run_id for _ in range(2))
+    uri = registry.store(run_id, saved.model, np.asarray(IMAGES))
+    tags = {
+        "top1_validation": 0.9, "device": "cpu-1", "device_spec": DeviceSpec().model_dump_json(),
+        "latency_ms/cpu-1/p50": 1.5, "teacher_latency_ms/cpu-1/p50": 3.0,
+        "teacher_uri": registry.store(parent, saved.model, np.asarray(IMAGES)),
+    }  # fmt: skip
+    registry.register("edge", run_id, uri, tags, {})
+    found = run("models:/tiny@edge", "cpu-1")
+    ratio = found["latency_ms"]["p50"] / found["teacher_latency_ms"]["p50"]
+    assert found["searched"]["ratio"] == pytest.approx(ratio * 3.0 / 1.5)
 
 
 def test_a_device_nobody_knows_is_refused(saved: Saved) -> None:

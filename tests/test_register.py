@@ -211,6 +211,9 @@ def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: S
         "is_predicted/cpu-1": "false",
         "is_predicted/nano": "true",
         "noise/cpu-1": "0.25",
+        "teacher_uri": searched.tracker.registry.stored(searched.tracker.run_id),
+        "teacher_latency_ms/cpu-1/p50": "2.0",
+        "teacher_latency_ms/nano/p50": "2.0",
     }
     for device in ("cpu-1", "nano"):
         expected |= {
