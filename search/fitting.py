@@ -266,7 +266,8 @@ class _Pursuit:
         """
         own = self._within(self._top, None)
         self._planner.plan(self._wish.method, own, self._wish.knobs)
-        least = replace(own, params=min(error.least["params"], own.params or error.least["params"]))
+        fewest = int(error.least["params"])
+        least = replace(own, params=min(fewest, own.params or fewest))
         plan = self._planner.plan(self._wish.method, least, self._wish.knobs)
         found = size_bytes(_built(plan, self._workload))
         if self._target.size_bytes is not None and found > self._target.size_bytes:
