@@ -34,14 +34,14 @@ ARMS: dict[str, tuple[list[Any], Strategy]] = {
     "random search": (METHODS, RANDOM),
     **{f"{name} alone": ([name], FULL) for name in METHODS if isinstance(name, str)},
 }
-SHARES = (25, 40, 55, 75)
+SHARES = (5, 10, 20, 40)
 """The budgets: percent of the teacher's MACs, expected ones, so that gated models compete."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"source": "zoo", "name": "resnet14", "weights": "train"},
         "data": {"source": "digits", "validation": 0.3, "calibration": 256},
-        "recovery": {"steps": 100},
+        "recovery": {"steps": 60},
     },
     "fashion-mnist": {
         "model": {"source": "zoo", "name": "resnet14", "weights": "train"},
@@ -80,7 +80,7 @@ def wanted(name: str, arm: str, seed: int, seconds: float) -> dict[str, Any]:
         "name": "quality",
         "model": {"source": "zoo", "name": "resnet14", "weights": "../teacher.safetensors"},
         "methods": methods,
-        "devices": {"none": {"runtime": "profile", "file": "../roofline.yaml"}},
+        "devices": {"none": {"runtime": "profile", "file": "../roofline.yaml", "channels": 1}},
         "budgets": [{"name": f"macs-{share}", "macs_expected": f"{share}%"} for share in SHARES],
         "search": {"trials": 1000, "timeout": f"{seconds}s", "seed": seed},
     }

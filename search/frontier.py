@@ -155,7 +155,8 @@ class SearchResult:
     """A finished search. `started` is an ISO 8601 time, `spec` the text of the file that asked for it.
 
     `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
-    `importance` is per budget how much each knob decided of top-1, as shares.
+    `importance` is per budget how much each knob decided of top-1, as shares; `beyond` is per budget why methods were
+    known to be unable to meet it before any training.
     """
 
     name: str
@@ -167,6 +168,7 @@ class SearchResult:
     spec: str
     devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    beyond: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:

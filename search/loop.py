@@ -103,9 +103,13 @@ def _run(
     tracker.write_limits({target.name: target.declared() for target in prepared.targets})
     tracker.write_devices(prepared.stopwatch.described())
     tracker.write_teacher(prepared.teacher)
-    for budget, found in prepared.reach.items():
-        for reason in (reason for reason in found.values() if isinstance(reason, str)):
-            log.warning("%s: %s", budget, reason)
+    beyond = {
+        budget: {method: why for method, why in found.items() if isinstance(why, str)}
+        for budget, found in prepared.reach.items()
+    }
+    tracker.write_beyond(beyond)
+    for why in (why for found in beyond.values() for why in found.values()):
+        log.warning(why)
     studies = _studies(prepared, tracker, studies_at, strategy)
     by_budget = {study.budget: study for study in studies}
 

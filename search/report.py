@@ -219,12 +219,12 @@ def _in_order(result: SearchResult) -> list[Candidate]:
     return sorted(result.candidates, key=lambda c: (order.get(c.budget, len(order)), c.trial, c.run_id))
 
 
-def _reasons(result: SearchResult) -> dict[str, str]:
-    """Per budget the first message of a trial that found no plan; it names the least reachable cost."""
-    reasons = dict.fromkeys((budget.name for budget in result.budgets), "")
-    for candidate in reversed(_in_order(result)):
-        if candidate.state == "infeasible" and candidate.error:
-            reasons[candidate.budget] = candidate.error
+def _reasons(result: SearchResult) -> dict[str, list[str]]:
+    """Per budget why methods have no plan, each naming its least reachable cost, and what the first such trial told."""
+    reasons = {budget.name: list(result.beyond.get(budget.name, {}).values()) for budget in result.budgets}
+    for candidate in _in_order(result):
+        if candidate.state == "infeasible" and candidate.error and not reasons[candidate.budget]:
+            reasons[candidate.budget].append(candidate.error)
     return reasons
 
 

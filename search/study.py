@@ -201,7 +201,7 @@ class BudgetStudy:
     def _sampler(self, seed: int) -> BaseSampler:
         if not self._strategy.models:
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=2 * len(self._methods))
+        return TPESampler(seed=seed, n_startup_trials=len(self._methods))
 
     def _pruner(self, warmup: int) -> BasePruner:
         """Gives up what is behind the median of the told trials at the same step, after `warmup` steps."""

@@ -73,6 +73,10 @@ class Tracker:
         """Records what latency was measured on."""
         self.client.set_tag(self.run_id, "paredown.devices", json.dumps(devices))
 
+    def write_beyond(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
+        """Records per budget and method why it cannot be met."""
+        self.client.log_dict(self.run_id, dict(reasons), "beyond.json")
+
     def write_importance(self, importance: Mapping[str, Mapping[str, float]]) -> None:
         """Records how much each knob decided, per budget."""
         self.client.log_dict(self.run_id, dict(importance), "importance.json")
@@ -210,7 +214,8 @@ class Tracker:
             started=tags["paredown.started"],
             spec=tags.get("paredown.spec", ""),
             devices=json.loads(tags.get("paredown.devices", "{}")),
-            importance=self._json("importance.json") or {},
+            importance=self._json("importance.json"),
+            beyond=self._json("beyond.json"),
         )
 
     def _budget(self, name: str, limits: Mapping[str, float], candidates: Sequence[Candidate]) -> BudgetResult:
@@ -253,11 +258,12 @@ class Tracker:
         path: str = self.client.download_artifacts(run_id, name)
         return path
 
-    def _json(self, name: str) -> Any:
-        """An artifact of the parent run, or None where it has none of that name."""
+    def _json(self, name: str) -> dict[str, Any]:
+        """An artifact of the parent run, empty where it has none of that name."""
         if name not in {file.path for file in self.client.list_artifacts(self.run_id)}:
-            return None
-        return json.loads(Path(self._fetched(self.run_id, name)).read_text())
+            return {}
+        found: dict[str, Any] = json.loads(Path(self._fetched(self.run_id, name)).read_text())
+        return found
 
     def _end(self, run_id: str, state: State) -> None:
         self.client.set_tag(run_id, "paredown.state", state)
