@@ -37,6 +37,7 @@ ARMS: dict[str, tuple[list[Any], Strategy]] = {
 SHARES = (5, 10, 20, 40)
 """The budgets: percent of the teacher's MACs, expected ones, so that gated models compete."""
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"source": "zoo", "name": "resnet14", "weights": "train"},
@@ -44,9 +45,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "recovery": {"steps": 60},
     },
     "fashion-mnist": {
-        "model": {"source": "zoo", "name": "resnet14", "weights": "train"},
-        "data": {"source": "fashion-mnist", "validation": 0.03333333333333333, "calibration": 256},
-        "recovery": {"steps": 60, "batch_size": 64},
+        "model": {"source": "zoo", "name": "resnet20", "weights": str(EXAMPLES / "fashion_mnist_resnet20.safetensors")},
+        "data": {"source": "fashion-mnist", "validation": 0.08333333333333333, "calibration": 256},
+        "recovery": {"steps": 60, "batch_size": 32},
     },
 }
 AXIS = "macs_expected"
@@ -78,7 +79,7 @@ def wanted(name: str, arm: str, seed: int, seconds: float) -> dict[str, Any]:
     methods, _ = ARMS[arm]
     return SETTINGS[name] | {
         "name": "quality",
-        "model": {"source": "zoo", "name": "resnet14", "weights": "../teacher.safetensors"},
+        "model": SETTINGS[name]["model"] | {"weights": "../teacher.safetensors"},
         "methods": methods,
         "devices": {"none": {"runtime": "profile", "file": "../roofline.yaml", "channels": 1}},
         "budgets": [{"name": f"macs-{share}", "macs_expected": f"{share}%"} for share in SHARES],
@@ -87,7 +88,7 @@ def wanted(name: str, arm: str, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def teacher(name: str, folder: Path) -> None:
-    """Trains the teacher, once for all arms."""
+    """Trains or fetches the teacher, once for all arms."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "roofline.yaml").write_text("{macs_per_s: 1.0e+9, bytes_per_s: 1.0e+9, overhead_us: 10}\n")
     path = folder / "teacher.safetensors"
@@ -166,7 +167,7 @@ def draw(found: Mapping[str, list[SearchResult]], seconds: float, path: Path, na
     best = max(reached(one, seconds) for results in found.values() for one in results)
     plane.set(
         xlabel="device-seconds", ylabel="hypervolume (expected MACs)", ylim=(best - 0.12, best + 0.01),
-        xlim=(0, seconds), title=f"ResNet-14 on {name}",
+        xlim=(0, seconds), title=f"{SETTINGS[name]['model']['name']} on {name}",
     )  # fmt: skip
     plane.grid(alpha=0.3)
     plane.legend(loc="lower right")

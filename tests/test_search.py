@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 from searches import inline, parsed, place, quiet
 
-from cluster import Cluster, Done, Event, InlineCluster, RayCluster
-from cluster.base import Item, always
+from cluster import Cluster, InlineCluster, RayCluster
 from methods.base import Plan
-from methods.pipeline import trial
 from search import data, loop, spec, usercode, workload
 from search.frontier import SearchResult
 from search.prepare import prepare
@@ -44,11 +38,6 @@ recovery: {steps: 4, batch_size: 64}
 @pytest.fixture
 def wanted(teacher: Path, tmp_path: Path) -> spec.SearchSpec:
     return parsed(place(tmp_path, teacher), SPEC % "top1")
-
-
-def figures(result: SearchResult) -> list[tuple[Any, ...]]:
-    """What must not depend on where, when or how often interrupted a search ran."""
-    return [(one.budget, one.trial, one.method, one.knobs, one.macs, one.top1_validation) for one in result.candidates]
 
 
 def test_a_search_from_spec_to_registry(wanted: spec.SearchSpec, tmp_path: Path) -> None:
@@ -144,55 +133,6 @@ print(json.dumps({"top1": top1, "macs": flops.get_total_flops() // 2, "params": 
     assert found["top1"] == pytest.approx(half.top1_test, abs=1e-6)
     assert found["macs"] == half.winner.macs <= half.limits["macs"]
     assert found["params"] == half.winner.params
-
-
-@dataclass
-class Killed:
-    """A cluster whose driver dies after so many finished items: the search sees no more of it."""
-
-    inner: Cluster
-    left: int
-
-    def run(
-        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
-    ) -> Iterator[Event]:
-        for event in self.inner.run(function, items, go_on):
-            if function is trial and isinstance(event, Done):
-                if self.left == 0:
-                    raise KeyboardInterrupt
-                self.left -= 1
-            yield event
-
-    def alone(
-        self, function: Callable[..., Any], items: Iterable[Item], resources: Mapping[str, float] = MappingProxyType({})
-    ) -> Iterator[Event]:
-        return self.inner.alone(function, items, resources)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def test_a_killed_search_ends_as_an_undisturbed_one(
-    wanted: spec.SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "calm").mkdir()
-    monkeypatch.chdir(tmp_path / "calm")
-    calm = loop.search(wanted, inline, quiet)
-    monkeypatch.chdir(tmp_path)
-    for survived in (2, 1, 4):
-        with pytest.raises(KeyboardInterrupt):
-            loop.search(wanted, lambda made, left=survived: Killed(inline(made), left), quiet)
-    resumed = loop.search(wanted, inline, quiet)
-    assert figures(resumed) == figures(calm)
-    assert [budget.winner and budget.winner.top1_validation for budget in resumed.budgets] == [
-        budget.winner and budget.winner.top1_validation for budget in calm.budgets
-    ]
-    assert {run.info.status for run in MlflowClient().search_runs(["1"])} == {"FINISHED"}
-
-    longer = parsed(tmp_path, (SPEC % "top1").replace("trials: 4", "trials: 5"))
-    gone_on = loop.search(longer, inline, quiet)
-    assert len(gone_on.candidates) == 10
-    assert [row for row in figures(gone_on) if row[1] < 4] == figures(calm)
 
 
 METRIC = """
