@@ -82,7 +82,9 @@ class LayerShape:
 
 
 def layer_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
-    """The median milliseconds each layer adds to a network on this machine, over a batch of `runtime.batch` inputs.
+    """The milliseconds each layer adds to a network on this machine, over a batch of `runtime.batch` inputs.
+
+    They are of its fastest call: what disturbs single layers for a moment must not stay in a table.
 
     A layer runs as a network of its own, as it would inside one: see `alone`. What a call takes that computes nothing
     is taken off: a network pays it once, and over the layers of a small one it comes to twice the network's own time.
@@ -105,8 +107,8 @@ def _group_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
     with ExitStack() as stack:
         calls = [stack.enter_context(loaded(one, runtime, x)) for one, x in zip(programs, images, strict=True)]
         reading = quietest({str(index): call for index, call in enumerate(calls)}, seconds=SECONDS)
-    nothing, *medians = (reading.latency[str(index)].p50 for index in range(len(calls)))
-    return [max(median - nothing, 0.0) for median in medians]
+    nothing, *fastest = (reading.latency[str(index)].min for index in range(len(calls)))
+    return [max(time - nothing, 0.0) for time in fastest]
 
 
 def alone(layer: LayerShape, runtime: Runtime) -> Program:

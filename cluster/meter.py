@@ -150,7 +150,7 @@ def exclusive() -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another search measures on this machine; waiting for its end")
+            logger.warning("another search measures on this machine; waiting for its end")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -11,14 +11,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.base import ClusterError, Event, Item, Step, always
+from cluster.base import ClusterError, Event, Failed, Item, Step, always
 from cluster.inline import listed
 from cluster.workers import Queue, Work, Worker, heard, line
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-PATIENCE_S = 300
+PATIENCE_S = 60
 
 
 class Pool:
@@ -128,7 +128,9 @@ class Pool:
         if not is_lost:
             self._idle.append(work.worker)
             return event, work.worker
-        log.warning("item %d, attempt %d: %s", work.index, work.attempt, event)
+        log.warning(
+            "item %d, attempt %d: %s", work.index, work.attempt, event.error if isinstance(event, Failed) else event
+        )
         self._drop(work.worker)
         if work.attempt == ATTEMPTS:
             return event, work.worker

@@ -53,10 +53,10 @@ def amount(value: object) -> Amount:
             raise ValueError(
                 f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
             )
-        return Amount(found[1] + unit, units=units)
+        return Amount(_plain(found[1]) + unit, units=units)
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Amount(found[1] + unit, share=number / 100)
+    return Amount(_plain(found[1]) + unit, share=number / 100)
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ def latency(value: object) -> Time:
     if isinstance(value, Time):
         return value
     text = str(value).strip()
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|ms|us|s|)", text)
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%|ms|us|s|)", text)
     if isinstance(value, bool) or not found:
         raise ValueError(f"{text!r} is not a latency; write 60% (of the teacher's), 12ms or 800us")
     number, unit = float(found[1]), found[2]
     if number <= 0:
         raise ValueError(f"{text!r} is not positive; a limit has to leave something")
     if unit != "%":
-        return Time(found[1] + unit, ms=number * MILLISECONDS[unit])
+        return Time(_plain(found[1]) + unit, ms=number * MILLISECONDS[unit])
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Time(found[1] + unit, share=number / 100)
+    return Time(_plain(found[1]) + unit, share=number / 100)
 
 
 def drop(value: object) -> float:
@@ -124,3 +124,8 @@ def seconds(value: object) -> float:
     if isinstance(value, bool) or not found or float(found[1]) <= 0:
         raise ValueError(f"{value!r} is not a duration; write 90s, 20m, 2h or a number of seconds")
     return float(found[1]) * SECONDS[found[2]]
+
+
+def _plain(number: str) -> str:
+    """A number as it is written at its shortest: `50.0` and `50` are the same."""
+    return number.rstrip("0").rstrip(".") if "." in number else number

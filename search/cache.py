@@ -33,13 +33,13 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def alone(what: str) -> Iterator[None]:
-    """Holds `what` for this process; the system lets go of it however the process ends.
+def alone(what: str, where: Path) -> Iterator[None]:
+    """Holds `what` for this process by a lock in the folder `where`; the system lets go of it however the process ends.
 
     Raises:
         SearchError: another process holds it.
     """
-    path = folder() / "locks" / hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+    path = where / f".paredown.{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         try:

@@ -17,20 +17,20 @@ def check_unchanged(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
     """Compares all that decides what a search proposes and what comes of it, as `SearchSpec.decisive` gives it.
 
     Raises:
-        SpecChanged: something other than additional budgets differs.
+        SpecChanged: something other than additional budgets and devices differs.
     """
     if not (differing := changes(old, new)):
         return
     lines = "\n".join(f"  - {line}" for line in differing)
     raise SpecChanged(
         f"search {name!r} is on record with another spec:\n{lines}\n"
-        "expected the spec it began with, where only trials, "
-        "timeout and added budgets may differ; restore it, or keep both with --fork NEW-NAME"
+        "expected the spec it began with, where only trials, timeout, cluster, tracking and what was added to budgets "
+        "and devices may differ; restore it, or keep both with --fork NEW-NAME"
     )
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two specs, as lines `key: old, now new`; budgets that came in addition do not count.
+    """What differs between two specs, as lines `key: old, now new`; added budgets and devices do not count.
 
     >>> changes({"seed": 0, "budgets": {"a": 1}}, {"seed": 1, "budgets": {"a": 1, "b": 2}})
     ['seed: 0, now 1']
@@ -39,7 +39,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> 
     for key in dict.fromkeys([*old, *new]):
         place = f"{where}{key}"
         if key not in old:
-            found += [] if where == "budgets." else [f"{place}: new, {json.dumps(new[key])}"]
+            found += [] if where in ("budgets.", "devices.") else [f"{place}: new, {json.dumps(new[key])}"]
         elif key not in new:
             found.append(f"{place}: {json.dumps(old[key])}, now gone")
         elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def search(
     from search import console, loop
     from search.spec import load, renamed
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is what Ctrl-C is
     settings = load(spec)
     if fork is not None:
         settings = renamed(settings, fork)
@@ -70,8 +72,8 @@ def search(
         with console.bars(hidden=as_json) as report:
             result = loop.search(settings, lambda made: _workers(made, settings, address), report)
     except KeyboardInterrupt:
-        again = " ".join(["paredown search", str(spec), *([f"--address {address}"] if address else []),
-                          *([f"--fork {fork}"] if fork else [])])  # fmt: skip
+        options = [*(["--address", address] if address else []), *(["--fork", fork] if fork else [])]
+        again = shlex.join(["paredown", "search", str(spec), *options, *(["--json"] if as_json else [])])
         typer.echo(f"stopped; every finished trial is kept. To go on:  {again}", err=True)
         raise typer.Exit(FAILED) from None
     if as_json:
@@ -82,7 +84,7 @@ def search(
 
 
 def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> RayCluster:
-    """Workers on Ray. From here on a polite kill is what Ctrl-C is: Ray would end the process with its books open."""
+    """Workers on Ray, which would have a polite kill end this process with its books open."""
     from cluster import RayCluster
     from search.usercode import user_modules
 
@@ -155,6 +157,9 @@ def compress(
             knobs=_pairs(knob or []),
         )
     print(json.dumps(figures, indent=2)) if as_json else console.show_figures(figures)
+    if figures["exceeded"]:
+        typer.echo(f"paredown: the model is over its limits of {', '.join(figures['exceeded'])}", err=True)
+        raise typer.Exit(NOTHING_FITS)
 
 
 @app.command()
@@ -245,10 +250,11 @@ def _exit_code(error: Exception) -> int | None:
     from methods.base import Infeasible, MethodError
     from search.base import SearchError
     from search.compress import CompressionFailed
+    from search.store import is_store_fault
 
     if isinstance(error, Infeasible):
         return NOTHING_FITS
-    if isinstance(error, CompressionFailed | FloatingPointError):
+    if isinstance(error, CompressionFailed | FloatingPointError) or is_store_fault(error):
         return FAILED
     is_file = isinstance(error, OSError) and error.filename is not None
     return WRONG_INPUT if is_file or isinstance(error, SearchError | ClusterError | MethodError) else None
@@ -257,6 +263,13 @@ def _exit_code(error: Exception) -> int | None:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
+    from search.store import is_store_fault
+
+    if is_store_fault(error):
+        return (
+            f"the MLflow store failed: {error}; expected one that stays as it is while a search runs; every finished "
+            "trial is kept: mend the store, and the same command goes on"
+        )
     return str(error)
 
 

@@ -1,4 +1,4 @@
-"""One method, one budget, no search: the pipeline once, in this process, into a folder."""
+"""One method, one budget, no search: the pipeline once, into a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from methods.pipeline import Outcome, rebuild, trial
 from methods.training import Recipe, evaluate
 from search.base import Report, SpecError
 from search.fitting import Fitted, Wish, fit
+from search.frontier import cost_of
 from search.prepare import Prepared, prepare, recipe
 from search.spec import SearchSpec
 from search.study import RECOVERY
@@ -49,8 +50,8 @@ def compress(
         knobs: values for some of its knobs and of recovery's (`recovery.learning_rate`); the rest have their defaults.
 
     Returns:
-        The figures: counted costs, the three validation top-1 figures, test top-1, latency and seconds; and the
-        teacher's.
+        The figures: counted costs, the three validation top-1 figures, test top-1, latency and seconds; the teacher's;
+        and which limits are `exceeded`, as only `top1_drop`, and MACs of a gated model, can be.
 
     Raises:
         SpecError: no such method, budget or knob, or a value out of a knob's range.
@@ -83,8 +84,11 @@ def compress(
         "teacher": teacher,
         "latency_ms": {device: timing.latency_ms for device, timing in fitted.timings.items()},
         "teacher_latency_ms": {device: timing.teacher_latency_ms for device, timing in fitted.timings.items()},
+        "noise": {device: timing.noise for device, timing in fitted.timings.items() if timing.noise is not None},
         "devices": prepared.stopwatch.described(),
     }
+    measured = SimpleNamespace(**figures)
+    figures["exceeded"] = [cost for cost, limit in figures["limits"].items() if cost_of(measured, cost) > limit]
     (out / "plan.json").write_text(json.dumps(fitted.plan.to_json(), indent=2))
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     save_weights(student, out / "student.safetensors")

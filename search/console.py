@@ -76,7 +76,8 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     title = f"{result.name}: the best network for every budget"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, leading=1)
     for heading in ("budget", "method", "val.", "test", *(costs.name(cost, result.devices) for cost in columns)):
-        table.add_column(heading, justify="left" if heading in ("budget", "method") else "right", overflow="fold")
+        is_name = heading in ("budget", "method")
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
     teacher = result.teacher
     wholes = [costs.shown(cost, costs.of_teacher(result, cost)) for cost in columns]
     table.add_row("", "teacher", percent(teacher.top1_validation), percent(teacher.top1_test), *wholes, style="dim")
@@ -145,7 +146,8 @@ def _show_effort(result: SearchResult) -> None:
     counts = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
     out.print(
         f"{result.cost.trials} trials{f' ({counts})' if counts else ''} in {result.cost.wall_s:.0f} s, "
-        f"{result.cost.device_s:.0f} device-seconds. Shares are of the teacher's (FLOPs = 2 x MACs); val. and test are "
+        f"{result.cost.device_s:.0f} device-seconds (scoring {result.cost.scoring_s:.0f}, measuring "
+        f"{result.cost.measuring_s:.0f}). Shares are of the teacher's (FLOPs = 2 x MACs); val. and test are "
         "top-1.",
         highlight=False,
     )
@@ -159,7 +161,8 @@ def show_preflight(found: Preflight) -> None:
     timed = list(dict.fromkeys(cost for one in found.methods for cost in one.least if cost.startswith(LATENCY)))
     latencies = [f"{costs.name(cost, {})}, predicted" for cost in timed]
     for heading in ("method", *(f"least {what}" for what in ("MACs", "params", *latencies))):
-        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
+        is_name = heading == "method"
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
     for budget in found.budgets:
         table.add_column(budget.budget, overflow="fold")
     for one in found.methods:
@@ -203,7 +206,9 @@ def show_figures(figures: Mapping[str, Any]) -> None:
         cost = f"{LATENCY}{device}"
         before = figures["teacher"]["latency_ms"][device]["p50"]
         share = f"{costs.shown(cost, times['p50'])} ({percent(times['p50'] / before)} of {costs.shown(cost, before)})"
-        rows[costs.name(cost, figures["devices"])] = share + _held(limits, cost)
+        noise = figures["noise"].get(device)
+        noisy = "" if noise is None else f", noisy: the median lay {percent(noise)} above the fastest call"
+        rows[costs.name(cost, figures["devices"])] = share + _held(limits, cost) + noisy
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)

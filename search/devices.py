@@ -28,7 +28,7 @@ from search import cache
 from search.base import Report, SearchError, SpecError
 from search.layer_table import LayerTable, keep_json, layers_of, read_json
 from search.programs import Exporter, Kind, Student
-from search.spec import DeviceSpec
+from search.spec import DeviceSpec, SearchSpec
 from search.workload import Workload
 
 Times: TypeAlias = Mapping[str, float]
@@ -96,6 +96,16 @@ def roofline_of(device: DeviceSpec, folder: Path) -> Roofline:
         return roofline(Path(folder, device.file).expanduser())
     except ValueError as error:
         raise SpecError(str(error)) from error
+
+
+def rooflines(spec: SearchSpec) -> dict[str, dict[str, float]]:
+    """The rooflines of a spec's devices that are not there, by device.
+
+    Raises:
+        SpecError: a file is wrong.
+    """
+    absent = {name: device for name, device in spec.devices.items() if device.runtime == "profile"}
+    return {name: asdict(roofline_of(device, Path(spec.folder))) for name, device in absent.items()}
 
 
 class Absent:

@@ -22,7 +22,7 @@ LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "a
 # The methods and the baseline keep places 0 to 4 in every report; chains and others share the rest.
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "hexagon", "cross", "triangle-down")
 
-# The width of a label's letter in percent of a narrow chart.
+# The width of a label's letter in percent of a narrow chart's width.
 LETTER = 2.2
 
 # A budget's line in the history; dashes let a line below show through where two budgets have the same winner.
@@ -224,7 +224,7 @@ def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
     axes = {"gridcolor": "--line", "zeroline": False, "ticksuffix": " %", "fixedrange": False}
     predicted = " (predicted)" if is_predicted(axis.removeprefix(LATENCY), result.devices) else ""
     title = {"text": f"share of the teacher's {shown(axis, whole)}{predicted}", "standoff": 12}
-    rows = _limit_rows(result, axis)
+    rows = _limit_rows(result, axis, edge)
     return _look() | {
         "xaxis": {**axes, "range": [0, 1.04 * edge], "title": title},
         "yaxis": axes,
@@ -255,8 +255,11 @@ def _look() -> dict[str, Any]:
     }
 
 
-def _limit_rows(result: SearchResult, axis: str) -> list[tuple[float, str, int]]:
-    """Budget limits on `axis` as `(percent, names, row)`, each label in the lowest row where it hides no other."""
+def _limit_rows(result: SearchResult, axis: str, edge: float) -> list[tuple[float, str, int]]:
+    """Budget limits on `axis` as `(percent, names, row)`, each label in the lowest row where it hides no other.
+
+    `edge` is the percent at the right end of the chart.
+    """
     named: dict[float, list[str]] = {}
     for budget in result.budgets:
         if axis in budget.limits:
@@ -265,7 +268,7 @@ def _limit_rows(result: SearchResult, axis: str) -> list[tuple[float, str, int]]
     rows: list[tuple[float, str, int]] = []
     for x, names in sorted(named.items()):
         text = ", ".join(names)
-        half = LETTER / 2 * (len(text) + 1)
+        half = LETTER * edge / 100 / 2 * (len(text) + 1)
         row = next(row for row in range(len(ends) + 1) if ends.get(row, -math.inf) <= x - half)
         ends[row] = x + half
         rows.append((x, text, row))

@@ -15,7 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from methods import named
 from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, defaults
-from methods.chain import Chain
+from methods.chain import SHARE, Chain
 from methods.pipeline import size_bytes
 from methods.profile import count_macs
 from search.bracket import Bracket, Point
@@ -87,9 +87,22 @@ def fit(
 def reachable(name: str, target: Target, planner: Planner, stopwatch: Stopwatch, workload: Workload) -> Plan | str:
     """A plan of a method with its knobs at their defaults that is predicted to meet a budget, or why there is none.
 
-    No student is measured. As predictions err, a plan that is a little over a limit on latency is given too.
+    No student is measured. As predictions err, a plan that is a little over a limit on latency is given too. A chain
+    whose links differ in speed is also asked with its first link taking the most of the cut.
     """
-    pursuit = _Pursuit(Wish(name, target, defaults(named(name))), planner, stopwatch, workload)
+    method = named(name)
+    usual = defaults(method)
+    found = _predicted(Wish(name, target, usual), planner, stopwatch, workload)
+    if isinstance(method, Chain) and target.latency_ms is not None and not isinstance(found, Plan):
+        first = f"share.{method.links[0].name}"
+        most = _predicted(Wish(name, target, usual | {first: SHARE.high}), planner, stopwatch, workload)
+        found = most if isinstance(most, Plan) else found
+    return found
+
+
+def _predicted(wish: Wish, planner: Planner, stopwatch: Stopwatch, workload: Workload) -> Plan | str:
+    """The plan of a wish that is predicted to meet it, or why there is none."""
+    pursuit = _Pursuit(wish, planner, stopwatch, workload)
     pursuit.advance()
     if pursuit.candidate is None:
         plan = pursuit.outcome()
@@ -289,7 +302,7 @@ class _Pursuit:
         best = min([one for one in points if one.measured] or points, key=lambda one: one.measured or one.predicted)
         found, limit = best.measured or best.predicted, self._limit
         if best.measured is None or self._stopwatch.is_predicted(self.device):
-            takes = "is predicted to take at least"
+            takes = "is predicted to take, with these knobs, at least"
         else:
             takes = "takes at least" if self._is_settled else f"takes, in the best of {self.rounds} rounds,"
         least = {f"{LATENCY}{self.device}": found}

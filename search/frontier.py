@@ -142,12 +142,17 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the search cost: wall seconds, seconds of all trials summed over devices, trials run and stopped early."""
+    """What the search cost: wall seconds, seconds summed over devices, trials run and stopped early.
+
+    `device_s` are those of trials, of scoring and of measuring; the last two are given beside it.
+    """
 
     wall_s: float
     device_s: float
     trials: int
     stopped: int
+    scoring_s: float = 0.0
+    measuring_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,13 +198,13 @@ class SearchResult:
             "budgets": [budget.to_json() for budget in self.budgets],
             "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in self.axes},
             "hypervolume": {axis: volume(self.teacher, self.candidates, axis) for axis in self.axes},
-            "cost": asdict(self.cost),
+            "cost": _pick(self.cost, "wall_s", "device_s", "trials", "stopped"),
         }
 
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a search had come when one more trial ended, after `device_s` seconds of devices in all.
+    """How far a search had come when one more trial ended, after `device_s` seconds of devices, scoring included.
 
     `hypervolume` is over MACs; `best` holds the best validation top-1 within each budget's limits, once there is one.
     """
@@ -212,7 +217,8 @@ class Moment:
 def history(result: SearchResult) -> list[Moment]:
     """How a search went: one moment per trial, in the order they ended."""
     moments: list[Moment] = []
-    device_s, points, best = 0.0, list[tuple[float, float]](), dict[str, float]()
+    device_s = result.cost.scoring_s + result.cost.measuring_s
+    points, best = list[tuple[float, float]](), dict[str, float]()
     for found in sorted(result.candidates, key=lambda one: (one.ended, one.trial)):
         device_s += found.device_s
         if found.state == "complete":
@@ -279,7 +285,7 @@ def cost_of(one: object, cost: str) -> float:
 def winner(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> Candidate | None:
     """The best validation top-1 among all complete candidates that meet every limit, whatever budget they were for.
 
-    Ties go to fewer MACs, then fewer params, then the earlier trial, then the smaller run id.
+    Ties go to fewer MACs, then fewer params, then the earlier trial, then the budget's name.
     """
 
     def rank(candidate: Candidate) -> tuple[Any, ...]:
@@ -289,6 +295,7 @@ def winner(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> Cand
             candidate.macs,
             candidate.params,
             candidate.trial,
+            candidate.budget,
             candidate.run_id,
         )
 

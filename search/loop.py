@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cluster import Cluster
+from methods import named
 from methods.pipeline import Progress
-from search import cache
 from search.base import Report
+from search.devices import rooflines
 from search.frontier import Candidate, SearchResult
-from search.prepare import RUNGS, Prepared, prepare
+from search.prepare import Prepared, prepare, rung
 from search.register import register
 from search.report import html
-from search.runner import Runner
+from search.runner import Clock, Runner
 from search.spec import SearchSpec
-from search.store import check_store
+from search.store import check_store, locked
 from search.study import FULL, BudgetStudy, Proposal, Start, Storage, Strategy, storage
 from search.tracking import Tracker, open_search
 from search.workload import Workload, load
@@ -51,16 +52,19 @@ def search(
     studies_at = storage(spec.tracking.studies)
     path = report_path(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with cache.alone(f"{Path.cwd()} {spec.tracking.uri} {spec.name}"):
+    with locked(spec.tracking.uri, spec.name):
+        clock = Clock()
         workload = load(spec, report)
         tracker = _tracker(spec, workload)
         try:
             cluster = make_cluster(workload)
             try:
-                _run(spec, workload, cluster, tracker, studies_at, report, strategy)
+                has_run = _run(spec, workload, cluster, tracker, studies_at, report, strategy=strategy, clock=clock)
             finally:
                 cluster.close()
             register(spec, workload, tracker, report)
+            if has_run:
+                tracker.add(wall_s=clock.lap())
             result = tracker.result()
             path.write_text(html(result))
             tracker.finish(path)
@@ -80,7 +84,7 @@ def _tracker(spec: SearchSpec, workload: Workload) -> Tracker:
     tracker = open_search(
         spec.tracking.uri,
         spec.name,
-        decisive=spec.decisive() | {"teacher and data": workload.fingerprint},
+        decisive=spec.decisive() | {"rooflines": rooflines(spec), "teacher and data": workload.fingerprint},
         spec=spec.text,
         model=spec.registered_model,
     )
@@ -95,20 +99,21 @@ def _run(
     tracker: Tracker,
     studies_at: Storage,
     report: Report,
+    *,
     strategy: Strategy,
-) -> None:
-    """Everything that needs workers."""
-    began = time.monotonic()
+    clock: Clock,
+) -> bool:
+    """Everything that needs workers; whether any trial was run."""
     prepared = prepare(spec, workload, cluster, report, known=tracker.teacher())
     tracker.write_limits({target.name: target.declared() for target in prepared.targets})
     tracker.write_devices(prepared.stopwatch.described())
     tracker.write_teacher(prepared.teacher)
     beyond = {
-        budget: {method: why for method, why in found.items() if isinstance(why, str)}
+        budget: {**prepared.refused, **{method: why for method, why in found.items() if isinstance(why, str)}}
         for budget, found in prepared.reach.items()
     }
     tracker.write_beyond(beyond)
-    for why in (why for found in beyond.values() for why in found.values()):
+    for why in dict.fromkeys(why for found in beyond.values() for why in found.values()):
         log.warning(why)
     studies = _studies(prepared, tracker, studies_at, strategy)
     by_budget = {study.budget: study for study in studies}
@@ -117,30 +122,45 @@ def _run(
         return by_budget[proposal.budget].goes_on(proposal.number, progress.step, progress.top1)
 
     trials = spec.search.trials * len(studies)
-    runner = Runner(prepared, tracker, cluster, report, trials=trials, goes_on=goes_on, began=began)
+    runner = Runner(prepared, tracker, cluster, report, trials=trials, goes_on=goes_on, clock=clock)
+    before = len(runner.results)
     propose = _freely if spec.search.asynchronous else _rounds
     propose(prepared, studies, runner, strategy)
-    tracker.write_importance({study.budget: study.importance() for study in studies})
+    importance = {study.budget: study.importance() for study in studies}
+    tracker.write_importance({name: importance[name] for name in prepared.reach if name in importance})
+    if (ended := len(runner.results)) < trials:
+        log.warning(
+            "time is up after %d of %d trials (search.timeout); the same command goes on from there", ended, trials
+        )
+    return ended > before
 
 
 def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage, strategy: Strategy) -> list[BudgetStudy]:
-    """One study per budget that some method can meet, the tightest first: neighbours lie side by side."""
+    """One study per budget that some method can meet, the tightest first: neighbours lie side by side.
+
+    What was able when a budget came in stays so: predictions of latency differ from day to day, and a study cannot.
+    """
     spec = prepared.spec
+    able = {
+        name: {"methods": [one.name for one in methods], "macs": _size(prepared, name)}
+        for name in prepared.reach
+        if (methods := prepared.able(name))
+    } | tracker.able()
+    tracker.write_able(able)
     found = [
         BudgetStudy(
             studies_at,
             f"{tracker.run_id}/{name}",
             name,
-            methods,
+            [named(method) for method in able[name]["methods"]],
             spec.search.seed,
             labels=spec.recovery.labels,
-            warmup=2 * max(1, spec.recovery.steps // RUNGS),
+            warmup=2 * rung(spec.recovery.steps),
             strategy=strategy,
         )
-        for name in prepared.reach
-        if (methods := prepared.able(name))
+        for name in able
     ]
-    return sorted(found, key=lambda study: (_size(prepared, study.budget), study.budget))
+    return sorted(found, key=lambda study: (able[study.budget]["macs"], study.budget))
 
 
 def _size(prepared: Prepared, budget: str) -> int:
@@ -165,7 +185,7 @@ def _rounds(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
         starts = {study.budget: _start(study, studies) if turn and strategy.shares else None for study in now}
         rounds = {study.budget: list(_round(study, turn, trials, starts[study.budget])) for study in now}
         asked = [proposal for one in rounds.values() for proposal in one]
-        missing = [proposal for proposal in asked if proposal.key not in runner.results]
+        missing = [proposal for proposal in asked if not runner.knows(proposal)]
         for _ in runner.run([missing]):
             pass
         for study in now:
@@ -201,7 +221,7 @@ def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
 
     def proposals() -> Iterator[list[Proposal]]:
         for study in studies:
-            yield from ([one] for one in study.unfinished() if one.key not in runner.results)
+            yield from ([one] for one in study.unfinished() if not runner.knows(one))
         while time.monotonic() < deadline:
             if not (left := [study for study in studies if study.asked < trials]):
                 return
@@ -211,7 +231,7 @@ def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
 
     for study in studies:
         for one in study.unfinished():
-            if one.key in runner.results:
+            if runner.knows(one):
                 _tell(study, prepared, runner.results[one.key])
     for candidate in runner.run(proposals()):
         _tell(by_budget[candidate.budget], prepared, candidate)

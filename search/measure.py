@@ -50,7 +50,8 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         `model`, `device`, `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`, `latency_ms` (`min`,
         `p50`, `p95` of one call, which runs the device's batch), `noise` (how far the median lay above the fastest
         call, as a share, where that was too far after all repeats, else None), and `searched`: what the search wrote
-        down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then, or None.
+        down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None
+        where the search had no such device.
         A registered version is measured in turn with its teacher; `teacher_latency_ms` is that, and the ratio is
         corrected for drift by it, as a search's own figures are.
 
@@ -72,15 +73,14 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         noise = reading.noise if reading.is_noisy else None
         timed = described(wanted, known) | {"latency_ms": asdict(reading.latency["model"]), "noise": noise}
         beside = None if teacher is None else asdict(reading.latency["beside"])
-    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside)
+    is_same = _searched_for(found.tags).get(device) == wanted  # a name may mean another device today
+    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside) if is_same else None
     return {"model": model, "device": device, **timed, "teacher_latency_ms": beside, "searched": searched}
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
     """The device of that name, wherever it is described."""
-    known = {} if spec is None else dict(spec.devices)
-    if spec is None and "device_spec" in tags:
-        known[tags["device"]] = DeviceSpec.model_validate_json(tags["device_spec"])
+    known = dict(_searched_for(tags) if spec is None else spec.devices)
     if name in known:
         return known[name]
     if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]*)", name)):
@@ -98,6 +98,16 @@ def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
     if (where := tags.get("teacher_uri")) is None:
         return None
     return _exported(registry.load_model(uri, where), where, {})
+
+
+def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
+    """The devices of the search that a registered version came from."""
+    prefix = "device_spec/"
+    return {
+        tag.removeprefix(prefix): DeviceSpec.model_validate_json(text)
+        for tag, text in tags.items()
+        if tag.startswith(prefix)
+    }
 
 
 def _measured(model: Model, beside: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from methods.profile import Profile, profile
 from methods.training import Recipe, evaluate
 from search.base import Report
 from search.fitting import reachable
-from search.frontier import Teacher
+from search.frontier import Latency, Teacher
 from search.latency import Stopwatch
 from search.scoring import Planner
 from search.spec import RecoverySpec, SearchSpec
@@ -70,7 +70,8 @@ def prepare(
     found = profile(workload.teacher, workload.example)
     reference = None if known is None else known.latency_ms
     stopwatch = Stopwatch(spec.devices, Path(spec.folder), workload, cluster, report, reference=reference)
-    teacher = known or _teacher(workload, found, stopwatch if timed else None)
+    latency_ms = stopwatch.teacher() if timed else {}
+    teacher = replace(known, latency_ms=latency_ms) if known else _teacher(workload, found, latency_ms)
     targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
     refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
@@ -84,14 +85,14 @@ def prepare(
     return Prepared(spec, workload, found, teacher, targets, planner, stopwatch, refused, reach)
 
 
-def _teacher(workload: Workload, found: Profile, stopwatch: Stopwatch | None) -> Teacher:
+def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:
     return Teacher(
         top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
         top1_test=None,
         macs=found.macs,
         params=found.params,
         size_bytes=size_bytes(workload.teacher),
-        latency_ms={} if stopwatch is None else stopwatch.teacher(),
+        latency_ms=latency_ms,
     )
 
 
@@ -100,6 +101,11 @@ def _reach(name: str, target: Target, planner: Planner, stopwatch: Stopwatch, wo
         return reachable(name, target, planner, stopwatch, workload)
     except MethodError as error:
         return str(error)
+
+
+def rung(steps: int) -> int:
+    """The steps between two looks at recovery."""
+    return max(1, -(-steps // RUNGS))
 
 
 def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
@@ -111,6 +117,6 @@ def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
         labels=settings.labels,
         images=settings.images,
         precision=settings.precision,
-        report_every=max(1, settings.steps // RUNGS),
+        report_every=rung(settings.steps),
         **tuned,
     )

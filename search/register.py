@@ -174,12 +174,12 @@ def _plan(winner: Candidate) -> dict[str, object]:
 
 
 def _device(spec: SearchSpec, result: SearchResult, budget: BudgetResult) -> dict[str, object]:
-    """The device the budget is meant for, and the host that measured for it."""
+    """The device the budget is meant for, the host that measured for it, and what every device was."""
     name = next(spec.device_of(one) for one in spec.budgets if one.name == budget.name)
     return {
         "device": name,
-        "device_spec": spec.devices[name].model_dump_json(),
         "host": result.devices.get(name, {}).get("host"),
+        **{f"device_spec/{one}": device.model_dump_json() for one, device in spec.devices.items()},
     }
 
 

@@ -96,7 +96,8 @@ class Registry:
     ) -> Version:
         """The version of a trial's model for a budget, added with `tags` if it is not there; its alias moves if better.
 
-        Better than none, than a version whose own tags do not meet `limits`, and than one of lower validation top-1.
+        Better than none, than a version whose own tags do not meet `limits`, than one of lower validation top-1, and
+        than one of the same top-1 that needs more MACs.
 
         Args:
             uri: of the stored model, which another run may have stored that trained the very same.
@@ -105,7 +106,7 @@ class Registry:
         """
         made = self.version_of(run_id, budget) or self._add(budget, run_id, uri, tags)
         held = self.holder(budget)
-        if held is None or not _fits(held.tags, limits) or _top1(held.tags) < _top1(made.tags):
+        if held is None or not _fits(held.tags, limits) or _rank(held.tags) < _rank(made.tags):
             self._client.set_registered_model_alias(self.model, budget, str(made.version))
         return made
 
@@ -292,6 +293,11 @@ def _cost(tags: Mapping[str, str], cost: str) -> float:
     if cost == "macs_expected" and cost not in tags:
         return _cost(tags, "macs")
     return float(tags.get(cost, "inf"))
+
+
+def _rank(tags: Mapping[str, str]) -> tuple[float, float]:
+    """What makes a version better: more validation top-1, then fewer MACs."""
+    return _top1(tags), -_cost(tags, "macs")
 
 
 def _top1(tags: Mapping[str, str]) -> float:

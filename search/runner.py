@@ -13,7 +13,7 @@ from methods import named
 from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
 from methods.training import Recipe
-from search.base import Report
+from search.base import Report, SearchError
 from search.fitting import Fitted, Wish, fit
 from search.frontier import Candidate, State, beats
 from search.prepare import Prepared, recipe
@@ -43,13 +43,26 @@ class Planned:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+class Clock:
+    """Wall seconds, told once each."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        """The seconds since this was last asked."""
+        now = time.monotonic()
+        passed, self._last = now - self._last, now
+        return passed
+
+
 class Runner:
     """Runs proposals and is the only one that writes what comes of them.
 
     Args:
         report: told how many of `trials` in all have ended.
         goes_on: asked at every step of recovery but the last.
-        began: when this sitting began, by `time.monotonic`.
+        clock: whose laps are recorded whenever a trial has ended.
     """
 
     def __init__(
@@ -61,7 +74,7 @@ class Runner:
         *,
         trials: int,
         goes_on: GoesOn,
-        began: float,
+        clock: Clock,
     ) -> None:
         self._prepared = prepared
         self._tracker = tracker
@@ -75,7 +88,25 @@ class Runner:
         self._ended: list[Candidate] = []
         self._twins: list[Planned] = []
         self._last: dict[int, Progress] = {}
-        self._clock = began
+        self._clock = clock
+
+    def knows(self, proposal: Proposal) -> bool:
+        """Whether what came of a proposal is on record.
+
+        Raises:
+            SearchError: the record is of another proposal of that number, so the studies are not the record's.
+        """
+        found = self.results.get(proposal.key)
+        if found is None:
+            return False
+        asked = proposal.method, dict(proposal.knobs) | {f"recovery.{key}": v for key, v in proposal.recovery.items()}
+        if (found.method, dict(found.knobs)) != asked:
+            raise SearchError(
+                f"trial {proposal.number} of budget {proposal.budget!r} is on record as {found.method}, but Optuna "
+                f"proposes {proposal.method} or other knobs for it; expected the studies this search began with; give "
+                "their place as tracking.studies, or run the search under another name with --fork"
+            )
+        return True
 
     def run(self, batches: Iterable[Sequence[Proposal]]) -> Iterator[Candidate]:
         """Runs proposals in batches, each taken when a worker is free for it; yields every trial as it ends.
@@ -97,9 +128,8 @@ class Runner:
         """What ended since this was last asked."""
         ended, self._ended = self._ended, []
         if ended:
-            now = time.monotonic()
-            passed, self._clock = now - self._clock, now
-            self._tracker.add(wall_s=passed, **self._prepared.planner.spent(), **self._prepared.stopwatch.spent())
+            spent = self._prepared.planner.spent() | self._prepared.stopwatch.spent()
+            self._tracker.add(wall_s=self._clock.lap(), **spent)
         yield from ended
 
     def _planned(self, proposals: Sequence[Proposal]) -> Iterator[Planned]:
@@ -115,6 +145,7 @@ class Runner:
                 state: State = "infeasible" if isinstance(fitted, Infeasible) else "failed"
                 self._tracker.fail(run_id, state, str(fitted), device_s=0.0)
                 self._end(run_id)
+                self._tell(proposal, state)
 
     def _items(self, waiting: Iterable[Planned]) -> Iterator[tuple[object, ...]]:
         """The arguments of `trial` beside the bench, for what has to be trained."""
@@ -126,6 +157,7 @@ class Runner:
             elif (source := self._sources.get(one.work)) is not None:
                 self._tracker.reuse(one.run_id, source)
                 self._end(one.run_id)
+                self._tell(one.proposal, "trained before")
             else:
                 begun.add(one.work)
                 self._training.append(one)
@@ -143,7 +175,7 @@ class Runner:
         if isinstance(event, Step):
             self._last[event.index] = event.value
             self._tracker.progress(one.run_id, event.value.step, event.value.top1)
-            self._tell(one, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
+            self._tell(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
             return
         if isinstance(event, Done):
             self._complete(one, event.value, event.seconds)
@@ -156,7 +188,7 @@ class Runner:
             self._tracker.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
             note = f"failed: {event.error}"
         self._end(one.run_id)
-        self._tell(one, note)
+        self._tell(one.proposal, note)
 
     def _complete(self, one: Planned, outcome: Outcome, seconds: float) -> None:
         drop = self._prepared.teacher.top1_validation - outcome.top1_validation
@@ -175,6 +207,6 @@ class Runner:
         self.results[found.budget, found.trial] = found
         self._ended.append(found)
 
-    def _tell(self, one: Planned, note: str) -> None:
-        label = f"{one.proposal.budget} {one.proposal.number} {one.proposal.method}"
+    def _tell(self, one: Proposal, note: str) -> None:
+        label = f"{one.budget} {one.number} {one.method}"
         self._report("trials", len(self.results), self._trials, f"{label}: {note}")

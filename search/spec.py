@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,6 +86,12 @@ def _registered(value: object) -> object:
     return value
 
 
+def _resources(value: dict[str, float]) -> dict[str, float]:
+    if taken := sorted(set(value) & {"CPU", "GPU", "memory", "object_store_memory"}):
+        raise ValueError(f"{taken[0]!r} is what workers take; name a resource of the node's own, such as board: 1")
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
@@ -139,7 +143,7 @@ class DeviceSpec(_Strict):
     threads: Positive = 1
     batch: Positive = 1
     channels: Positive = 8
-    resources: dict[str, Held] = {}
+    resources: Annotated[dict[str, Held], AfterValidator(_resources)] = {}
     file: str | None = None
 
 
@@ -236,18 +240,16 @@ class SearchSpec(_Strict):
     def decisive(self) -> dict[str, Any]:
         """All that decides what is proposed and what comes of it: not where it runs or is recorded, nor how long.
 
-        Budgets are by name: a search may be given more of them, as it may be given more trials or more time.
+        Budgets and devices are by name: a search may be given more of them, as it may be given more trials or time.
         """
         found = self.model_dump(
             mode="json",
             exclude={"cluster": True, "tracking": True, "search": {"trials", "timeout"}, "budgets": True, "name": True},
         )
-        return found | {"budgets": {one.name: one.model_dump(mode="json", exclude={"name"}) for one in self.budgets}}
-
-    def digest(self) -> str:
-        """A hash of `decisive`."""
-        text = json.dumps(self.decisive(), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        budgets = {one.name: one.model_dump(mode="json", exclude={"name"}) for one in self.budgets}
+        return found | {
+            "budgets": {one.name: budgets[one.name] | {"device": self.device_of(one)} for one in self.budgets}
+        }
 
     def device_of(self, budget: BudgetSpec) -> str:
         """The name of the device a budget is meant for."""

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import mlflow
@@ -52,6 +53,23 @@ def unwritable(uri: str, reason: str) -> str:
         "and write; correct tracking.uri, or the permissions of its folder"
     )
     return re.sub(r"//([^:/@\s]+):[^@\s]+@", r"//\1:***@", message)
+
+
+def is_store_fault(error: Exception) -> bool:
+    """Whether this is MLflow or its database failing while it is used."""
+    return isinstance(error, MlflowException | SQLAlchemyError)
+
+
+def locked(uri: str, name: str) -> AbstractContextManager[None]:
+    """Holds search `name` of this store for this process; beside a local database, where every other driver looks.
+
+    Raises:
+        SearchError: another process holds it.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        return cache.alone(f"{uri} {name}", cache.folder() / "locks")
+    return cache.alone(f"{path.name} {name}", path.resolve().parent)
 
 
 def _create(path: Path) -> None:

@@ -50,6 +50,9 @@ class Strategy:
 FULL = Strategy()
 RANDOM = Strategy(models=False, starts=False, stops=False, shares=False)
 
+ENOUGH = 10
+"""Complete trials, below which nothing is said of what decided top-1."""
+
 KEPT = 2 / 3
 """A trial goes on while it would be among this share of the told ones. A median gave up trials close to the best: most
 accuracies of one budget lie close together, and how they are ordered changes while the learning rate falls."""
@@ -158,7 +161,7 @@ class BudgetStudy:
     def goes_on(self, number: int, step: int, top1: float) -> bool:
         """Takes in what a running trial reached at a step of recovery; False where it should be given up.
 
-        It is compared with trials that were told, never with those beside it, so that timing decides nothing.
+        It is compared with trials that were told as complete, never with those beside it: timing decides nothing.
         """
         trial = self._trial(number)
         if step not in self._study.get_trials(deepcopy=False)[number].intermediate_values:
@@ -183,17 +186,20 @@ class BudgetStudy:
         self._study.tell(number, state=TrialState.PRUNED)
 
     def importance(self) -> dict[str, float]:
-        """How much each knob decided of top-1, as shares that add up to 1; empty where too few trials ended.
+        """How much each knob decided of top-1, as shares that add up to 1; empty below `ENOUGH` complete trials.
 
+        Only knobs that had several values count.
         Source: PED-ANOVA (Watanabe, Bansal, Hutter 2023), as Optuna has it.
         """
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len({trial.value for trial in complete}) < 2:
+        if len(complete) < ENOUGH or len({trial.value for trial in complete}) < 2:
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of too few trials, where it gives equal shares
             found = optuna.importance.get_param_importances(self._study)
-        return {name: float(share) for name, share in found.items() if share > 0}
+        values = {name: {trial.params[name] for trial in complete if name in trial.params} for name in found}
+        shares = {name: float(share) for name, share in found.items() if share > 0 and len(values[name]) > 1}
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     def _trial(self, number: int) -> Trial:
         return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
@@ -208,7 +214,7 @@ class BudgetStudy:
         return TPESampler(seed=seed, n_startup_trials=len(self._methods))
 
     def _pruner(self, warmup: int) -> BasePruner:
-        """Gives up what is behind `KEPT` of the told trials at the same step, after `warmup` steps."""
+        """Gives up what is behind `KEPT` of the trials told as complete at the same step, after `warmup` steps."""
         return PercentilePruner(100 * KEPT, n_startup_trials=len(self._methods), n_warmup_steps=warmup)
 
     def _defaults(self, method: str) -> dict[str, Any]:
@@ -217,10 +223,19 @@ class BudgetStudy:
         return {"method": method} | own | shared
 
     def _proposal(self, trial: Trial) -> Proposal:
-        method = str(trial.suggest_categorical("method", list(self._methods)))
-        recovery = {name: _suggest(trial, f"recovery.{name}", knob) for name, knob in self._recovery.items()}
-        knobs = {name: _suggest(trial, f"{method}.{name}", knob) for name, knob in self._methods[method].knobs.items()}
+        _ = trial.relative_params  # what Optuna draws all at once, it draws when first asked: now, by the trial's seed
+        method = str(self._suggest(trial, "method", Choice(tuple(self._methods), "")))
+        recovery = {name: self._suggest(trial, f"recovery.{name}", knob) for name, knob in self._recovery.items()}
+        own = self._methods[method].knobs
+        knobs = {name: self._suggest(trial, f"{method}.{name}", knob) for name, knob in own.items()}
         return Proposal(self.budget, trial.number, method, knobs, recovery)
+
+    def _suggest(self, trial: Trial, name: str, knob: Knob) -> KnobValue:
+        """A value of its own seed: what a killed driver had written already draws nothing from the others."""
+        self._study.sampler = self._sampler(_seed(self._seed, self.budget, trial.number, name))
+        if isinstance(knob, Choice):
+            return cast(KnobValue, trial.suggest_categorical(name, list(knob.options)))
+        return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
 
 
 def storage(location: str) -> Storage:
@@ -240,11 +255,6 @@ def storage(location: str) -> Storage:
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
-def _suggest(trial: Trial, name: str, knob: Knob) -> KnobValue:
-    if isinstance(knob, Choice):
-        return cast(KnobValue, trial.suggest_categorical(name, list(knob.options)))
-    return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
-
-
-def _seed(base: int, budget: str, number: int) -> int:
-    return int(np.random.SeedSequence([base, zlib.crc32(budget.encode()), number]).generate_state(1)[0])
+def _seed(base: int, budget: str, number: int, name: str = "") -> int:
+    words = [base, zlib.crc32(budget.encode()), number, *([zlib.crc32(name.encode())] if name else [])]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from search.fitting import Fitted
     from search.study import Proposal
 
+
+log = logging.getLogger(__name__)
 
 FIGURES = (
     *("top1_surgery", "top1_bn", "top1_validation"),
@@ -72,6 +75,15 @@ class Tracker:
     def write_devices(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
         """Records what latency was measured on."""
         self.client.set_tag(self.run_id, "paredown.devices", json.dumps(devices))
+
+    def able(self) -> dict[str, Any]:
+        """The methods that each budget's study began with, and its size."""
+        found: dict[str, Any] = json.loads(self.client.get_run(self.run_id).data.tags.get("paredown.able", "{}"))
+        return found
+
+    def write_able(self, able: Mapping[str, Any]) -> None:
+        """Records them."""
+        self.client.set_tag(self.run_id, "paredown.able", json.dumps(able))
 
     def write_beyond(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
         """Records per budget and method why it cannot be met."""
@@ -151,10 +163,13 @@ class Tracker:
 
     def halt(self, status: str) -> None:
         """Ends every run that is still open as `status`, which is MLflow's `KILLED` or `FAILED`."""
-        for run in self._children():
-            if run.info.status == "RUNNING":
-                self.client.set_terminated(run.info.run_id, status)
-        self.client.set_terminated(self.run_id, status)
+        try:
+            for run in self._children():
+                if run.info.status == "RUNNING":
+                    self.client.set_terminated(run.info.run_id, status)
+            self.client.set_terminated(self.run_id, status)
+        except FAULTS as error:  # of a store that is gone: what led here is told, not this
+            log.warning("runs are still open in MLflow: %s", error)
 
     def candidate(self, run_id: str) -> Candidate:
         """A trial that ended, without its plan."""
@@ -199,6 +214,7 @@ class Tracker:
         candidates = self.trials()
         tags, figures = run.data.tags, run.data.metrics
         limits: dict[str, dict[str, float]] = json.loads(tags["paredown.limits"])
+        beside = {name: figures.get(name, 0.0) for name in ("scoring_s", "measuring_s")}
         return SearchResult(
             name=self.client.get_experiment(self._experiment).name,
             teacher=_teacher(figures),
@@ -206,10 +222,10 @@ class Tracker:
             candidates=candidates,
             cost=Cost(
                 wall_s=figures.get("wall_s", 0.0),
-                device_s=sum(one.device_s for one in candidates)
-                + sum(figures.get(name, 0.0) for name in ("scoring_s", "measuring_s")),
+                device_s=sum(one.device_s for one in candidates) + sum(beside.values()),
                 trials=len(candidates),
                 stopped=sum(candidate.state == "stopped" for candidate in candidates),
+                **beside,
             ),
             started=tags["paredown.started"],
             spec=tags.get("paredown.spec", ""),
@@ -285,6 +301,9 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
         found = client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location(uri, name))
         parent = next(iter(client.search_runs([experiment], "tags.`paredown.started` != ''")), None)
+        if parent is not None and not _has_begun(client, experiment, parent):
+            _forget(client, experiment, parent)  # nothing came of it, so nothing binds the spec
+            parent = None
         if parent is None:
             born = {"paredown.started": datetime.now(UTC).isoformat(timespec="seconds"), "paredown.limits": "{}"}
             parent = client.create_run(experiment, tags=born, run_name=name)
@@ -299,6 +318,19 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
         return Tracker(client, experiment, client.get_run(run_id))
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def _has_begun(client: MlflowClient, experiment: str, parent: Run) -> bool:
+    """Whether any trial of a search has ended."""
+    of_it = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`paredown.state` != ''"
+    return len(client.search_runs([experiment], of_it, max_results=1)) > 0
+
+
+def _forget(client: MlflowClient, experiment: str, parent: Run) -> None:
+    """Removes a search of which no trial has ended, with the trials a killed driver left."""
+    for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"):
+        client.delete_run(run.info.run_id)
+    client.delete_run(parent.info.run_id)
 
 
 def _digest(decisive: Mapping[str, Any]) -> str:

@@ -105,7 +105,8 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
     registry = Registry(client, "tiny")
     uri = registry.store(run_id, saved.model, np.asarray(IMAGES))
     tags = {
-        "top1_validation": 0.9, "device": "mine", "device_spec": DeviceSpec(threads=2, batch=2).model_dump_json(),
+        "top1_validation": 0.9, "device": "mine", "device_spec/mine": DeviceSpec(threads=2, batch=2).model_dump_json(),
+        "device_spec/cpu-1": DeviceSpec().model_dump_json(),
         "host": "bench-3", "latency_ms/mine/min": 0.25, "latency_ms/mine/p50": 0.5, "latency_ms/mine/p95": 0.75,
         "latency_ms/cpu-1/p50": 0.5, "noise/mine": 0.2,
     }  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
     elsewhere = run("models:/tiny@edge", "cpu-1")
     assert (elsewhere["threads"], elsewhere["searched"]["host"], elsewhere["searched"]["noise"]) == (1, None, None)
     assert run("models:/tiny@edge", "cpu-3")["searched"] is None
-    with pytest.raises(SpecError, match="no device 'cpu'; expected mine or cpu-N"):
+    with pytest.raises(SpecError, match="no device 'cpu'; expected mine or cpu-1 or cpu-N"):
         run("models:/tiny@edge", "cpu")
     with pytest.raises(TrackingError, match="there is no models:/tiny@gone"):
         run("models:/tiny@gone", "cpu-1")
@@ -135,7 +136,7 @@ def test_a_registered_version_is_measured_beside_its_teacher(saved: Saved) -> No
     run_id, parent = (client.create_run(experiment).info.run_id for _ in range(2))
     uri = registry.store(run_id, saved.model, np.asarray(IMAGES))
     tags = {
-        "top1_validation": 0.9, "device": "cpu-1", "device_spec": DeviceSpec().model_dump_json(),
+        "top1_validation": 0.9, "device": "cpu-1", "device_spec/cpu-1": DeviceSpec().model_dump_json(),
         "latency_ms/cpu-1/p50": 1.5, "teacher_latency_ms/cpu-1/p50": 3.0,
         "teacher_uri": registry.store(parent, saved.model, np.asarray(IMAGES)),
     }  # fmt: skip

@@ -168,7 +168,7 @@ def test_page_says_what_the_search_took_and_what_became_of_each_trial() -> None:
         "2stopped early, after 6.8 s of devices",
         "1reused another's training",
         "2without a model, 1 failed",
-        "6 trials, 1 stopped 1 min 9 s device time",
+        "6 trials, 1 stopped 1 min 9 s of training",
         "stoppedat step 120, top-1 68.8 %",
         "completesame plan as half 2",
         "recovery.learning_rate27.0 %",

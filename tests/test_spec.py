@@ -114,6 +114,7 @@ budgets:
             "devices.edge: runtime 'profile' and file, its roofline, belong together",
         ),
         ("devices: {edge: {file: pi.yaml}}", "devices.edge: runtime 'profile' and file, its roofline, belong together"),
+        ("devices: {edge: {resources: {CPU: 1}}}", "devices.edge.resources: 'CPU' is what workers take"),
         ("devices: {edge: {resources: {jetson: 0}}}", "devices.edge.resources.jetson: Input should be greater than 0"),
         ("data: {source: factory, name: null}", "data.name: missing; source 'factory' needs it"),
         ("data: {source: digits, seed: -1}", "data.seed: Input should be greater than or equal to 0, but it is -1"),
@@ -207,7 +208,11 @@ def test_what_changed_between_two_sittings() -> None:
     assert found[2].endswith("now gone")
     with pytest.raises(SpecChanged, match=r"(?s)recovery.steps: 400, now 3.*--fork"):
         check_unchanged("digits", old, spec(other).decisive())
-    assert spec(GOOD.replace("50%", "50 %")).decisive() == old
+    assert spec(GOOD.replace("50%", "50.0 %")).decisive() == old
+    assert changes(old, spec(GOOD.replace("{edge:", "{more: {channels: 2}, edge:")).decisive()) == [
+        'budgets.half.device: "edge", now "more"'
+    ]
+    assert not changes(old, spec(GOOD.replace("16}}", "16}, more: {channels: 2}}")).decisive())
 
 
 def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> None:
@@ -225,8 +230,8 @@ def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> 
 
 
 def test_a_search_goes_on_with_more_trials_or_time() -> None:
-    assert spec(GOOD.replace("trials: 4, timeout: 2m", "trials: 9, timeout: 3h")).digest() == spec().digest()
-    assert spec(GOOD.replace("trials: 4", "trials: 4, seed: 1")).digest() != spec().digest()
+    assert spec(GOOD.replace("trials: 4, timeout: 2m", "trials: 9, timeout: 3h")).decisive() == spec().decisive()
+    assert spec(GOOD.replace("trials: 4", "trials: 4, seed: 1")).decisive() != spec().decisive()
 
 
 def test_what_is_not_a_spec() -> None:
@@ -236,7 +241,7 @@ def test_what_is_not_a_spec() -> None:
         load(Path("nowhere.yaml"))
 
 
-def test_the_digest_ignores_where_and_keeps_what() -> None:
+def test_what_decides_is_what_not_where() -> None:
     elsewhere = spec(GOOD + "cluster: {address: 'ray://head:10001'}\ntracking: {uri: 'sqlite:///other.db'}\n")
-    assert elsewhere.digest() == spec().digest()
-    assert spec(GOOD.replace("50%", "51%")).digest() != spec().digest()
+    assert elsewhere.decisive() == spec().decisive()
+    assert spec(GOOD.replace("50%", "51%")).decisive() != spec().decisive()

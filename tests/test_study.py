@@ -108,7 +108,9 @@ def test_a_driver_killed_between_a_proposals_knobs(tmp_path: Path) -> None:
     undisturbed = run(study(tmp_path / "calm"), 3)
     killed = study(tmp_path / "killed")
     run(killed, 2)
-    killed._sampling(6).ask().suggest_categorical("method", list(METHODS))
+    trial = killed._sampling(6).ask()
+    killed._suggest(trial, "method", Choice(tuple(METHODS), ""))
+    killed._suggest(trial, "recovery.learning_rate", RECOVERY["learning_rate"])
     assert study(tmp_path / "killed").unfinished() == undisturbed[6:7]
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from search.base import SearchError, TrackingError
-from search.cache import alone
-from search.store import check_store
+from search.store import check_store, locked
 from search.tracking import find_search
 
 
@@ -37,9 +36,13 @@ def test_a_search_nobody_ran() -> None:
 
 
 def test_one_driver_per_search() -> None:
-    with alone("a search"), pytest.raises(SearchError, match="running already"), alone("a search"):
+    with (
+        locked("sqlite:///paredown.db", "digits"),
+        pytest.raises(SearchError, match="running already"),
+        locked(f"sqlite:///{Path.cwd() / 'paredown.db'}", "digits"),
+    ):
         pass
-    with alone("a search"):
+    with locked("sqlite:///paredown.db", "digits"), locked("sqlite:///paredown.db", "other"):
         pass
 
 
