@@ -207,7 +207,8 @@ def test_a_driver_killed_at_any_step_leaves_nothing_twice(store: Store, monkeypa
     [
         ("better", {"top1_validation": 0.91}, LIMITS, True),
         ("worse", {"top1_validation": 0.89}, LIMITS, False),
-        ("equal", {"macs": 50}, LIMITS, False),
+        ("equal", {}, LIMITS, False),
+        ("cheaper", {"macs": 50}, LIMITS, True),
         ("over-macs", {"top1_validation": 0.5, "macs": 80}, {"macs": 85}, True),
         ("over-latency", {"top1_validation": 0.5, "latency_ms/cpu-1/p50": 1}, {"latency_ms/cpu-1": 1.4}, True),
         ("not-measured", {"top1_validation": 0.5, "top1_drop": 0.01}, {"top1_drop": 0.02}, True),

@@ -109,6 +109,7 @@ def test_a_driver_killed_between_a_proposals_knobs(tmp_path: Path) -> None:
     killed = study(tmp_path / "killed")
     run(killed, 2)
     trial = killed._sampling(6).ask()
+    assert trial.relative_params
     killed._suggest(trial, "method", Choice(tuple(METHODS), ""))
     killed._suggest(trial, "recovery.learning_rate", RECOVERY["learning_rate"])
     assert study(tmp_path / "killed").unfinished() == undisturbed[6:7]
