@@ -59,7 +59,9 @@ def search(
         try:
             cluster = make_cluster(workload)
             try:
-                has_run = _run(spec, workload, cluster, tracker, studies_at, report, strategy=strategy, clock=clock)
+                has_run = _run(
+                    spec, workload, cluster, tracker, report, studies_at=studies_at, strategy=strategy, clock=clock
+                )
             finally:
                 cluster.close()
             register(spec, workload, tracker, report)
@@ -97,9 +99,9 @@ def _run(
     workload: Workload,
     cluster: Cluster,
     tracker: Tracker,
-    studies_at: Storage,
     report: Report,
     *,
+    studies_at: Storage,
     strategy: Strategy,
     clock: Clock,
 ) -> bool:
