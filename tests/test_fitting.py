@@ -149,7 +149,7 @@ def test_who_is_too_slow_is_told_by_how_much(shop: Shop, every: list[tuple[Plan,
     (found,) = shop.fit(shop.wish("uniform", ms=least / 2))
     assert isinstance(found, Infeasible)
     assert found.least == {"latency_ms/edge": pytest.approx(least)}
-    assert "uniform is predicted to take at least" in str(found)
+    assert "uniform is predicted to take, with these knobs, at least" in str(found)
     assert "(100% more)" in str(found)
     assert "10,600 MACs" in str(found)
 
@@ -207,8 +207,8 @@ def test_reach_is_told_without_measuring(shop: Shop, every: list[tuple[Plan, flo
     least = min(took for _, took in every)
     plan = reach(shop.wish("uniform", ms=1.01 * least))
     assert isinstance(plan, Plan)
-    assert "predicted to take at least" in str(reach(shop.wish("uniform", ms=0.99 * least)))
-    assert "predicted to take at least" in str(reach(shop.wish("manidp", ms=0.99 * shop.teacher_ms)))
+    assert "predicted to take, with these knobs, at least" in str(reach(shop.wish("uniform", ms=0.99 * least)))
+    assert "predicted to take, with these knobs, at least" in str(reach(shop.wish("manidp", ms=0.99 * shop.teacher_ms)))
     assert isinstance(reach(shop.wish("uniform", macs=shop.profile.macs)), Plan)
     assert "reaches no less than" in str(reach(shop.wish("uniform", macs=1)))
     fewest = Budget("b", macs=10_600, channels=4)

@@ -163,5 +163,5 @@ def test_least_latency_and_what_misses_it_by_how_much(tmp_path: Path, monkeypatc
     assert not instant.is_reachable
     least = {one.method: one.least["latency_ms/edge"] for one in found.methods}
     assert least["itpruner"] < limit < least["manidp"]
-    assert "manidp is predicted to take at least" in str(instant.reasons["manidp"])
+    assert "manidp is predicted to take, with these knobs, at least" in str(instant.reasons["manidp"])
     assert f"({least['practise'] / 0.001 - 1:.0%} more)" in str(instant.reasons["practise"])
