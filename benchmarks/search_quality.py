@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {
         "model": {"source": "zoo", "name": "resnet14", "weights": "train"},
         "data": {"source": "digits", "validation": 0.3, "calibration": 256},
-        "recovery": {"steps": 20},
+        "recovery": {"steps": 60},
     },
     "fashion-mnist": {
         "model": {"source": "zoo", "name": "resnet20", "weights": str(EXAMPLES / "fashion_mnist_resnet20.safetensors")},
