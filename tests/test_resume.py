@@ -32,7 +32,7 @@ BUDGETS = """budgets:
   - {name: half, macs: 50%}
   - {name: small, params: 30%, macs: 60%}
   - {name: edge, latency: 70%}
-search: {trials: 6}
+search: {trials: 4}
 """
 TEXT = SPEC.replace("budgets:\n  - {name: half, macs: 50%}\nsearch: {trials: 3}\n", BUDGETS).replace(
     "steps: 5", "steps: 10"
