@@ -178,7 +178,6 @@ def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) 
     assert "To go on:  paredown search spec.yaml" in told
     kept = ended(here)
     assert kept >= 2
-    assert {run.info.status for run in runs(here)} <= {"FINISHED", "KILLED"}
 
     process = start(here)
     wait_for_trials(here, process, kept + 2)
