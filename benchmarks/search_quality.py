@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from cluster import RayCluster
-from search import loop, spec, tracking, workload
+from search import loop, records, spec, workload
 from search.frontier import SearchResult, volume
 from search.study import FULL, RANDOM, Strategy
 
@@ -117,7 +117,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
         finally:
             os.chdir(before)
         (place / "done").touch()
-    return tracking.find_search(uri, "quality").result()
+    return records.find_search(uri, "quality").result()
 
 
 def _pool(workers: int) -> Callable[[workload.Workload], RayCluster]:

@@ -116,7 +116,7 @@ def frontier(
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
     from search import console, report
-    from search.tracking import find_search
+    from search.records import find_search
 
     result = find_search(uri, name).result()
     if html is not None:

@@ -19,13 +19,14 @@ from search.base import Report
 from search.devices import rooflines
 from search.frontier import Candidate, SearchResult
 from search.prepare import Prepared, prepare, rung
+from search.records import open_search
 from search.register import register
 from search.report import html
 from search.runner import Clock, Runner
 from search.spec import SearchSpec
 from search.store import check_store, locked
 from search.study import FULL, BudgetStudy, Proposal, Start, Storage, Strategy, storage
-from search.tracking import Tracker, open_search
+from search.tracking import Tracker
 from search.workload import Workload, load
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,11 @@ from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report, SpecError
 from search.frontier import BudgetResult, Candidate, SearchResult, frontier
+from search.records import find_search
 from search.registry import check_alias, of_a_budget
 from search.spec import SearchSpec
 from search.targets import LATENCY
-from search.tracking import Tracker, find_search
+from search.tracking import Tracker
 from search.workload import Workload
 
 IMAGES = 16

@@ -28,7 +28,7 @@ from torch import nn
 
 from search.base import SpecError, TrackingError, WorkloadError
 from search.programs import ExportError, onnx_program, parity
-from search.store import connect
+from search.store import connect, whole
 from search.targets import LATENCY
 from search.usercode import first_line
 from search.workload import exported
@@ -186,7 +186,8 @@ class Registry:
             self._client.delete_logged_model(left.model_id)
         made = self._client.create_logged_model(experiment, name, source_run_id=run_id, params=run.data.params)
         requirements = [f"{package}=={version(package)}" for package in packages]
-        Model.log(None, flavor, run_id=run_id, model_id=made.model_id, pip_requirements=requirements, **model)
+        with whole():
+            Model.log(None, flavor, run_id=run_id, model_id=made.model_id, pip_requirements=requirements, **model)
         return str(made.model_uri)
 
 

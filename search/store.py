@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import textwrap
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -72,6 +77,43 @@ def locked(uri: str, name: str) -> AbstractContextManager[None]:
     return cache.alone(f"{path.name} {name}", path.resolve().parent)
 
 
+@contextmanager
+def whole() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until what is inside is done.
+
+    Where an interrupt cuts SQLAlchemy short, the database stays locked for as long as this process lives.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+class _Client(MlflowClient):
+    """MLflow's client, no call of which is cut short by Ctrl-C."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return found if name.startswith("_") or not callable(found) else _wholly(found)
+
+
+def _wholly(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        with whole():
+            return call(*args, **kwargs)
+
+    return held
+
+
 def _create(path: Path) -> None:
     """Makes an empty MLflow database."""
     _quiet()
@@ -84,7 +126,7 @@ def connect(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     absolute = uri if path is None else f"sqlite:///{path.resolve()}"
     mlflow.set_tracking_uri(absolute)
-    return MlflowClient(tracking_uri=absolute)
+    return _Client(tracking_uri=absolute)
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -14,7 +14,7 @@ ALLOWED = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", 
 HOME = {
     "ray": {"cluster"},
     "optuna": {"search/study.py"},
-    "mlflow": {"search/store.py", "search/tracking.py", "search/registry.py"},
+    "mlflow": {"search/store.py", "search/records.py", "search/tracking.py", "search/registry.py"},
 }
 
 

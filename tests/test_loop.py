@@ -12,9 +12,10 @@ from searches import SPEC, inline, parsed, place, quiet
 from search import loop
 from search.changes import SpecChanged
 from search.frontier import SearchResult
+from search.records import find_search
 from search.spec import renamed
 from search.study import RANDOM, storage
-from search.tracking import Tracker, find_search
+from search.tracking import Tracker
 
 MORE = """
   - {name: twin, macs: 50%}

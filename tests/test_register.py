@@ -25,11 +25,12 @@ from search import spec, workload
 from search.devices import Timing
 from search.fitting import Fitted
 from search.frontier import Teacher
+from search.records import open_search
 from search.register import TAG_BYTES, register, student
 from search.registry import load_model, version_tags
 from search.store import check_store
 from search.study import Proposal
-from search.tracking import Tracker, open_search
+from search.tracking import Tracker
 from search.workload import Workload
 
 THINGS = """

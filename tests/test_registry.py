@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from search.base import SpecError, TrackingError, WorkloadError
 from search.frontier import Teacher
+from search.records import open_search
 from search.register import commit, promote
 from search.registry import Registry, Version, load_model, version_tags
 from search.store import connect
-from search.tracking import open_search
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 1, 4, 4)).astype(np.float32)
 LIMITS = {"macs": 100, "latency_ms/cpu-1": 2.0}

@@ -25,8 +25,8 @@ from optuna.trial import TrialState
 from searches import SPEC, inline, place, quiet
 
 from search import loop, spec
+from search.records import find_search
 from search.study import storage
-from search.tracking import find_search
 
 BUDGETS = """budgets:
   - {name: half, macs: 50%}
@@ -178,6 +178,7 @@ def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) 
     assert "To go on:  paredown search spec.yaml" in told
     kept = ended(here)
     assert kept >= 2
+    assert {run.info.status for run in runs(here)} <= {"FINISHED", "KILLED"}
 
     process = start(here)
     wait_for_trials(here, process, kept + 2)

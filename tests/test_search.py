@@ -16,7 +16,7 @@ from methods.base import Plan
 from search import data, loop, spec, usercode, workload
 from search.frontier import SearchResult
 from search.prepare import prepare
-from search.tracking import find_search
+from search.records import find_search
 from search.workload import Workload
 
 SPEC = """

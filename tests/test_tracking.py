@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 from search.base import SearchError, TrackingError
+from search.records import find_search, open_search
 from search.store import check_store, locked
-from search.tracking import find_search
+from search.study import Proposal
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -25,6 +29,31 @@ def test_a_missing_driver_is_told_without_the_password() -> None:
     with pytest.raises(TrackingError) as caught:
         check_store("nosuchdatabase://user:secret@localhost/db")
     assert "secret" not in str(caught.value)
+
+
+def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
+    """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
+    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    proposal = Proposal("half", 0, "alds", {}, {"learning_rate": 0.1})
+    fallen: list[str] = []
+
+    def interrupt(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("INSERT") and not fallen:
+            fallen.append(statement)
+            signal.raise_signal(signal.SIGINT)
+
+    event.listen(Engine, "before_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tracker.start_trial(proposal)
+    finally:
+        event.remove(Engine, "before_cursor_execute", interrupt)
+    assert "INTO runs" in fallen[0]
+    tracker.halt("KILLED")
+    runs = tracker.client.search_runs([tracker.client.get_experiment_by_name("digits").experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_search_nobody_ran() -> None:
