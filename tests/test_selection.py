@@ -79,6 +79,14 @@ def test_joint_errors_and_several_targets_are_solved_exactly_too(data: st.DataOb
     assert pairwise_error(chosen, errors, q) == _error(chosen, errors, q) == brute(savings, errors, targets, q)[0]
 
 
+def test_rounding_within_the_solver_loses_no_choice() -> None:
+    """HiGHS told to be as exact as it can called [0, 2, 3, 4], of error 3, the best here."""
+    q = np.zeros((6, 6))
+    for (one, two), error in {(0, 4): 1, (0, 5): -2, (1, 4): 2, (3, 4): -2, (3, 5): 3, (4, 5): 2}.items():
+        q[one, two] = q[two, one] = error
+    assert select_jointly([[0, 3, 3, 12, 4, 7]], [0, 0, 0, 4, 0, 0], [17], interactions=q) == [2, 3, 4]
+
+
 def test_random_real_numbers_are_solved_exactly() -> None:
     random = np.random.default_rng(0)
     for _ in range(15):
