@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, PercentilePruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -209,9 +210,11 @@ class BudgetStudy:
         return self._study
 
     def _sampler(self, seed: int) -> BaseSampler:
+        """TPE models a method together with its knobs and the recovery's: what suits one method spoils another."""
         if not self._strategy.models:
             return RandomSampler(seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=len(self._methods))
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            return TPESampler(seed=seed, n_startup_trials=len(self._methods), multivariate=True, group=True)
 
     def _pruner(self, warmup: int) -> BasePruner:
         """Gives up what is behind `KEPT` of the trials told as complete at the same step, after `warmup` steps."""
