@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from operator import length_hint
 from typing import Any
 
@@ -13,7 +15,7 @@ from ray.exceptions import RayError
 
 from cluster.base import ClusterError, Event, Failed, Item, Step, always
 from cluster.inline import listed
-from cluster.workers import Queue, Work, Worker, heard, line
+from cluster.workers import Queue, Work, Worker, heard, line, stalled
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,12 @@ class Pool:
         size: the most workers.
         needs: what each holds of Ray's resources; one that needs no GPU sees none.
         strategy: where Ray puts them.
+        stall_s: the seconds after which an item that has told nothing is taken from its worker, as if that had died.
     """
 
-    def __init__(self, context: Any, *, size: int, needs: Mapping[str, float], strategy: Any) -> None:
+    def __init__(
+        self, context: Any, *, size: int, needs: Mapping[str, float], strategy: Any, stall_s: float = math.inf
+    ) -> None:
         options: dict[str, Any] = {
             "num_cpus": needs.get("CPU", 0),
             "num_gpus": needs.get("GPU", 0),
@@ -46,6 +51,7 @@ class Pool:
         self._context = context
         self._size = size
         self._needs = dict(needs)
+        self._stall_s = stall_s
         self._living: set[Any] = set()
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
@@ -110,19 +116,20 @@ class Pool:
                 break
             worker = self._idle.pop()
             index, item, attempt = taken
-            active[worker.run.remote(function, item, asks)] = Work(worker, index, item, attempt, time.monotonic())
+            active[worker.run.remote(function, item, asks)] = Work(worker, index, item, attempt)
         if not queue.is_over:
             self.fill()
 
     def _news(self, queue: Queue, active: dict[Any, Work]) -> tuple[Event | None, Any]:
         """The next event and whose it is, or None where a worker has only answered, or an item is to run again."""
-        news = self._first([*active, *(() if queue.is_over else self._starting)])
+        news, has_news = self._first(active, () if queue.is_over else self._starting)
         if news in self._starting:
             self._greet(news)
             return None, None
         work = active[news]
-        event, is_lost = heard(news, work)
+        event, is_lost = heard(news, work) if has_news else (stalled(work), True)
         if isinstance(event, Step):
+            active[news] = replace(work, heard=time.monotonic())
             return event, work.worker
         del active[news]
         if not is_lost:
@@ -154,26 +161,37 @@ class Pool:
             self._deaths = 0
             self._idle.append(worker)
 
-    def _first(self, awaited: list[Any]) -> Any:
-        """The first of these to have news; says so where it takes long, since Ray waits for room in silence."""
-        if not awaited:
+    def _first(self, active: Mapping[Any, Work], starting: Iterable[Any]) -> tuple[Any, bool]:
+        """The first of these to have news, or one that has been silent for too long, and which of both it is.
+
+        Says so where workers find no room, since Ray waits for that in silence.
+        """
+        if not (awaited := [*active, *starting]):
             raise ClusterError(
                 f"all {self._size} workers are busy with another run of this cluster; expected one to be free, "
                 "as it is while an item is taken and after one has ended; begin this run then, or end the other"
             )
         while True:
-            ready, _ = ray.wait(awaited, num_returns=1, timeout=PATIENCE_S, fetch_local=False)
+            oldest = min(active, key=lambda one: active[one].heard, default=None)
+            left_s = math.inf if oldest is None else max(1.0, active[oldest].heard + self._stall_s - time.monotonic())
+            ready, _ = ray.wait(awaited, num_returns=1, timeout=min(PATIENCE_S, left_s), fetch_local=False)
             if ready:
-                return ready[0]
-            free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-            log.warning(
-                "no news for %d s; %d of %d workers have no room yet: each needs %s, free are %s",
-                PATIENCE_S,
-                len(self._starting),
-                self._size,
-                listed(self._needs),
-                listed({name: free.get(name, 0) for name in self._needs}),
-            )
+                return ready[0], True
+            if left_s <= PATIENCE_S:
+                return oldest, False
+            if self._starting:
+                self._say_that_there_is_no_room()
+
+    def _say_that_there_is_no_room(self) -> None:
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        log.warning(
+            "no news for %d s; %d of %d workers have no room yet: each needs %s, free are %s",
+            PATIENCE_S,
+            len(self._starting),
+            self._size,
+            listed(self._needs),
+            listed({name: free.get(name, 0) for name in self._needs}),
+        )
 
     def _drop(self, worker: Any) -> None:
         """Kills a worker, unless that has been done."""

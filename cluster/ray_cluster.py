@@ -37,6 +37,7 @@ class RayCluster:
         address: `auto` starts a Ray of our own on this machine, anything else is a running cluster's address.
         max_parallel: the most workers; `auto` is as many as the cluster's CPUs (GPUs, where a trial needs one) allow.
         gpus_per_worker: the share of a GPU each worker holds; with 0, workers do not see GPUs at all.
+        stall_s: the seconds of silence after which an item is taken to hang, and its worker is replaced.
         by_value: modules that exist only on this machine, sent along with what refers to them.
 
     Raises:
@@ -50,6 +51,7 @@ class RayCluster:
         address: str = "auto",
         max_parallel: int | Literal["auto"] = "auto",
         gpus_per_worker: float = 0,
+        stall_s: float = math.inf,
         by_value: Sequence[ModuleType] = (),
     ) -> None:
         for module in by_value:
@@ -64,7 +66,7 @@ class RayCluster:
             self._disconnect()
             raise
         needs = {"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1}
-        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD")
+        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s)
         self._pool.fill()
         self._alone: dict[tuple[tuple[str, float], ...], Pool] = {}
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -48,13 +48,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class Work:
-    """An item on a worker, for the `attempt`-th time, since `began` (a monotonic clock)."""
+    """An item on a worker, for the `attempt`-th time, when it began and when it last told something (monotonic)."""
 
     worker: Any
     index: int
     item: Item
     attempt: int
-    began: float
+    began: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
 
 
 class Queue:
@@ -95,6 +96,13 @@ def heard(stream: Any, work: Work) -> tuple[Event, bool]:
         seconds = time.monotonic() - work.began
         return Failed(work.index, f"lost its worker {work.attempt} times: {line(error)}", str(error), seconds), True
     return replace(event, index=work.index), False
+
+
+def stalled(work: Work) -> Failed:
+    """What an item comes to whose worker is alive and tells nothing."""
+    now = time.monotonic()
+    error = f"told nothing for {now - work.heard:.0f} s, attempt {work.attempt}; expected a step or an end before that"
+    return Failed(work.index, f"{error}; mend what hangs, or raise cluster.stall_timeout", "", now - work.began)
 
 
 def line(error: Exception) -> str:

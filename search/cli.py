@@ -93,6 +93,7 @@ def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> R
         address=address or settings.cluster.address,
         max_parallel=settings.cluster.max_parallel,
         gpus_per_worker=settings.cluster.gpus_per_trial,
+        stall_s=settings.cluster.stall_timeout,
         by_value=user_modules(),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -195,11 +195,15 @@ class RecoverySpec(_Strict):
 
 
 class ClusterSpec(_Strict):
-    """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers."""
+    """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers.
+
+    Work that has told nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
+    """
 
     address: str = "auto"
     gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_gpus)] = 0
     max_parallel: Literal["auto"] | Positive = "auto"
+    stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
 
 
 class TrackingSpec(_Strict):

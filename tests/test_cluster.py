@@ -45,6 +45,15 @@ def counted(context: np.ndarray, steps: int) -> Generator[int, None, str]:
     return f"{steps} steps beside {len(context)} numbers"
 
 
+def hanging(context: np.ndarray, number: int, folder: str) -> Generator[int, None, int]:
+    """Hangs after its first step where it is called for the first time."""
+    yield number
+    if not Path(folder, f"{number}").exists():
+        Path(folder, f"{number}").touch()
+        threading.Event().wait()
+    return number
+
+
 def refusing(context: np.ndarray, number: int) -> int:
     if number == 1:
         raise ValueError(f"no {number}")
@@ -296,6 +305,16 @@ def test_lost_workers_are_replaced_and_their_items_run_again(ray_cluster: RayClu
     assert isinstance(ended[2], Failed)
     assert "lost its worker 3 times" in ended[2].error
     assert results(ray_cluster.run(total, [(1,), (2,)])) == {0: 6, 1: 12}
+
+
+@pytest.mark.ray
+def test_an_item_that_hangs_runs_again_on_another_worker(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    made = RayCluster(CONTEXT, max_parallel=1, stall_s=5)
+    first, again, end = made.run(hanging, [(7, str(tmp_path))])
+    made.close()
+    assert first == again == Step(0, 7)
+    assert isinstance(end, Done)
+    assert end.value == 7
 
 
 @pytest.mark.ray
