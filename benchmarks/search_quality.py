@@ -101,25 +101,25 @@ def teacher(name: str, folder: Path) -> None:
 
 
 def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: int) -> SearchResult:
-    """One arm's search, now or at an earlier call.
+    """One arm's search, in as many sittings as it takes to spend its device-seconds; earlier ones count.
 
     Rounds are whole, so the timeout is set to end the last one a little after the seconds are spent.
     """
     place = folder / f"{arm.replace(' ', '-')}-{seed}"
     place.mkdir(exist_ok=True)
     uri = f"sqlite:///{place / 'paredown.db'}"
-    done = place / "done"  # holds the seconds that were to be spent
-    if not done.is_file() or float(done.read_text()) < seconds:
-        before = Path.cwd()
+    result = records.find_search(uri, "quality").result() if (place / "paredown.db").is_file() else None
+    before = Path.cwd()
+    while (spent := curve(result)[-1][0] if result else 0.0) < seconds:
         os.chdir(place)
         os.environ |= {"PAREDOWN_CACHE": str(place / "cache"), "RAY_worker_niceness": "0"}
-        made = spec.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * seconds / workers)), folder=place)
+        made = spec.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * (seconds - spent) / workers)), folder=place)
         try:
-            loop.search(made, _pool(workers), lambda *_: None, strategy=ARMS[arm][1])
+            result = loop.search(made, _pool(workers), lambda *_: None, strategy=ARMS[arm][1])
         finally:
             os.chdir(before)
-        done.write_text(str(seconds))
-    return records.find_search(uri, "quality").result()
+    assert result is not None
+    return result
 
 
 def _pool(workers: int) -> Callable[[workload.Workload], RayCluster]:
