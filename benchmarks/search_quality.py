@@ -166,13 +166,13 @@ def draw(found: Mapping[str, list[SearchResult]], seconds: float, path: Path, na
         values = np.mean([[reached(one, at) for at in axis] for one in results], axis=0)
         is_full = arm == "full search"
         plane.plot(axis, values, label=arm, linewidth=2.5 if is_full else 1.2, zorder=3 if is_full else 2)
-    best = max(reached(one, seconds) for results in found.values() for one in results)
+    ends = [reached(one, seconds) for results in found.values() for one in results]
     plane.set(
-        xlabel="device-seconds", ylabel="hypervolume (expected MACs)", ylim=(best - 0.12, best + 0.01),
+        xlabel="device-seconds", ylabel="hypervolume (expected MACs)", ylim=(min(ends) - 0.03, max(ends) + 0.01),
         xlim=(0, seconds), title=f"{SETTINGS[name]['model']['name']} on {name}",
     )  # fmt: skip
     plane.grid(alpha=0.3)
-    plane.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
