@@ -2,6 +2,7 @@
 
 from cluster.base import Cluster, ClusterError, Done, Event, Failed, Item, Step, Stopped, always
 from cluster.inline import InlineCluster
+from cluster.jobs import Job, Jobs
 from cluster.layers import LayerShape, layer_times
 from cluster.meter import Latency, Reading, identity, interleaved, measure
 from cluster.ray_cluster import RayCluster
@@ -16,6 +17,8 @@ __all__ = [
     "Failed",
     "InlineCluster",
     "Item",
+    "Job",
+    "Jobs",
     "Latency",
     "LayerShape",
     "Program",

@@ -18,7 +18,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """Item number `index` ended with `value`, `seconds` of a worker after it began."""
+    """Item number `index` ended with `value`, `seconds` of a worker after it began.
+
+    Where several processes shared it, here and below, they are those of all of them.
+    """
 
     index: int
     value: Any

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PATIENCE_S = 60
+LEAVE_S = 5
 
 
 class Pool:
@@ -35,19 +36,27 @@ class Pool:
         needs: what each holds of Ray's resources; one that needs no GPU sees none.
         strategy: where Ray puts them.
         stall_s: the seconds after which an item that has told nothing is taken from its worker, as if that had died.
+        worker: what each of them is; `Coordinator` for one that has a group of processes do its items.
     """
 
     def __init__(
-        self, context: Any, *, size: int, needs: Mapping[str, float], strategy: Any, stall_s: float = math.inf
+        self,
+        context: Any,
+        *,
+        size: int,
+        needs: Mapping[str, float],
+        strategy: Any,
+        stall_s: float = math.inf,
+        worker: type = Worker,
     ) -> None:
         options: dict[str, Any] = {
             "num_cpus": needs.get("CPU", 0),
             "num_gpus": needs.get("GPU", 0),
             "resources": {name: amount for name, amount in needs.items() if name not in ("CPU", "GPU")},
             "scheduling_strategy": strategy,
-            "concurrency_groups": {"control": 1},
+            "concurrency_groups": {"control": 1, "group": 1},
         }
-        self._actor: Any = ray.remote(**options)(Worker)
+        self._actor: Any = ray.remote(**options)(worker)
         self._context = context
         self._size = size
         self._needs = dict(needs)
@@ -98,14 +107,20 @@ class Pool:
                     worker.answer.remote(go_on(event.index, event.value))
         finally:
             for work in active.values():
-                self._drop(work.worker)
+                self._take_away(work.worker)
 
     def close(self) -> None:
         """Kills the workers, whatever they do."""
         self._is_open = False
-        self._idle, self._starting = [], {}
+        self.rest()
         for worker in tuple(self._living):
             self._drop(worker)
+
+    def rest(self) -> None:
+        """Lets go of the workers that have no item, and of what they hold; the next run starts them anew."""
+        for worker in (*self._idle, *self._starting.values()):
+            self._drop(worker)
+        self._idle, self._starting = [], {}
 
     def _hand_out(self, function: Callable[..., Any], queue: Queue, active: dict[Any, Work], asks: bool) -> None:
         """Gives every idle worker an item."""
@@ -139,10 +154,17 @@ class Pool:
             "item %d, attempt %d: %s", work.index, work.attempt, event.error if isinstance(event, Failed) else event
         )
         self._drop(work.worker)
+        self._doubt()
         if work.attempt == ATTEMPTS:
             return event, work.worker
         queue.put_back(work.index, work.item, work.attempt + 1)
         return None, None
+
+    def _doubt(self) -> None:
+        """Has idle workers answer anew before they get work: those of a lost node would each cost an attempt."""
+        for worker in self._idle:
+            self._starting[worker.ping.remote()] = worker
+        self._idle = []
 
     def _greet(self, ping: Any) -> None:
         """Takes a worker that has answered into the pool, or leaves its place to another where it died at once."""
@@ -192,6 +214,12 @@ class Pool:
             listed(self._needs),
             listed({name: free.get(name, 0) for name in self._needs}),
         )
+
+    def _take_away(self, worker: Any) -> None:
+        """Kills a worker that has an item, once it has given back what others hold for that."""
+        if worker in self._living:
+            ray.wait([worker.leave.remote()], timeout=LEAVE_S)
+            self._drop(worker)
 
     def _drop(self, worker: Any) -> None:
         """Kills a worker, unless that has been done."""

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.inline import bare, listed
 from cluster.pool import Pool
+from cluster.train import Coordinator, Group
 from cluster.workers import line
 
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
@@ -35,13 +36,17 @@ class RayCluster:
     Args:
         context: what every worker holds; shipped once per node through the object store.
         address: `auto` starts a Ray of our own on this machine, anything else is a running cluster's address.
-        max_parallel: the most workers; `auto` is as many as the cluster's CPUs (GPUs, where a trial needs one) allow.
+        max_parallel: the most workers; `auto` is as many as the cluster's CPUs (GPUs, where a trial needs one) allow
+            now. At an address a number is taken as it is, since a cluster may grow by what is asked of it.
         gpus_per_worker: the share of a GPU each worker holds; with 0, workers do not see GPUs at all.
         stall_s: the seconds of silence after which an item is taken to hang, and its worker is replaced.
+        shared: functions whose items are each run by so many processes together, every one with the resources of a
+            worker and all of them in a torch process group: see `cluster.train`. The workers make room for them.
         by_value: modules that exist only on this machine, sent along with what refers to them.
 
     Raises:
-        ClusterError: no cluster at the address, or it cannot hold one worker, or the context cannot be sent.
+        ClusterError: no cluster at the address, or it cannot hold one worker, or all that share an item; or the
+            context cannot be sent.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class RayCluster:
         max_parallel: int | Literal["auto"] = "auto",
         gpus_per_worker: float = 0,
         stall_s: float = math.inf,
+        shared: Mapping[Callable[..., Any], int] = MappingProxyType({}),
         by_value: Sequence[ModuleType] = (),
     ) -> None:
         for module in by_value:
@@ -60,7 +66,8 @@ class RayCluster:
         if self._is_ours:
             _connect(address)
         try:
-            size = _capacity(max_parallel, gpus_per_worker)
+            size = _capacity(max_parallel, gpus_per_worker, may_grow=address != "auto")
+            _check_groups(shared.values(), size)
             reference = _sent(context)
         except ClusterError:
             self._disconnect()
@@ -68,6 +75,18 @@ class RayCluster:
         needs = {"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1}
         self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s)
         self._pool.fill()
+        self._groups = {
+            function: Pool(
+                Group(reference, count, needs),
+                size=size // count,
+                needs={},
+                strategy="SPREAD",
+                stall_s=stall_s,
+                worker=Coordinator,
+            )
+            for function, count in shared.items()
+            if count > 1
+        }
         self._alone: dict[tuple[tuple[str, float], ...], Pool] = {}
 
     def run(
@@ -78,7 +97,16 @@ class RayCluster:
         Raises:
             ClusterError: the workers cannot start; or all are busy with the run that this one began in.
         """
+        if (groups := self._groups.get(function)) is not None:
+            return groups.run(function, self._with_room(items), go_on)
         return self._pool.run(function, items, go_on)
+
+    def _with_room(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each when the workers, which taking it may have set to work, have left their room to its group."""
+        for item in items:
+            self._pool.rest()
+            yield item
+        self._pool.rest()
 
     def alone(
         self,
@@ -102,7 +130,7 @@ class RayCluster:
 
     def close(self) -> None:
         """Kills the workers, whatever they do, and stops Ray where this object connected to it."""
-        for pool in (self._pool, *self._alone.values()):
+        for pool in (self._pool, *self._groups.values(), *self._alone.values()):
             pool.close()
         self._disconnect()
 
@@ -160,8 +188,10 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float) -> int:
-    """How many workers fit; a share of a GPU never spans two."""
+def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float, *, may_grow: bool) -> int:
+    """How many workers fit, or may come to fit; a share of a GPU never spans two."""
+    if may_grow and max_parallel != "auto":
+        return max_parallel
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     fits = int(resources.get("CPU", 0))
     gpus = int(resources.get("GPU", 0))
@@ -172,15 +202,31 @@ def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float) -> in
     if fits < 1:
         raise ClusterError(
             f"the cluster has {resources.get('CPU', 0):g} CPUs and {gpus} GPUs; expected one CPU "
-            f"and {gpus_per_worker:g} GPUs for a worker; lower cluster.gpus_per_trial or add a node"
+            f"and {gpus_per_worker:g} GPUs for a worker; lower cluster.gpus_per_trial or add a node; "
+            "give cluster.max_parallel as a number where the nodes of a cluster come with demand"
         )
     return fits if max_parallel == "auto" else min(max_parallel, fits)
+
+
+def _check_groups(counts: Iterable[int], size: int) -> None:
+    """Refuses items that more processes are to share than there can be."""
+    if (most := max(counts, default=1)) > size:
+        raise ClusterError(
+            f"the cluster has room for {size} workers, and {most} are to share an item; expected room for all of them; "
+            "lower recovery.workers, or add a node"
+        )
 
 
 def _sent(context: object) -> Any:
     """The context in the object store."""
     try:
         return ray.put(context)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise ClusterError(
+            f"the model and the data do not fit into Ray's object store: {' '.join(str(error).split())}; expected room "
+            "in memory or, for what spills, on disk; free some disk, or start Ray with more --object-store-memory (a "
+            "container with more --shm-size)"
+        ) from error
     except (TypeError, AttributeError) as error:
         raise ClusterError(
             f"the model or the data cannot be sent to workers: {line(error)}; expected objects that pickle; "

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from cluster.base import Event, Failed, Item, always
 from cluster.inline import InlineCluster
@@ -41,6 +41,10 @@ class Worker:
     def answer(self, goes_on: bool) -> None:
         """Tells the item that waits whether it goes on."""
         self._answers.put(goes_on)
+
+    @ray.method(concurrency_group="control")
+    def leave(self) -> None:
+        """Gives back what others hold for the item: nothing."""
 
     def _answered(self, index: int, value: object) -> bool:
         return self._answers.get()
@@ -85,13 +89,18 @@ class Queue:
         self._again.appendleft((index, item, attempt))
 
 
+class ProcessLost(Exception):
+    """One of the processes that share an item is gone, and so is what the others had of it."""
+
+
 def heard(stream: Any, work: Work) -> tuple[Event, bool]:
     """The next event of an item, and whether its worker is lost."""
     try:
         event: Event = ray.get(next(stream))
     except RayTaskError as error:  # the item's own errors are events: this one is of a value that does not pickle
         seconds = time.monotonic() - work.began
-        return Failed(work.index, f"{type(error.cause).__name__}: {error.cause}", str(error), seconds), False
+        is_lost = isinstance(error.cause, ProcessLost)
+        return Failed(work.index, f"{type(error.cause).__name__}: {error.cause}", str(error), seconds), is_lost
     except RayError as error:
         seconds = time.monotonic() - work.began
         return Failed(work.index, f"lost its worker {work.attempt} times: {line(error)}", str(error), seconds), True
@@ -106,6 +115,8 @@ def stalled(work: Work) -> Failed:
 
 
 def line(error: Exception) -> str:
-    """The last line of an error that says something: Ray puts the cause there."""
+    """The line of an error that says what happened: Ray's last one, but the first where memory ran out."""
     lines = [one.strip() for one in str(error).splitlines() if one.strip()]
+    if isinstance(error, OutOfMemoryError) and lines:
+        return f"{lines[0]}; expected room for it; lower cluster.max_parallel, or give the nodes more memory"
     return lines[-1] if lines else type(error).__name__

@@ -18,6 +18,7 @@ from methods.regularisers import (
     similarity_loss,
     sparsity_loss,
 )
+from methods.together import joined
 from methods.training import Recipe, instance_losses
 
 EASY = 0.5
@@ -66,19 +67,23 @@ class GatedObjective:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.step += 1
+        count = len(labels)
         target = None
         if self.recipe.distill > 0 or not self.recipe.labels:
             with torch.no_grad():
-                target = self.teacher(images)
+                target = joined(self.teacher(images), count)
         with seen(self.student) as found:
-            output = self.student(images)
+            output = joined(self.student(images), count)
         losses = instance_losses(output, labels, target, self.recipe)
         weights = instance_weights(losses, self._mean_before(losses), t=EASY, gamma=GAMMA)
-        pairs = [found[gate] for gate in range(len(found))]
+        pairs = [
+            (joined(features.float().mean((2, 3)), count), joined(saliency, count))
+            for features, saliency in (found[gate] for gate in range(len(found)))
+        ]
         loss = losses.mean()
         for features, saliency in pairs:
             loss = loss + self.choices["sparsity"] * sparsity_loss(saliency, weights)
-            loss = loss + self.choices["similarity"] * similarity_loss(saliency, features.float().mean((2, 3)))
+            loss = loss + self.choices["similarity"] * similarity_loss(saliency, features)
         self._move([saliency.detach() for _, saliency in pairs])
         return loss
 

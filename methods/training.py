@@ -14,12 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods import together
+
 Metric: TypeAlias = Callable[[Tensor, Tensor], float]
 """Logits `(n, classes)` and labels `(n,)` to a scalar to maximise."""
 
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Images `(n, c, h, w)` and labels `(n,)` to the loss of one step; it is called once per step, in order."""
+"""Images `(m, c, h, w)` and labels `(n,)` of a batch to the loss of one step; it is called once per step, in order.
+
+The images are this process's part of the batch, the labels those of all of it, as the loss is: see `methods.together`.
+"""
+
+
+Chance: TypeAlias = np.random.Generator | None
+"""What augmentation is drawn from, where there is any."""
+
+WHOLE = slice(None)
 
 
 class Samples(Protocol):
@@ -27,8 +38,11 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, c, h, w)` float32 and labels `(n,)` int64; randomly augmented where a generator is given."""
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, c, h, w)` float32 and labels `(n,)` int64; randomly augmented where a generator is given.
+
+        Of these only a `part` may be asked for: it is what it would be among all of them.
+        """
         ...
 
 
@@ -72,21 +86,29 @@ def train(
     features are to be met as they are. Zero steps train nothing and yield nothing. `objective` replaces the recipe's
     loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
 
+    Several processes that do the same share every batch, and all end up with the network that one would have: see
+    `methods.together`.
+
     Raises:
         FloatingPointError: the loss became NaN or infinite; the message names step and learning rate.
+        ValueError: a batch has fewer images than there are processes.
     """
     if recipe.steps == 0:
         return
+    size = _batch_size(data, recipe)
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
+    together.align(model)
     optimizer, schedule = _optimizer(model, recipe, undecayed)
     objective = objective or _objective(model, teacher, recipe)
-    torch.manual_seed(seed)
+    torch.manual_seed(together.own_seed(seed))
     _train_mode(model, recipe)
-    for step, (images, labels) in enumerate(_batches(data, recipe, seed), start=1):
+    for step, (images, labels) in enumerate(_batches(data, recipe, seed, size), start=1):
         images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            loss = objective(images, labels.to(device))
+        labels = together.joined(labels.to(device), size)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+        with together.joint_norms(), autocast:
+            loss = objective(images, labels)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss.item()} at step {step} of {recipe.steps}; "
@@ -94,6 +116,7 @@ def train(
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        together.average_gradients(model)
         optimizer.step()
         schedule.step()
         if step % recipe.report_every == 0 or step == recipe.steps:
@@ -141,7 +164,7 @@ def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
-    """`metric` of `model` in eval mode over all of `data`.
+    """`metric` of `model` in eval mode over all of `data`; several processes that do the same share the images.
 
     Raises:
         FloatingPointError: a logit is NaN, which an argmax would take for the first class.
@@ -150,9 +173,9 @@ def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 
     device = next(model.parameters()).device
     logits, labels = [], []
     for indices in np.array_split(np.arange(len(data)), max(1, -(-len(data) // batch_size))):
-        images, truth = data.batch(indices)
-        logits.append(model(images.to(device)).float().cpu())
-        labels.append(truth)
+        images, truth = data.batch(indices, part=together.part(len(indices)))
+        logits.append(together.joined(model(images.to(device)), len(indices)).float().cpu())
+        labels.append(together.joined(truth.to(device), len(indices)).cpu())
     if any(bool(part.isnan().any()) for part in logits):
         raise FloatingPointError("the network returned NaN logits; expected numbers; lower the learning rate")
     return float(metric(torch.cat(logits), torch.cat(labels)))
@@ -167,14 +190,27 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
-def _batches(data: Samples, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`recipe.steps` shuffled, augmented batches; a small set is gone through as often as it takes."""
+def _batch_size(data: Samples, recipe: Recipe) -> int:
+    """How many images each step sees: fewer than asked for where there are no more."""
+    size = min(recipe.batch_size, len(data), recipe.images or len(data))
+    if size < together.processes():
+        raise ValueError(
+            f"a batch has {size} images for {together.processes()} processes, expected one for each at least; "
+            "raise recovery.batch_size or recovery.images, or lower recovery.workers"
+        )
+    return size
+
+
+def _batches(data: Samples, recipe: Recipe, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of `recipe.steps` shuffled, augmented batches of `size` images.
+
+    A small set is gone through as often as it takes.
+    """
     order_stream, augment_stream, image_stream = np.random.SeedSequence(seed).spawn(3)
     order, augment = np.random.default_rng(order_stream), np.random.default_rng(augment_stream)
     images = np.arange(len(data))
     if recipe.images is not None and recipe.images < len(data):
         images = np.random.default_rng(image_stream).choice(images, recipe.images, replace=False)
-    size = min(recipe.batch_size, len(images))
     step = 0
     while True:
         permutation = order.permutation(images)
@@ -182,7 +218,7 @@ def _batches(data: Samples, recipe: Recipe, seed: int) -> Iterator[tuple[Tensor,
             if step == recipe.steps:
                 return
             step += 1
-            yield data.batch(permutation[start : start + size], augment)
+            yield data.batch(permutation[start : start + size], augment, together.part(size))
 
 
 def _optimizer(
@@ -289,8 +325,8 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> O
         target = None
         if teacher is not None and (recipe.distill > 0 or not recipe.labels):
             with torch.no_grad():
-                target = teacher(images)
-        return instance_losses(model(images), labels, target, recipe).mean()
+                target = together.joined(teacher(images), len(labels))
+        return instance_losses(together.joined(model(images), len(labels)), labels, target, recipe).mean()
 
     def from_features(images: Tensor, labels: Tensor) -> Tensor:
         assert teacher is not None
@@ -302,9 +338,12 @@ def _objective(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> O
         with tapped(model, taps[0], classifier) as given:
             output = model(images)
         is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))
-        if not is_whole or given[-1].shape != wanted[-1].shape:
-            return instance_losses(output, labels, target, recipe).mean()
-        return F.mse_loss(given[-1], wanted[-1]) / wanted[-1].var()
+        is_mimicked = is_whole and given[-1].shape == wanted[-1].shape
+        ours, theirs = (given[-1], wanted[-1]) if is_mimicked else (output, target)
+        ours, theirs = together.joined(ours, len(labels)), together.joined(theirs, len(labels))
+        if is_mimicked:
+            return F.mse_loss(ours, theirs) / theirs.var()
+        return instance_losses(ours, labels, theirs, recipe).mean()
 
     return from_outputs if teacher is None or recipe.labels else from_features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -27,3 +28,13 @@ class WorkloadError(SearchError):
 
 class TrackingError(SearchError):
     """The MLflow store cannot be used, or does not hold what was asked for."""
+
+
+def masked(text: str) -> str:
+    """A text to be shown or kept, without the passwords of the addresses in it.
+
+    >>> masked("postgresql://ada:lovelace@db/studies and http://mlflow:5000?token=abc")
+    'postgresql://ada:***@db/studies and http://mlflow:5000?token=***'
+    """
+    text = re.sub(r"//([^:/@\s]*):[^/\s]+@", r"//\1:***@", text)
+    return re.sub(r"([?&](?:password|passwd|secret|token)=)[^&\s'\"]+", r"\1***", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from search import cli_jobs, cli_serve
 
 if TYPE_CHECKING:
     from cluster import Cluster, RayCluster
@@ -30,6 +33,7 @@ app = typer.Typer(
 )
 
 Spec = Annotated[Path, typer.Argument(help="The spec file (YAML).", show_default=False)]
+Uri = Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; without it the spec decides.")]
 
@@ -58,34 +62,40 @@ def search(
     fork: Annotated[
         str | None, typer.Option(help="Run it as a search of this name, beside one on record with another spec.")
     ] = None,
+    uri: cli_jobs.Uri = None,
+    studies: cli_jobs.Studies = None,
     as_json: AsJson = False,
 ) -> None:
     """Search every budget, record it in MLflow and register the winners. The same command resumes a stopped search."""
     from search import console, loop
-    from search.spec import load, renamed
+    from search.base import masked
+    from search.spec import load, renamed, tracked
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is what Ctrl-C is
-    settings = load(spec)
+    as_job = os.environ.get("PAREDOWN_AGAIN")  # the command that submitted this search, and goes on with it
+    settings = tracked(load(spec), uri, studies)
     if fork is not None:
         settings = renamed(settings, fork)
     try:
         with console.bars(hidden=as_json) as report:
             result = loop.search(settings, lambda made: _workers(made, settings, address), report)
     except KeyboardInterrupt:
-        options = [*(["--address", address] if address else []), *(["--fork", fork] if fork else [])]
-        again = shlex.join(["paredown", "search", str(spec), *options, *(["--json"] if as_json else [])])
+        given = {"--address": address, "--fork": fork, "--uri": uri, "--studies": studies}
+        options = [word for key, value in given.items() if value for word in (key, masked(value))]
+        again = as_job or shlex.join(["paredown", "search", str(spec), *options, *(["--json"] if as_json else [])])
         typer.echo(f"stopped; every finished trial is kept. To go on:  {again}", err=True)
         raise typer.Exit(FAILED) from None
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
-        console.show_result(result, loop.report_path(settings))
+        console.show_result(result, None if as_job else loop.report_path(settings))
     _end(result)
 
 
 def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> RayCluster:
     """Workers on Ray, which would have a polite kill end this process with its books open."""
     from cluster import RayCluster
+    from methods.pipeline import trial
     from search.usercode import user_modules
 
     found = RayCluster(
@@ -94,6 +104,7 @@ def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> R
         max_parallel=settings.cluster.max_parallel,
         gpus_per_worker=settings.cluster.gpus_per_trial,
         stall_s=settings.cluster.stall_timeout,
+        shared={trial: settings.recovery.workers},
         by_value=user_modules(),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -101,10 +112,10 @@ def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> R
 
 
 def _nearby(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
-    """This process alone, unless an address was given or a device is another node's."""
+    """This process alone, unless an address was given, a device is another node's, or several workers recover."""
     from cluster import InlineCluster
 
-    is_elsewhere = any(device.resources for device in settings.devices.values())
+    is_elsewhere = any(device.resources for device in settings.devices.values()) or settings.recovery.workers > 1
     return _workers(workload, settings, address) if address or is_elsewhere else InlineCluster(workload.bench())
 
 
@@ -113,7 +124,7 @@ def frontier(
     name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report to this file.")] = None,
-    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
+    uri: Uri = STORE,
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
     from search import console, report
@@ -168,7 +179,7 @@ def promote(
     name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
     budget: Annotated[str, typer.Argument(help="The budget whose winner is meant.", show_default=False)],
     alias: Annotated[str, typer.Option(help="The alias to point at it.")] = "production",
-    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
+    uri: Uri = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Point an alias of the registered model at the winner of a budget."""
@@ -191,7 +202,7 @@ def measure(
     device: Annotated[str, typer.Option(help="A device of the spec, the one it was searched for, or cpu-N.")],
     spec: Annotated[Path | None, typer.Option(help="The spec that names the device.")] = None,
     address: Address = None,
-    uri: Annotated[str, typer.Option(help="The MLflow store.")] = STORE,
+    uri: Uri = STORE,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a saved model the way a search does."""
@@ -200,6 +211,10 @@ def measure(
 
     found = run(model, device, spec=spec, address=address, uri=uri)
     print(json.dumps(found, indent=2)) if as_json else console.show_measured(found)
+
+
+cli_jobs.add(app)
+cli_serve.add(app)
 
 
 def _pairs(given: list[str]) -> dict[str, str]:
@@ -264,12 +279,13 @@ def _exit_code(error: Exception) -> int | None:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
+    from search.base import masked
     from search.store import is_store_fault
 
     if is_store_fault(error):
         return (
-            f"the MLflow store failed: {error}; expected one that stays as it is while a search runs; every finished "
-            "trial is kept: mend the store, and the same command goes on"
+            f"the MLflow store failed: {masked(str(error))}; expected one that stays as it is while a search runs; "
+            "every finished trial is kept: mend the store, and the same command goes on"
         )
     return str(error)
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,18 @@ out = Console()
 
 @contextmanager
 def bars(*, hidden: bool) -> Iterator[Report]:
-    """A `Report` that draws one bar per stage on standard error."""
+    """A `Report` that draws one bar per stage on standard error; where that is no terminal, it writes lines."""
+    console = Console(stderr=True)
+    if not (hidden or console.is_terminal):
+        with _kept_for_results():
+            yield _lines()
+        return
     columns = (
         TextColumn("{task.description:<20}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    with _kept_for_results(), Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+    with _kept_for_results(), Progress(*columns, console=console, disable=hidden) as progress:
 
         def report(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
@@ -45,6 +51,19 @@ def bars(*, hidden: bool) -> Iterator[Report]:
             progress.update(tasks[stage], completed=done, total=total, note=escape(note))
 
         yield report
+
+
+def _lines() -> Report:
+    """A line where a stage first begins and ends, and for every trial that has ended: a log keeps all it is told."""
+    told: set[tuple[str, int]] = set()
+
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        moment = done if stage == "trials" else int(done == total)
+        if (stage, moment) not in told:
+            told.add((stage, moment))
+            print(f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return report
 
 
 @contextmanager

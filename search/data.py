@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.training import Samples
+from methods.training import WHOLE, Chance, Samples
 from search.base import DataError
 
 
@@ -38,13 +38,13 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
         images = self.images[indices]
         if augment is not None:
             images = _augmented(images, self.shift, mirror=self.mirror, random=augment)
-        inputs = torch.from_numpy(images).float().mul_(self.scale).sub_(self.mean).div_(self.std)
-        return inputs, torch.from_numpy(self.labels[indices])
+        inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
+        return inputs, torch.from_numpy(self.labels[indices[part]])
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; a random crop and mirror where augmented."""
         draws = [None if augment is None else augment.random(4) for _ in indices]
         with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(self._read, [self.paths[i] for i in indices], draws))
-        return torch.stack(images), torch.from_numpy(self.labels[indices])
+            images = list(pool.map(self._read, [self.paths[i] for i in indices[part]], draws[part]))
+        return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
     def _read(self, path: str, draw: np.ndarray | None) -> Tensor:
         from PIL import Image
@@ -99,9 +99,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The source's batch at these positions."""
-        return self.source.batch(self.indices[indices], augment)
+        return self.source.batch(self.indices[indices], augment, part)
 
 
 def _augmented(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
@@ -128,9 +128,9 @@ class Indexed:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
-        images, labels = zip(*(self._pair(int(index)) for index in indices), strict=True)
+        images, labels = zip(*(self._pair(int(index)) for index in indices[part]), strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(

@@ -19,9 +19,10 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                self.twice.append(f"line {key.start_mark.line + 1}: key {key.value!r} given twice; keep one of them")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            name = key.value if isinstance(key, yaml.ScalarNode) else key
+            if name in seen:
+                self.twice.append(f"line {key.start_mark.line + 1}: key {name!r} given twice; keep one of them")
+            seen.add(name)
         return node
 
 
@@ -34,5 +35,7 @@ def read(text: str) -> tuple[object, list[str]]:
     loader = _Loader(text)
     try:
         return loader.get_single_data(), loader.twice
+    except ValueError as error:  # of a scalar that looks like a date or a number and is none, such as 2026-13-01
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()

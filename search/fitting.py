@@ -17,7 +17,6 @@ from methods import named
 from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, defaults
 from methods.chain import SHARE, Chain
 from methods.pipeline import size_bytes
-from methods.profile import count_macs
 from search.bracket import Bracket, Point
 from search.latency import Stopwatch, Timing
 from search.scoring import Planner
@@ -147,7 +146,7 @@ class _Pursuit:
         self._is_settled = False
         self._overs = 0
         self._aim = self._limit = wish.target.latency_ms or 0.0
-        self._whole = count_macs(workload.teacher.cpu(), workload.example)
+        self._whole = planner.macs
         self._top = min(wish.target.budget.limits().get("macs", self._whole), self._whole)
         self._bracket = Bracket.below(self._top, self._whole)
         self.candidate: Point | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.training import Samples
+from methods.training import WHOLE, Chance, Samples
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Foreign:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """Inputs `(n, c, h, w)` float32 and the source's labels `(n,)`."""
-        images, labels = self.source.batch(indices, augment)
+        images, labels = self.source.batch(indices, augment, part)
         channels, height, width = self.shape
         if images.shape[1] != channels:
             images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)

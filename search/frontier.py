@@ -222,8 +222,10 @@ def history(result: SearchResult) -> list[Moment]:
     for found in sorted(result.candidates, key=lambda one: (one.ended, one.trial)):
         device_s += found.device_s
         if found.state == "complete":
-            points.append(_point(found, "macs"))
-            top1 = points[-1][1]
+            point = _point(found, "macs")
+            top1 = point[1]
+            points = [*points, point]
+            points = [points[index] for index in non_dominated(points)]  # the others add nothing, now or later
             met = [budget.name for budget in result.budgets if found.fits(budget.limits)]
             best = best | {name: max(top1, best.get(name, top1)) for name in met}
         moments.append(Moment(device_s, hypervolume(points, reference_cost=result.teacher.macs), best))

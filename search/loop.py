@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster import Cluster
 from methods import named
 from methods.pipeline import Progress
-from search.base import Report
+from search.base import Report, masked
 from search.devices import rooflines
 from search.frontier import Candidate, SearchResult
 from search.prepare import Prepared, prepare, rung
@@ -65,6 +65,7 @@ def search(
                 )
             finally:
                 cluster.close()
+            tracker.enter("registering")
             register(spec, workload, tracker, report)
             if has_run:
                 tracker.add(wall_s=clock.lap())
@@ -88,7 +89,7 @@ def _tracker(spec: SearchSpec, workload: Workload) -> Tracker:
         spec.tracking.uri,
         spec.name,
         decisive=spec.decisive() | {"rooflines": rooflines(spec), "teacher and data": workload.fingerprint},
-        spec=spec.text,
+        spec=masked(spec.text),
         model=spec.registered_model,
     )
     tracker.resume()
@@ -107,6 +108,7 @@ def _run(
     clock: Clock,
 ) -> bool:
     """Everything that needs workers; whether any trial was run."""
+    tracker.enter("scoring")
     prepared = prepare(spec, workload, cluster, report, known=tracker.teacher())
     tracker.write_limits({target.name: target.declared() for target in prepared.targets})
     tracker.write_devices(prepared.stopwatch.described())
@@ -127,6 +129,8 @@ def _run(
     trials = spec.search.trials * len(studies)
     runner = Runner(prepared, tracker, cluster, report, trials=trials, goes_on=goes_on, clock=clock)
     before = len(runner.results)
+    tracker.expect(trials)
+    tracker.enter("trials")
     propose = _freely if spec.search.asynchronous else _rounds
     propose(prepared, studies, runner, strategy)
     importance = {study.budget: study.importance() for study in studies}

@@ -12,7 +12,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from search.base import TrackingError
+from search.base import TrackingError, masked
 from search.changes import check_unchanged
 from search.store import FAULTS, artifact_location, check_store, connect, sqlite_path, unwritable
 from search.tracking import Tracker
@@ -37,8 +37,13 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
             _forget(client, experiment, parent)  # nothing came of it, so nothing binds the spec
             parent = None
         if parent is None:
-            born = {"paredown.started": datetime.now(UTC).isoformat(timespec="seconds"), "paredown.limits": "{}"}
-            parent = client.create_run(experiment, tags=born, run_name=name)
+            born = {
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "limits": "{}",
+                "registered_model": model,
+            }
+            tags = {f"paredown.{key}": value for key, value in born.items()}
+            parent = client.create_run(experiment, tags=tags, run_name=name)
         run_id = parent.info.run_id
         if known := parent.data.tags.get("paredown.digest"):
             kept = Path(client.download_artifacts(run_id, f"decisive-{known}.json"))
@@ -70,11 +75,21 @@ def _digest(decisive: Mapping[str, Any]) -> str:
 
 
 def find_search(uri: str, name: str) -> Tracker:
-    """The latest record of search `name`.
+    """The latest record of search `name`, which has its teacher's figures.
 
     Raises:
         TrackingError: the store holds no such search; the message lists those it has.
     """
+    tracker = find_begun(uri, name)
+    if tracker.teacher() is None:
+        raise TrackingError(
+            f"search {name!r} in {masked(uri)} has only begun; expected its teacher's figures; try again later"
+        )
+    return tracker
+
+
+def find_begun(uri: str, name: str) -> Tracker:
+    """The latest record of search `name`, however little it holds. Raises as `find_search` does."""
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
         raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
@@ -84,7 +99,6 @@ def find_search(uri: str, name: str) -> Tracker:
     parents = client.search_runs([found.experiment_id], "tags.`paredown.started` != ''") if found else []
     if not found or not parents:
         names = [experiment.name for experiment in client.search_experiments() if experiment.name != "Default"]
-        raise TrackingError(f"no search {name!r} in {uri}; it holds {', '.join(names) or 'none'}; check the name")
-    if "teacher/top1_validation" not in parents[0].data.metrics:
-        raise TrackingError(f"search {name!r} in {uri} has only begun; expected its teacher's figures; try again later")
+        held = ", ".join(names) or "none"
+        raise TrackingError(f"no search {name!r} in {masked(uri)}; it holds {held}; check the name")
     return Tracker(client, found.experiment_id, parents[0])

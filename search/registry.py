@@ -161,7 +161,10 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         told = {"budget": budget} | {key: str(value) for key, value in tags.items()}
-        return _version(self._client.create_model_version(self.model, source=uri, run_id=run_id, tags=told))
+        stored = uri.removeprefix("models:/")  # a server asks for it beside the source
+        return _version(
+            self._client.create_model_version(self.model, source=uri, run_id=run_id, tags=told, model_id=stored)
+        )
 
     def _log_pt2(self, run_id: str, student: nn.Module, example: np.ndarray) -> str:
         model = {"pytorch_model": student, "input_example": example, "serialization_format": "pt2"}

@@ -43,16 +43,24 @@ class Planned:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+ACCOUNT_S = 10
+"""Seconds between two writes of what the search has taken so far, while trials end; a kill forgets as much at most."""
+
+
 class Clock:
     """Wall seconds, told once each."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
+    def passed(self) -> float:
+        """The seconds that are still to be told."""
+        return time.monotonic() - self._last
+
     def lap(self) -> float:
         """The seconds since this was last asked."""
-        now = time.monotonic()
-        passed, self._last = now - self._last, now
+        passed = self.passed()
+        self._last += passed
         return passed
 
 
@@ -83,12 +91,16 @@ class Runner:
         self._trials = trials
         self._goes_on = goes_on
         self.results: dict[tuple[str, int], Candidate] = {(one.budget, one.trial): one for one in tracker.trials()}
+        self._unbeaten: list[Candidate] = []
+        for one in self.results.values():
+            self._compare(one)
         self._sources = tracker.works()
         self._training: list[Planned] = []
         self._ended: list[Candidate] = []
         self._twins: list[Planned] = []
         self._last: dict[int, Progress] = {}
         self._clock = clock
+        self._is_owing = False
 
     def knows(self, proposal: Proposal) -> bool:
         """Whether what came of a proposal is on record.
@@ -121,16 +133,24 @@ class Runner:
                 yield from self._drained()
             yield from self._drained()
             if not self._twins:
+                self._account()
                 return
             waiting = self._twins
 
     def _drained(self) -> Iterator[Candidate]:
         """What ended since this was last asked."""
         ended, self._ended = self._ended, []
-        if ended:
+        self._is_owing |= len(ended) > 0
+        if self._clock.passed() > ACCOUNT_S:
+            self._account()
+        yield from ended
+
+    def _account(self) -> None:
+        """Adds to the record what was taken since this was last done, if any trial has ended since."""
+        if self._is_owing:
             spent = self._prepared.planner.spent() | self._prepared.stopwatch.spent()
             self._tracker.add(wall_s=self._clock.lap(), **spent)
-        yield from ended
+            self._is_owing = False
 
     def _planned(self, proposals: Sequence[Proposal]) -> Iterator[Planned]:
         """Puts proposals on record, plans them and times their students together; those without a plan end here."""
@@ -173,8 +193,10 @@ class Runner:
         """Puts on record what a worker says."""
         one = self._training[event.index]
         if isinstance(event, Step):
-            self._last[event.index] = event.value
-            self._tracker.progress(one.run_id, event.value.step, event.value.top1)
+            last = self._last.get(event.index)
+            if last is None or event.value.step > last.step:  # one that lost its worker says it all again
+                self._last[event.index] = event.value
+                self._tracker.progress(one.run_id, event.value.step, event.value.top1)
             self._tell(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
             return
         if isinstance(event, Done):
@@ -198,14 +220,20 @@ class Runner:
             size_bytes=outcome.size_bytes, top1_validation=outcome.top1_validation, top1_drop=drop,
             latency_ms={device: timing.latency_ms for device, timing in one.fitted.timings.items()},
         )  # fmt: skip
-        is_beaten = any(beats(found, costs) for found in self.results.values() if found.state == "complete")
+        is_beaten = any(beats(found, costs) for found in self._unbeaten)
         self._sources[one.work] = one.run_id
         self._tracker.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=not is_beaten)
 
     def _end(self, run_id: str) -> None:
         found = self._tracker.candidate(run_id)
         self.results[found.budget, found.trial] = found
+        self._compare(found)
         self._ended.append(found)
+
+    def _compare(self, found: Candidate) -> None:
+        """Keeps those that nothing beats: who is beaten by any other is beaten by one of these."""
+        if found.state == "complete" and not any(beats(one, found) for one in self._unbeaten):
+            self._unbeaten = [*(one for one in self._unbeaten if not beats(found, one)), found]
 
     def _tell(self, one: Proposal, note: str) -> None:
         label = f"{one.budget} {one.number} {one.method}"

@@ -38,6 +38,11 @@ class Planner:
         self._scores: dict[tuple[str, Before], Scores] = {}
         self._spent = {"scoring_shards": 0.0, "scoring_s": 0.0}
 
+    @property
+    def macs(self) -> int:
+        """The teacher's multiply-accumulates."""
+        return self._profiles[()].macs
+
     def spent(self) -> dict[str, float]:
         """What scoring took since this was last asked: shards that ran, and seconds of workers."""
         taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)

@@ -17,6 +17,7 @@ from search.amounts import Amount, Time, amount, drop, latency, seconds
 from search.base import SpecError
 from search.documents import read
 from search.frontier import Teacher
+from search.sharing import unshareable
 from search.targets import Target
 
 
@@ -182,7 +183,7 @@ class RecoverySpec(_Strict):
     """How students are trained after the cut; without `labels` they mimic the teacher.
 
     `images` is how many of the training images they may see. Those of `data`, another source, take their place: any
-    pictures will do for mimicking.
+    pictures will do for mimicking. As many `workers` share each student's batches.
     """
 
     steps: Annotated[int, Field(ge=0)] = 400
@@ -191,7 +192,7 @@ class RecoverySpec(_Strict):
     data: DataSpec | None = None
     batch_size: Positive = 128
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: Literal[1] = 1
+    workers: Positive = 1
 
 
 class ClusterSpec(_Strict):
@@ -248,7 +249,11 @@ class SearchSpec(_Strict):
         """
         found = self.model_dump(
             mode="json",
-            exclude={"cluster": True, "tracking": True, "search": {"trials", "timeout"}, "budgets": True, "name": True},
+            exclude={
+                **dict.fromkeys(("cluster", "tracking", "budgets", "name"), True),
+                "search": {"trials", "timeout"},
+                "recovery": {"workers"},
+            },
         )
         budgets = {one.name: one.model_dump(mode="json", exclude={"name"}) for one in self.budgets}
         return found | {
@@ -328,6 +333,12 @@ def renamed(spec: SearchSpec, name: str) -> SearchSpec:
     return spec.model_copy(update={"name": name})
 
 
+def tracked(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
+    """The same spec with its results in the MLflow store at `uri` and its studies there, where they are given."""
+    given = {key: value for key, value in {"uri": uri, "studies": studies}.items() if value is not None}
+    return spec.model_copy(update={"tracking": spec.tracking.model_copy(update=given)})
+
+
 def _count(mistakes: list[str]) -> str:
     return "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
 
@@ -387,6 +398,7 @@ def _cross_checks(raw: dict[str, Any]) -> list[str]:
             mistakes.append(f"{place}.{key}: missing; source {data['source']!r} needs it")
     if other is not None and isinstance(recovery, dict) and recovery.get("labels", True):
         mistakes.append("recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too")
+    mistakes += unshareable(raw)
     given, search = raw.get("methods"), raw.get("search")
     methods = set(_sorted_out(given)[0]) if isinstance(given, list) else set()
     trials = search.get("trials", 8) if isinstance(search, dict) else 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import textwrap
 import threading
@@ -20,7 +19,12 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from search import cache
-from search.base import TrackingError
+from search.base import TrackingError, masked
+
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+PATIENCE = {RETRIES: "5", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+"""How MLflow's client waits for a server that is gone: about a minute, so that one may restart, where its own defaults
+take four, and Ctrl-C has to wait for as long. Who sets these variables decides otherwise."""
 
 FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 """What a store that cannot be used raises: a server, a database, a file, a driver that is not installed."""
@@ -53,11 +57,10 @@ def _quiet() -> None:
 
 def unwritable(uri: str, reason: str) -> str:
     """What to tell of a store that cannot be used, without its password."""
-    message = (
+    return masked(
         f"cannot use the MLflow store {uri}: {textwrap.shorten(reason, 300)}; expected a store this process may read "
         "and write; correct tracking.uri, or the permissions of its folder"
     )
-    return re.sub(r"//([^:/@\s]+):[^@\s]+@", r"//\1:***@", message)
 
 
 def is_store_fault(error: Exception) -> bool:
@@ -97,6 +100,17 @@ def whole() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Has calls of a server fail at the first try: what is to be put down when it is gone already."""
+    before = os.environ.get(RETRIES, PATIENCE[RETRIES])
+    os.environ[RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ[RETRIES] = before
+
+
 class _Client(MlflowClient):
     """MLflow's client, no call of which is cut short by Ctrl-C."""
 
@@ -123,6 +137,8 @@ def _create(path: Path) -> None:
 def connect(uri: str) -> MlflowClient:
     """A client of the store at `uri`, which becomes this process's own; a local database's path is made absolute."""
     _quiet()
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     path = sqlite_path(uri)
     absolute = uri if path is None else f"sqlite:///{path.resolve()}"
     mlflow.set_tracking_uri(absolute)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
@@ -18,12 +19,12 @@ from optuna.pruners import BasePruner, NopPruner, PercentilePruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from methods.base import Choice, Knob, KnobValue, Range, defaults
 from methods.chain import AnyMethod
-from search.base import SearchError
+from search.base import SearchError, masked
 
 Storage: TypeAlias = BaseStorage
 
@@ -58,6 +59,10 @@ KEPT = 2 / 3
 """A trial goes on while it would be among this share of the told ones. A median gave up trials close to the best: most
 accuracies of one budget lie close together, and how they are ordered changes while the learning rate falls."""
 
+BEST, LATEST = 100, 200
+"""How many trials the sampler sees of a budget that has more: the time of a draw grows with them. TPE models the best
+25 by themselves, and those are the same here; of the others, from which it tells them, old ones weigh little anyway."""
+
 Start: TypeAlias = Mapping[str, Any]
 """A proposal by the names of Optuna's parameters, as one study's `best` gives it to another's `ask`."""
 
@@ -80,6 +85,17 @@ class Proposal:
     def seed(self, base: int) -> int:
         """This trial's own seed, from the search's."""
         return _seed(base, self.budget, self.number)
+
+
+class _Seen(optuna.Study):
+    """A study as the sampler sees it: the `trials_seen`, which are set before it draws."""
+
+    trials_seen: Sequence[FrozenTrial] = ()
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return [trial for trial in self.trials_seen if states is None or trial.state in states]
 
 
 class BudgetStudy:
@@ -113,22 +129,15 @@ class BudgetStudy:
             load_if_exists=True,
             pruner=self._pruner(warmup) if strategy.stops else NopPruner(),
         )
+        self._seen = _Seen(name, self._study._storage)
+        trials = self._study.get_trials(deepcopy=False)
+        self.asked = _asked(trials)
+        self.told = sum(trial.state.is_finished() for trial in trials)
 
     @property
     def round(self) -> int:
         """How many proposals make a round: one per method, so that no search depends on its number of workers."""
         return len(self._methods)
-
-    @property
-    def asked(self) -> int:
-        """How many trials there are, ended or not."""
-        return sum(trial.state != TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
-
-    @property
-    def told(self) -> int:
-        """How many trials have ended, in whatever way."""
-        ended = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-        return len(self._study.get_trials(deepcopy=False, states=ended))
 
     def unfinished(self) -> list[Proposal]:
         """The proposals asked but never told, in order: a killed driver leaves them behind."""
@@ -143,20 +152,21 @@ class BudgetStudy:
                 whose method this budget does not have, is ignored.
         """
         trials = self._study.get_trials(deepcopy=False)
-        number = self.asked
+        number = _asked(trials)
+        self.asked = number + 1
         if number == len(trials):  # else a driver was killed between queueing and asking
             if number < len(self._methods) and self._strategy.starts:
                 start = self._defaults(list(self._methods)[number])
             tried = [trial.params for trial in trials]
             if start is not None and start["method"] in self._methods and start not in tried:
                 self._study.enqueue_trial(dict(start))
-        return self._proposal(self._sampling(number).ask())
+        trial = self._study.ask()
+        return self._proposal(Trial(self._sampling(number), trial._trial_id))
 
     def best(self) -> Start | None:
         """What the best told trial within the limits proposed, if there is one."""
         ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        fitting = [trial for trial in ended if all(excess <= 0 for excess in trial.constraints.values())]
-        best = max(fitting, key=lambda trial: (trial.value, -trial.number), default=None)
+        best = max(filter(_fits, ended), key=lambda trial: (trial.value, -trial.number), default=None)
         return None if best is None else best.params
 
     def goes_on(self, number: int, step: int, top1: float) -> bool:
@@ -165,7 +175,7 @@ class BudgetStudy:
         It is compared with trials that were told as complete, never with those beside it: timing decides nothing.
         """
         trial = self._trial(number)
-        if step not in self._study.get_trials(deepcopy=False)[number].intermediate_values:
+        if step not in self._study._storage.get_trial(trial._trial_id).intermediate_values:
             trial.report(top1, step)
         return not trial.should_prune()
 
@@ -174,6 +184,7 @@ class BudgetStudy:
 
         `excess` is how far each limited cost lies above its limit, as a share of it; positive is infeasible.
         """
+        self.told += 1
         if top1 is None:
             self._study.tell(number, state=TrialState.FAIL)
             return
@@ -184,6 +195,7 @@ class BudgetStudy:
 
     def tell_stopped(self, number: int) -> None:
         """Ends a trial that `goes_on` gave up; the sampler learns from what it reached."""
+        self.told += 1
         self._study.tell(number, state=TrialState.PRUNED)
 
     def importance(self) -> dict[str, float]:
@@ -203,11 +215,13 @@ class BudgetStudy:
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     def _trial(self, number: int) -> Trial:
-        return Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        storage = self._study._storage
+        return Trial(self._study, storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number))
 
     def _sampling(self, number: int) -> optuna.Study:
-        self._study.sampler = self._sampler(_seed(self._seed, self.budget, number))
-        return self._study
+        self._seen.trials_seen = instructive(self._study.get_trials(deepcopy=False))
+        self._seen.sampler = self._sampler(_seed(self._seed, self.budget, number))
+        return self._seen
 
     def _sampler(self, seed: int) -> BaseSampler:
         """TPE models a method together with its knobs and the recovery's: what suits one method spoils another."""
@@ -235,10 +249,38 @@ class BudgetStudy:
 
     def _suggest(self, trial: Trial, name: str, knob: Knob) -> KnobValue:
         """A value of its own seed: what a killed driver had written already draws nothing from the others."""
-        self._study.sampler = self._sampler(_seed(self._seed, self.budget, trial.number, name))
+        self._seen.sampler = self._sampler(_seed(self._seed, self.budget, trial.number, name))
         if isinstance(knob, Choice):
             return cast(KnobValue, trial.suggest_categorical(name, list(knob.options)))
         return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
+
+
+def _asked(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials there are, ended or not; what is only queued is none yet."""
+    return sum(trial.state != TrialState.WAITING for trial in trials)
+
+
+def instructive(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that tell the sampler most, in order: the `BEST` and the `LATEST` that ended, and all that run."""
+    ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    if len(ended) <= BEST + LATEST:
+        return list(trials)
+    complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    best = islice(filter(_fits, sorted(complete, key=_value, reverse=True)), BEST)
+    running = (trial for trial in trials if trial.state == TrialState.RUNNING)
+    kept = {trial.number: trial for trial in chain(best, ended[-LATEST:], running)}
+    return [kept[number] for number in sorted(kept)]
+
+
+def _value(trial: FrozenTrial) -> float:
+    """The top-1 that a complete trial was told with."""
+    assert trial.value is not None
+    return trial.value
+
+
+def _fits(trial: FrozenTrial) -> bool:
+    """Whether a trial that was told as complete keeps every limit."""
+    return all(excess <= 0 for excess in trial.constraints.values())
 
 
 def storage(location: str) -> Storage:
@@ -249,8 +291,8 @@ def storage(location: str) -> Storage:
             return RDBStorage(location)
         except (SQLAlchemyError, ImportError) as error:
             raise SearchError(
-                f"cannot use tracking.studies: {textwrap.shorten(str(error), 300)}; expected a database URL that "
-                "SQLAlchemy can open, or a file name; correct it, or leave it out"
+                f"cannot use tracking.studies: {masked(textwrap.shorten(str(error), 300))}; expected a database URL "
+                "that SQLAlchemy can open, or a file name; correct it, or leave it out"
             ) from error
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)

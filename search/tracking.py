@@ -13,17 +13,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import safetensors.numpy
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from methods.base import Plan
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
 from search.registry import Registry
-from search.store import FAULTS
+from search.store import FAULTS, at_once
 
 if TYPE_CHECKING:
     from methods.pipeline import Outcome
@@ -39,7 +40,13 @@ FIGURES = (
 )
 """What is recorded of an outcome as MLflow metrics; those of a gated model only where it is one."""
 
+Phase: TypeAlias = Literal["starting", "scoring", "trials", "registering", "done", "stopped", "failed"]
+"""What a driver is at, or how it ended; one that was killed could not tell, and its last phase stays on record."""
+
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
+
+RUNGS_WAIT_MS = 60_000
+"""How long rungs of recovery wait for something else to be written of their trial; every write costs the driver."""
 
 
 class Tracker:
@@ -50,8 +57,21 @@ class Tracker:
         self._experiment = experiment
         self.run_id: str = parent.info.run_id
         self.registered_model: str = parent.data.tags["paredown.registered_model"]
-        self.spec_digest: str = parent.data.tags["paredown.digest"]
+        self.spec_digest: str = parent.data.tags.get(
+            "paredown.digest", ""
+        )  # written last of all that a record begins with
         self.registry = Registry(client, self.registered_model)
+        self._params: dict[str, list[Param]] = {}
+        self._rungs: dict[str, list[Metric]] = {}
+        self._amounts: dict[str, float] | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """Records what the driver is at now."""
+        self.client.set_tag(self.run_id, "paredown.phase", phase)
+
+    def expect(self, trials: int) -> None:
+        """Records how many trials there will be in all."""
+        self.client.set_tag(self.run_id, "paredown.expected", str(trials))
 
     def write_teacher(self, teacher: Teacher) -> None:
         """Records the teacher's figures."""
@@ -90,7 +110,7 @@ class Tracker:
         self.client.log_dict(self.run_id, dict(importance), "importance.json")
 
     def start_trial(self, proposal: Proposal) -> str:
-        """A child run for a proposal; its id."""
+        """A child run for a proposal; its id. The params are written with the plan, or with why there is none."""
         tags = {
             "mlflow.parentRunId": self.run_id,
             "paredown.knobs": json.dumps(dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)),
@@ -100,7 +120,7 @@ class Tracker:
         params = {"budget": proposal.budget, "trial": proposal.number, "method": proposal.method}
         params |= dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)
         run_id: str = run.info.run_id
-        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        self._params[run_id] = [Param(key, str(value)) for key, value in params.items()]
         return run_id
 
     def planned(self, run_id: str, fitted: Fitted, work: str) -> None:
@@ -111,45 +131,47 @@ class Tracker:
             costs |= _flat("latency_ms", {device: timing.latency_ms})
             costs |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
             costs |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
-        self._log(run_id, costs | {"latency_rounds": fitted.rounds})
         self.client.log_dict(run_id, plan.to_json(), "plan.json")
-        self.client.set_tag(run_id, "paredown.work", work)
+        self._log(run_id, costs | {"latency_rounds": fitted.rounds}, {"paredown.work": work})
 
     def progress(self, run_id: str, step: int, top1: float) -> None:
-        """Records validation top-1 at a step of recovery."""
-        self.client.log_batch(run_id, metrics=[Metric("top1", top1, int(time.time() * 1000), step)])
+        """Records validation top-1 at a step of recovery: when the trial ends, or once a minute of rungs waits.
+
+        A driver that is killed loses what it had not written, but such a trial runs again.
+        """
+        waiting = self._rungs.setdefault(run_id, [])
+        waiting.append(Metric("top1", top1, _milliseconds(), step))
+        if waiting[-1].timestamp - waiting[0].timestamp >= RUNGS_WAIT_MS:
+            self._log(run_id, {})
 
     def complete(self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float, keep_weights: bool) -> None:
         """Ends a trial's run with its figures and, where they may be needed again, its weights."""
         figures = {key: float(value) for key in FIGURES if (value := getattr(outcome, key)) is not None}
-        self._log(run_id, figures | {"top1_drop": top1_drop, "seconds": outcome.seconds, "device_s": device_s})
         if keep_weights:
             self._log_weights(run_id, outcome.state)
-        self._end(run_id, "complete")
+        spent = {"seconds": outcome.seconds, "device_s": device_s}
+        self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent)
 
     def reuse(self, run_id: str, source: str) -> None:
         """Ends a trial's run with what came of `source`, a run of the same plan and recipe; it cost nothing."""
         found = self.client.get_run(source).data
         figures = {key: found.metrics[key] for key in (*FIGURES, "top1_drop") if key in found.metrics}
-        self._log(run_id, figures | {"seconds": 0.0, "device_s": 0.0})
-        self.client.set_tag(run_id, "paredown.same_as", source)
-        self._end(run_id, "complete")
+        self._end(run_id, "complete", figures | {"seconds": 0.0, "device_s": 0.0}, {"paredown.same_as": source})
 
     def stop(self, run_id: str, step: int, top1: float, device_s: float) -> None:
         """Ends the run of a trial that was given up at `step`."""
         figures = {"stopped_at": step, "top1_last": top1, "seconds": device_s, "device_s": device_s}
-        self._log(run_id, figures)
-        self._end(run_id, "stopped")
+        self._end(run_id, "stopped", figures)
 
     def fail(self, run_id: str, state: State, error: str, device_s: float) -> None:
         """Ends a trial's run as `failed` or `infeasible`, saying why."""
-        self._log(run_id, {"seconds": device_s, "device_s": device_s})
-        self.client.set_tag(run_id, "paredown.error", error[:5000])
-        self._end(run_id, state)
+        spent = {"seconds": device_s, "device_s": device_s}
+        self._end(run_id, state, spent, {"paredown.error": error[:5000]})
 
     def resume(self) -> None:
         """Clears up after a killed driver: runs of trials that never ended are removed, since those run again."""
         self.client.update_run(self.run_id, status="RUNNING")
+        self.enter("starting")
         for run in self._children():
             state = run.data.tags.get("paredown.state")
             if state is None:
@@ -160,10 +182,12 @@ class Tracker:
     def halt(self, status: str) -> None:
         """Ends every run that is still open as `status`, which is MLflow's `KILLED` or `FAILED`."""
         try:
-            for run in self._children():
-                if run.info.status == "RUNNING":
-                    self.client.set_terminated(run.info.run_id, status)
-            self.client.set_terminated(self.run_id, status)
+            with at_once():
+                for run in self._children():
+                    if run.info.status == "RUNNING":
+                        self.client.set_terminated(run.info.run_id, status)
+                self.enter("stopped" if status == "KILLED" else "failed")
+                self.client.set_terminated(self.run_id, status)
         except FAULTS as error:  # of a store that is gone: what led here is told, not this
             log.warning("runs are still open in MLflow: %s", error)
 
@@ -196,12 +220,16 @@ class Tracker:
 
     def add(self, **amounts: float) -> None:
         """Adds to what this search has taken over all its sittings: seconds, scoring shards."""
-        before = self.client.get_run(self.run_id).data.metrics
-        self._log(self.run_id, {name: before.get(name, 0.0) + amount for name, amount in amounts.items()})
+        if self._amounts is None:
+            self._amounts = dict(self.client.get_run(self.run_id).data.metrics)
+        sums = {name: self._amounts.get(name, 0.0) + amount for name, amount in amounts.items()}
+        self._amounts |= sums
+        self._log(self.run_id, sums)
 
     def finish(self, report: Path) -> None:
         """Ends the parent run, with the report beside it."""
         self.client.log_artifact(self.run_id, str(report))
+        self.enter("done")
         self.client.set_terminated(self.run_id, "FINISHED")
 
     def result(self) -> SearchResult:
@@ -255,10 +283,13 @@ class Tracker:
             if not token:
                 return found
 
-    def _log(self, run_id: str, figures: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
+    def _log(self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Writes what params and rungs wait, figures, and then tags: who finds one of these finds all of it."""
+        now = _milliseconds()
         metrics = [Metric(key, float(value), now, 0) for key, value in figures.items()]
-        self.client.log_batch(run_id, metrics=metrics)
+        metrics += self._rungs.pop(run_id, [])
+        found = [RunTag(key, value) for key, value in tags.items()]
+        self.client.log_batch(run_id, metrics, self._params.pop(run_id, ()), found)
 
     def _log_weights(self, run_id: str, state: Mapping[str, np.ndarray]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -277,8 +308,10 @@ class Tracker:
         found: dict[str, Any] = json.loads(Path(self._fetched(self.run_id, name)).read_text())
         return found
 
-    def _end(self, run_id: str, state: State) -> None:
-        self.client.set_tag(run_id, "paredown.state", state)
+    def _end(
+        self, run_id: str, state: State, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._log(run_id, figures, {**tags, "paredown.state": state})
         self.client.set_terminated(run_id, _status(state))
 
 
@@ -315,6 +348,11 @@ def _candidate(run: Run) -> Candidate:
         error=tags.get("paredown.error"),
         **known,
     )
+
+
+def _milliseconds() -> int:
+    """Unix time as MLflow counts it."""
+    return int(time.time() * 1000)
 
 
 def _status(state: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +51,32 @@ def test_ray_accepts_the_cluster_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
-    validate_config(prepare_config(config))
-    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def test_the_cluster_file_says_what_ray_does_not_check() -> None:
+    config = yaml.safe_load((ROOT / "ray_config.yaml").read_text())
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert config["provider"]["region"]
+    assert all({"InstanceType", "ImageId"} <= one["node_config"].keys() for one in (head, *types.values()))
+    assert head["resources"] == {"CPU": 0}
+    assert any(one["resources"].get("GPU") and one["max_workers"] > 0 for one in types.values())
+    assert {one["min_workers"] for one in types.values()} == {0}
     assert "~/.ray/auth_token" in config["file_mounts"]
+    assert any("RAY_AUTH_MODE=token" in command and "~/.bashrc" in command for command in config["setup_commands"])
+    # Where these are left out, Ray installs another Ray, and opens the dashboard to the world.
+    for kind in ("setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"):
+        assert f"{kind}_commands" in config
+    (start,) = (command for command in config["head_start_ray_commands"] if "ray start --head" in command)
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_the_kubernetes_manifest_is_the_cluster_file_in_other_words() -> None:
+    spec = yaml.safe_load((ROOT / "docs" / "kuberay.yaml").read_text())["spec"]
+    version = re.escape(spec["rayVersion"])
+    assert re.search(rf"^ray(\[.*\])?=={version}$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert re.search(rf"^FROM rayproject/ray:{version}-", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0]

@@ -194,6 +194,13 @@ def test_what_is_not_beaten_can_still_win_or_stand(one: Candidate, other: Candid
     assert beats(one, other) == (not wins and not alone)
 
 
+@given(candidates("one"), candidates("other"), candidates("third"))
+def test_who_beats_a_beater_beats_the_beaten(one: Candidate, other: Candidate, third: Candidate) -> None:
+    """So a candidate need only be compared with those that nothing beats."""
+    if beats(one, other) and beats(other, third):
+        assert beats(one, third)
+
+
 def test_beating_looks_at_size_and_at_every_device_of_either() -> None:
     times = {"cpu-1": {"p50": 2.0}}
     first = candidate("first", latency_ms=times)

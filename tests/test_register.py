@@ -19,7 +19,7 @@ from torch import Tensor
 from methods.base import Budget, Plan, defaults
 from methods.pipeline import Outcome, size_bytes, trial
 from methods.profile import profile
-from methods.training import Recipe, Samples, evaluate
+from methods.training import WHOLE, Chance, Recipe, Samples, evaluate
 from methods.uniform import Uniform
 from search import spec, workload
 from search.devices import Timing
@@ -85,9 +85,9 @@ class Counted:
     def __len__(self) -> int:
         return len(self.inner)
 
-    def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         self.batches.append(len(indices))
-        return self.inner.batch(indices, augment)
+        return self.inner.batch(indices, augment, part)
 
     @property
     def times(self) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 
 import methods
 from methods.base import Choice, Range, defaults
 from search.base import SearchError
-from search.study import RANDOM, RECOVERY, BudgetStudy, Proposal, storage
+from search.study import BEST, LATEST, RANDOM, RECOVERY, BudgetStudy, Proposal, instructive, storage
 
 METHODS = {name: methods.METHODS[name] for name in ("manidp", "alds", "uniform")}
 
@@ -220,3 +221,18 @@ def test_a_random_search_starts_with_no_defaults(tmp_path: Path) -> None:
     found = [run(made, 3) for made in drawn]
     assert found[0] == found[1]
     assert found[0][0].recovery["distill"] != RECOVERY["distill"].default
+
+
+def test_of_many_trials_the_sampler_sees_the_best_and_the_latest(tmp_path: Path) -> None:
+    kept_at = storage(str(tmp_path / "s"))
+    made = BudgetStudy(kept_at, "one", "half", [METHODS["uniform"]], 0, labels=False, strategy=RANDOM)
+    values = np.random.default_rng(0).permutation(BEST + LATEST + 30) / 1000
+    is_over = np.arange(len(values)) % 7 == 0
+    for value, over in zip(values, is_over, strict=True):
+        made.tell(made.ask().number, float(value), {"macs": 0.1 if over else -0.1})
+    running = {made.ask().number for _ in range(3)}
+    trials = optuna.load_study(study_name="one", storage=kept_at).get_trials(deepcopy=False)
+    best = np.argsort(np.where(is_over, -1, values))[-BEST:].tolist()
+    latest = range(len(values) - LATEST, len(values))
+    assert [trial.number for trial in instructive(trials)] == sorted({*best, *latest} | running)
+    assert instructive(trials[: BEST + LATEST]) == trials[: BEST + LATEST]

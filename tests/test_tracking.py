@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine, event
 
+from methods.base import Plan
+from methods.pipeline import Outcome
 from search.base import SearchError, TrackingError
-from search.records import find_search, open_search
+from search.fitting import Fitted
+from search.records import find_begun, find_search, open_search
 from search.store import check_store, locked
 from search.study import Proposal
 
@@ -54,6 +58,43 @@ def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_trial_is_written_in_few_transactions() -> None:
+    """Each waits for the disk; a driver with many workers is held up by nothing else as long."""
+    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    plan = Plan("uniform", macs=9, params=9, choices={}, loss=0.1)
+    outcome = Outcome(0.1, 0.2, 0.9, macs=9, params=9, size_bytes=36, seconds=60.0, state={"weights": np.zeros(9)})
+    commits: list[object] = []
+
+    def count(connection: object) -> None:
+        commits.append(connection)
+
+    event.listen(Engine, "commit", count)
+    try:
+        run_id = tracker.start_trial(Proposal("half", 0, "uniform", {"criterion": "l1"}, {"learning_rate": 0.1}))
+        tracker.planned(run_id, Fitted(plan, {}, 0), "work")
+        for step in range(1, 6):
+            tracker.progress(run_id, step, step / 10)
+        assert not tracker.client.get_metric_history(run_id, "top1")
+        tracker.complete(run_id, outcome, 60.0, top1_drop=0.05, keep_weights=True)
+        found = tracker.candidate(run_id)
+    finally:
+        event.remove(Engine, "commit", count)
+    assert len(commits) <= 12
+    assert (found.state, found.top1_validation, found.device_s) == ("complete", 0.9, 60.0)
+    rungs = tracker.client.get_metric_history(run_id, "top1")
+    assert {rung.step: rung.value for rung in rungs} == {step: step / 10 for step in range(1, 6)}
+
+
+def test_what_was_taken_adds_up_over_sittings() -> None:
+    open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    for wall_s in (1.5, 2.0):
+        tracker = find_begun("sqlite:///paredown.db", "digits")
+        tracker.add(wall_s=wall_s, scoring_shards=3.0)
+        tracker.add(wall_s=1.0)
+    taken = tracker.client.get_run(tracker.run_id).data.metrics
+    assert (taken["wall_s"], taken["scoring_shards"]) == (5.5, 6.0)
 
 
 def test_a_search_nobody_ran() -> None:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from methods.training import (
+    WHOLE,
+    Chance,
     Recipe,
     _train_mode,
     classifier_name,
@@ -209,9 +211,9 @@ def test_recovery_sees_no_more_images_than_it_may() -> None:
         def __len__(self) -> int:
             return 300
 
-        def batch(self, indices: np.ndarray, augment: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
             self.seen += indices.tolist()
-            return blobs(300).batch(indices, augment)
+            return blobs(300).batch(indices, augment, part)
 
     drawn = []
     for seed, images in ((0, 20), (0, 20), (1, 20), (0, 500)):

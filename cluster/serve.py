@@ -1,0 +1,203 @@
+"""An HTTP app on Ray Serve, for as long as a context is open. Knows nothing of what the app answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.base import ClusterError
+from cluster.ray_cluster import LOCAL_OBJECT_STORE_BYTES, METER
+
+App: TypeAlias = Any
+"""An ASGI app."""
+
+HEAD = {"node:__internal_head__": 0.001}
+"""What only the head node has: the app is to be where the command is, and its files."""
+MOST_ONGOING = 256
+"""Requests at once; event streams are long ones."""
+CLOSING_S, START_S, POLL_S = 2.0, 300.0, 0.2
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
+"""Those of Ray's that have a fixed number, or are to be known."""
+PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+"""Keeps Serve from listening on all interfaces, which it does with either of these, whatever host it was given."""
+
+
+@contextmanager
+def connected(address: str) -> Iterator[str]:
+    """Ray for as long as the context is open: its dashboard's URL, where it also takes jobs.
+
+    Args:
+        address: `auto` starts a Ray of our own on this machine, which ends with the context, and with it all jobs;
+            anything else is the address of a running cluster's head, which must be this machine.
+
+    Raises:
+        ClusterError: no cluster at the address, or it has no dashboard, or its head is elsewhere.
+    """
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PRIVATE}
+    with ExitStack() as opened:
+        dashboard: str | None = None
+        if address == "auto":
+            address, dashboard = opened.enter_context(_own_head())
+        try:
+            context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RayError, OSError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray cluster at {address!r}: {error}; expected a running head node on this machine; check the "
+                "address, or use auto"
+            ) from error
+        opened.callback(ray.shutdown)
+        _check_head()
+        if not (dashboard := dashboard or context.dashboard_url):
+            raise ClusterError(
+                f"the Ray cluster at {address!r} has no dashboard, which takes the jobs; expected one; "
+                "start its head with --include-dashboard=true"
+            )
+        yield f"http://{dashboard}"
+
+
+@contextmanager
+def serving(
+    build: Callable[[], App],
+    *,
+    name: str,
+    host: str,
+    port: int,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[str]:
+    """Serves the app that `build` makes on the head node, and yields its URL; Ray must be connected.
+
+    `environment` is for the app's process.
+
+    Raises:
+        ClusterError: the port is taken, Serve runs other apps on this cluster, or the app does not start.
+    """
+    from ray import serve
+
+    _check_free(host, port)
+    for noisy in ("ray.serve", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    running = serve.status()
+    if others := sorted(set(running.applications) - {name}):
+        raise ClusterError(
+            f"Ray Serve already runs {', '.join(others)} on this cluster, and keeps its host and port; expected a "
+            "cluster without Serve; use another one, or end it there with serve shutdown"
+        )
+    if running.proxies:  # of a command that was killed; what it listens on cannot be changed
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
+            controller_options={"runtime_env": {"env_vars": PRIVATE}},
+        )
+        serve.run(_deployment(build, environment), name=name, route_prefix="/")
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    except (RayError, RuntimeError, TimeoutError) as error:
+        raise ClusterError(
+            f"Ray Serve could not run {name}: {str(error).strip().splitlines()[-1]}; expected it to start; "
+            "look at the logs of Ray Serve on the head node"
+        ) from error
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any:
+    from ray import serve
+
+    def built() -> App:  # Serve takes no other callable than a plain function
+        return build()
+
+    options = {"num_cpus": 0, "resources": HEAD, "runtime_env": {"env_vars": {**PRIVATE, **environment}}}
+    deployment: Any = serve.deployment(
+        serve.ingress(built)(),
+        name="app",
+        ray_actor_options=options,
+        max_ongoing_requests=MOST_ONGOING,
+        graceful_shutdown_timeout_s=CLOSING_S,
+    )
+    return deployment.bind()
+
+
+@contextmanager
+def _own_head() -> Iterator[tuple[str, str]]:
+    """A Ray of our own by `ray start`: the addresses of its head and its dashboard.
+
+    What `ray.init` starts cannot be told which ports to use, and keeps no record of itself: a second one on a machine
+    takes no jobs, and those of the first may find the second.
+    """
+    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
+    folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
+    command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with Path(folder, "start.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment | {"PATH": path}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip  # Ctrl-C is for the command, which ends its Ray itself
+    try:
+        _wait_for(head, ports["dashboard-port"], Path(log.name))
+        yield f"127.0.0.1:{ports['port']}", f"127.0.0.1:{ports['dashboard-port']}"
+    finally:
+        head.terminate()
+        head.wait()
+
+
+def _wait_for(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Waits until the dashboard answers, which starts last."""
+    deadline = time.monotonic() + START_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(POLL_S)
+    lines = log.read_text().strip().splitlines()
+    raise ClusterError(
+        f"Ray did not start: {lines[-1] if lines else 'it said nothing'}; expected its dashboard to answer within "
+        f"{START_S:g} s; see {log}"
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as taken:
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _check_head() -> None:
+    """Refuses to serve from afar: the address to listen on, and the files, are the head node's."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    if not set(HEAD) <= set(nodes[here]["Resources"]):
+        raise ClusterError("this machine is not the cluster's head node; expected to serve there; start it there")
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuses an address that cannot be listened on, of which Serve would only tell its own log."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"cannot listen on {host}:{port}: {error}; expected an address of this machine and a free port; choose "
+            "another with --host and --port"
+        ) from error
