@@ -24,7 +24,7 @@ from cluster import ClusterError, RayCluster
 from search import loop
 from search.workload import Workload
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2

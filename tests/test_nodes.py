@@ -39,7 +39,7 @@ from search.workload import Workload, load
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),  # nodes of Ray's own cluster leave them
 ]
 
