@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 NAME, DIGEST, URI = "paredown.search", "paredown.digest", "paredown.uri"
 """What the metadata of a search's job holds: its name, a hash of what decides it, its store without passwords."""
 
-PROBE_S, INSTALL_S = 180, 1800
+PROBE_S, INSTALL_S = 300, 1800
 """How long the head has for its answer; longer where it first installs packages."""
 
 AGAIN = "PAREDOWN_AGAIN"
