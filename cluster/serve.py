@@ -30,7 +30,7 @@ HEAD = {"node:__internal_head__": 0.001}
 MOST_ONGOING = 256
 """Requests at once; event streams are long ones."""
 CLOSING_S, START_S, POLL_S = 2.0, 300.0, 0.2
-PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
 """Those of Ray's that have a fixed number, or are to be known."""
 PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 """Keeps Serve from listening on all interfaces, which it does with either of these, whatever host it was given."""
@@ -143,7 +143,6 @@ def _own_head() -> Iterator[tuple[str, str]]:
     folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
     command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
-    command += ["--ray-client-server-port=0"]  # none: it would be heard of on all interfaces
     command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
