@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import yaml
@@ -39,3 +40,13 @@ def read(text: str) -> tuple[object, list[str]]:
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown name: what may have been meant.
+
+    >>> nearest("mac", ["macs", "params"]), nearest("cores", ["macs", "params"])
+    ("; did you mean 'macs'?", '; expected one of macs, params')
+    """
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"

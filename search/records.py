@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run
@@ -14,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from search.base import TrackingError, masked
 from search.changes import check_unchanged
-from search.store import FAULTS, artifact_location, check_store, connect, sqlite_path, unwritable
+from search.store import FAULTS, artifact, artifact_location, check_store, connect, sqlite_path, unwritable
 from search.tracking import Tracker
 
 
@@ -46,8 +45,8 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
             parent = client.create_run(experiment, tags=tags, run_name=name)
         run_id = parent.info.run_id
         if known := parent.data.tags.get("paredown.digest"):
-            kept = Path(client.download_artifacts(run_id, f"decisive-{known}.json"))
-            check_unchanged(name, json.loads(kept.read_text()), decisive)
+            kept = artifact(client, run_id, f"decisive-{known}.json")
+            check_unchanged(name, json.loads(kept), decisive)
         digest = _digest(decisive)
         client.log_dict(run_id, dict(decisive), f"decisive-{digest}.json")
         for key, value in {"spec": spec, "registered_model": model, "digest": digest}.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +14,9 @@ from methods import METHODS, named
 from methods.base import Budget
 from search.amounts import Amount, Time, amount, drop, latency, seconds
 from search.base import SpecError
-from search.documents import read
+from search.contradictions import contradictions
+from search.documents import nearest, read
 from search.frontier import Teacher
-from search.sharing import unshareable
 from search.targets import Target
 
 
@@ -35,16 +34,16 @@ def _method(entry: object) -> str:
         if name == "uniform":
             raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
         if name not in known:
-            raise ValueError(f"{name!r} is not a method{_nearest(name, known)}")
+            raise ValueError(f"{name!r} is not a method{nearest(name, known)}")
     if isinstance(entry, list) and len(entry) < 2:
         raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
     return named("+".join(links)).name
 
 
-def _sorted_out(entries: list[object]) -> tuple[list[str], list[str]]:
-    """The names of the methods among `entries`, and what is wrong with the others."""
+def _sorted_out(value: object) -> tuple[list[str], list[str]]:
+    """The names of the methods in the list `value`, and what is wrong with its other entries."""
     names, refusals = [], []
-    for entry in entries:
+    for entry in value if isinstance(value, list) else ():
         try:
             names.append(_method(entry))
         except ValueError as error:
@@ -105,10 +104,6 @@ Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
 Held = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
-
-
-LIMITED = ("macs", "macs_expected", "params", "size_bytes", "latency")
-"""The costs a budget may limit; each needs at least one."""
 
 
 class ModelSpec(_Strict):
@@ -316,7 +311,7 @@ def parse(text: str, *, folder: Path) -> SearchSpec:
         spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
     except ValidationError as error:
         mistakes += [_told(mistake) for mistake in error.errors()]
-    mistakes += _cross_checks(raw)
+    mistakes += contradictions(raw, set(_sorted_out(raw.get("methods"))[0]))
     if mistakes or spec is None:
         raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
     return spec
@@ -348,7 +343,7 @@ def _told(mistake: Any) -> str:
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])
-        return f"{place}: unknown key{_nearest(key, _keys(parent))}"
+        return f"{place}: unknown key{nearest(key, _keys(parent))}"
     if mistake["type"] == "missing":
         return f"{place}: missing; it has to be given"
     reason = str(mistake["msg"]).removeprefix("Value error, ")
@@ -365,46 +360,3 @@ def _keys(parent: Iterable[object]) -> list[str]:
     section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)
     fields = (sections[section] if section else SearchSpec).model_fields
     return [key for key in fields if key not in ("text", "folder")]
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
-
-
-def _cross_checks(raw: dict[str, Any]) -> list[str]:
-    """What no single key can tell; works on the raw document, so that it is told beside all other mistakes."""
-    mistakes = []
-    devices = raw.get("devices", {"cpu-1": None})
-    budgets = raw.get("budgets")
-    for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
-        if not isinstance(budget, dict):
-            continue
-        device = budget.get("device")
-        if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
-            mistakes.append(f"budgets.{index}.device: no device {device!r}{_nearest(device, list(devices))}")
-        if all(budget.get(cost) is None for cost in LIMITED):
-            mistakes.append(f"budgets.{index}: limits no cost; give one or several of {', '.join(LIMITED)}")
-    if devices == {}:
-        mistakes.append("devices: empty; name at least one device or leave the key out")
-    for name, device in devices.items() if isinstance(devices, dict) else ():
-        if isinstance(device, dict) and (device.get("runtime") == "profile") != (device.get("file") is not None):
-            mistakes.append(f"devices.{name}: runtime 'profile' and file, its roofline, belong together; give both")
-    recovery = raw.get("recovery")
-    other = recovery.get("data") if isinstance(recovery, dict) else None
-    needed = {"imagefolder": "root", "factory": "name"}
-    for place, data in (("data", raw.get("data")), ("recovery.data", other)):
-        if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
-            mistakes.append(f"{place}.{key}: missing; source {data['source']!r} needs it")
-    if other is not None and isinstance(recovery, dict) and recovery.get("labels", True):
-        mistakes.append("recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too")
-    mistakes += unshareable(raw)
-    given, search = raw.get("methods"), raw.get("search")
-    methods = set(_sorted_out(given)[0]) if isinstance(given, list) else set()
-    trials = search.get("trials", 8) if isinstance(search, dict) else 8
-    if methods and isinstance(trials, int) and 0 < trials < len(methods) + 1:
-        mistakes.append(
-            f"search.trials: {trials} is too few for {len(methods)} methods and the baseline, which are each tried "
-            f"once per budget; give at least {len(methods) + 1}"
-        )
-    return mistakes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -126,6 +127,12 @@ def _wholly(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
 
     return held
+
+
+def artifact(client: MlflowClient, run_id: str, name: str) -> bytes:
+    """The content of a file that a run keeps; a folder of MLflow's own choice would never be removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def _create(path: Path) -> None:

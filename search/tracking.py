@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from methods.base import Plan
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
 from search.registry import Registry
-from search.store import FAULTS, at_once
+from search.store import FAULTS, artifact, at_once
 
 if TYPE_CHECKING:
     from methods.pipeline import Outcome
@@ -211,12 +211,12 @@ class Tracker:
 
     def plan(self, run_id: str) -> Plan:
         """The plan of a completed trial."""
-        return Plan.from_json(json.loads(Path(self._fetched(run_id, "plan.json")).read_text()))
+        return Plan.from_json(json.loads(artifact(self.client, run_id, "plan.json")))
 
     def weights(self, run_id: str) -> dict[str, np.ndarray]:
         """The state of a completed trial's student, where it was kept; a reused one's is its source's."""
         source = self.client.get_run(run_id).data.tags.get("paredown.same_as", run_id)
-        return safetensors.numpy.load_file(self._fetched(source, "student.safetensors"))
+        return safetensors.numpy.load(artifact(self.client, source, "student.safetensors"))
 
     def add(self, **amounts: float) -> None:
         """Adds to what this search has taken over all its sittings: seconds, scoring shards."""
@@ -297,15 +297,11 @@ class Tracker:
             safetensors.numpy.save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
             self.client.log_artifact(run_id, str(path))
 
-    def _fetched(self, run_id: str, name: str) -> str:
-        path: str = self.client.download_artifacts(run_id, name)
-        return path
-
     def _json(self, name: str) -> dict[str, Any]:
         """An artifact of the parent run, empty where it has none of that name."""
         if name not in {file.path for file in self.client.list_artifacts(self.run_id)}:
             return {}
-        found: dict[str, Any] = json.loads(Path(self._fetched(self.run_id, name)).read_text())
+        found: dict[str, Any] = json.loads(artifact(self.client, self.run_id, name))
         return found
 
     def _end(
