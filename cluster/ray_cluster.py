@@ -16,16 +16,15 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER
 from cluster.inline import bare, listed
 from cluster.pool import Pool
+from cluster.token import keep_token
 from cluster.train import Coordinator, Group
 from cluster.workers import line
 
-LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 NOT_TO_ASK = ("memory", "object_store_memory")
 """What every node has and Ray refuses to take as a resource of a worker."""
-METER = "paredown_meter"
-"""The resource that a node has one of: who holds it measures there, and nobody else."""
 
 
 class RayCluster:
@@ -178,6 +177,7 @@ def _connect(address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "auto":
+            keep_token()
             store = LOCAL_OBJECT_STORE_BYTES
             ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:

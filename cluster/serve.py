@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -20,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.base import ClusterError
-from cluster.ray_cluster import LOCAL_OBJECT_STORE_BYTES, METER
+from cluster.head import own_head
 
 App: TypeAlias = Any
 """An ASGI app."""
@@ -29,9 +23,7 @@ HEAD = {"node:__internal_head__": 0.001}
 """What only the head node has: the app is to be where the command is, and its files."""
 MOST_ONGOING = 256
 """Requests at once; event streams are long ones."""
-CLOSING_S, START_S, POLL_S = 2.0, 300.0, 0.2
-PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
-"""Those of Ray's that have a fixed number, or are to be known."""
+CLOSING_S = 2.0
 PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 """Keeps Serve from listening on all interfaces, which it does with either of these, whatever host it was given."""
 
@@ -51,7 +43,7 @@ def connected(address: str) -> Iterator[str]:
     with ExitStack() as opened:
         dashboard: str | None = None
         if address == "auto":
-            address, dashboard = opened.enter_context(_own_head())
+            address, dashboard = opened.enter_context(own_head())
         try:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, OSError, ValueError) as error:
@@ -130,55 +122,6 @@ def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any
         graceful_shutdown_timeout_s=CLOSING_S,
     )
     return deployment.bind()
-
-
-@contextmanager
-def _own_head() -> Iterator[tuple[str, str]]:
-    """A Ray of our own by `ray start`: the addresses of its head and its dashboard.
-
-    What `ray.init` starts cannot be told which ports to use, and keeps no record of itself: a second one on a machine
-    takes no jobs, and those of the first may find the second.
-    """
-    ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
-    folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
-    command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
-    command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with Path(folder, "start.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=environment | {"PATH": path}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip  # Ctrl-C is for the command, which ends its Ray itself
-    try:
-        _wait_for(head, ports["dashboard-port"], Path(log.name))
-        yield f"127.0.0.1:{ports['port']}", f"127.0.0.1:{ports['dashboard-port']}"
-    finally:
-        head.terminate()
-        head.wait()
-
-
-def _wait_for(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Waits until the dashboard answers, which starts last."""
-    deadline = time.monotonic() + START_S
-    while head.poll() is None and time.monotonic() < deadline:
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        time.sleep(POLL_S)
-    lines = log.read_text().strip().splitlines()
-    raise ClusterError(
-        f"Ray did not start: {lines[-1] if lines else 'it said nothing'}; expected its dashboard to answer within "
-        f"{START_S:g} s; see {log}"
-    )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as taken:
-        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _check_head() -> None:

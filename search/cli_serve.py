@@ -56,7 +56,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve searches over HTTP, with a page: submit, watch, stop. Runs on the head node of the cluster."""
-    ask_for_token(is_own=address == "auto")
+    if address == "auto":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads this once, when it is imported
     from cluster.serve import connected, serving
     from search import service
     from search.admission import SOURCES, Rules
@@ -84,19 +85,6 @@ def serve(
             needs = "behind its token" if token else "for this machine alone"
             typer.echo(f"Paredown is at {url}, {needs}; it records in {masked(uri)}. Ctrl-C ends it.")
             signal.pause()
-
-
-def ask_for_token(*, is_own: bool) -> None:
-    """Has Ray ask for its own token: always where we start it, and elsewhere where there is one.
-
-    Ray reads this once, when it is imported.
-    """
-    has_one = bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ))
-    has_one = has_one or Path.home().joinpath(".ray", "auth_token").is_file()
-    if is_own and not has_one:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # no file is written: it ends with its Ray
-    if is_own or has_one:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _links(uri: str, dashboard: str) -> dict[str, str]:
@@ -130,10 +118,9 @@ def token_of(file: Path | None) -> bytes | None:
 
 def _kept(file: Path) -> str:
     """The token in the file, which is made where there is none."""
-    with suppress(FileExistsError):
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "w") as fresh:
-            fresh.write(secrets.token_urlsafe() + "\n")
+    from cluster.token import write_once
+
+    write_once(file, secrets.token_urlsafe())
     mode = stat.S_IMODE(file.stat().st_mode)
     if mode & 0o077:
         raise SearchError(f"the token's file {file} has mode {mode:04o}; expected 0600, for you alone; chmod it")

@@ -136,12 +136,13 @@ def test_a_driver_killed_at_ten_random_moments(
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """The command itself, on a Ray of its own."""
+    """The command itself, on a Ray of its own, by a user who has never heard of Ray's tokens."""
     root = str(Path(__file__).resolve().parent.parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     return subprocess.Popen(
         [sys.executable, "-m", "search.cli", "search", "spec.yaml", "--json"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": root, "PAREDOWN_CACHE": str(folder / "cache")},
+        env=environment | {"PYTHONPATH": root, "PAREDOWN_CACHE": str(folder / "cache"), "HOME": str(folder)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -184,6 +185,7 @@ def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) 
     wait_for_trials(here, process, kept + 2)
     for child in psutil.Process(process.pid).children(recursive=True):
         if child.name() == "raylet":
+            assert child.environ()["RAY_AUTH_MODE"] == "token"
             child.kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
@@ -193,6 +195,7 @@ def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) 
     assert process.returncode == 0, told
     assert [budget["winner"] is not None for budget in json.loads(out)["budgets"]] == [True] * 3
     check_records(here)
+    assert (here / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600  # Ray itself would let all read it
     calm = place(tmp_path / "calm", teacher, TEXT)
     os.chdir(calm)
     loop.search(spec.load(Path("spec.yaml")), inline, quiet)

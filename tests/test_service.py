@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import schemathesis
-from searches import place
+from hypothesis import given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from searches import SPEC, place
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
@@ -23,6 +25,7 @@ from search.admission import Rules
 from search.base import SearchError
 from search.cli_serve import VARIABLE, serve, token_of
 from search.guard import LARGEST_BYTES, MOST_CLIENTS, Buckets, Door, digest_of
+from search.submit import NAME, URI
 from search.watching import Place
 
 TOKEN = "a token of some length"
@@ -313,7 +316,7 @@ def _takes_jobs(url: str) -> bool:
 
 def run(url: str, id: str, command: str, **metadata: str) -> None:
     """A job that is not the service's."""
-    package = Path("empty")  # Ray takes no job without a package
+    package = Path(os.environ["RAY_TMPDIR"], "empty")  # Ray takes no job without a package
     package.mkdir(exist_ok=True)
     (package / "__init__.py").touch()
     Jobs(url).submit(command, id=id, folder=None, modules=[package], metadata=metadata)
@@ -341,6 +344,66 @@ def told(client: TestClient, path: str) -> list[tuple[str, dict]]:
     return events
 
 
+@pytest.mark.ray
+def test_a_search_is_submitted_watched_and_read(searched: tuple[Place, TestClient]) -> None:
+    where, client = searched
+    answer = client.post("/searches", content=SPEC, headers=YAML)
+    assert answer.status_code == 202, answer.text
+    id = answer.json()["id"]
+    assert answer.json() == {"id": "digits-1", "name": "digits"}
+    assert client.post("/searches", content=SPEC, headers=YAML).status_code == 409
+    assert [one["id"] for one in client.get("/searches").json()["searches"]] == [id]
+
+    events = told(client, f"/searches/{id}/events")
+    assert events[-1][0] == "end"
+    end = events[-1][1]
+    assert (end["phase"], end["trials"], end["expected"]) == ("done", 3, 3), end
+    points = [point for kind, value in events if kind == "points" for point in value["points"]]
+    frontier = client.get(f"/searches/{id}/frontier").json()
+    winner = frontier["budgets"][0]["winner"]
+    assert {point["run_id"] for point in points} >= {winner["run_id"]}
+    assert len({point["run_id"] for point in points}) == len(points)
+    assert end["best"]["half"]["run_id"] == winner["run_id"]
+    assert winner["model_uri"] == "models:/digits@half"
+    report = client.get(f"/searches/{id}/report")
+    assert "<h1>digits</h1>" in report.text
+    assert "sandbox" in report.headers["content-security-policy"]
+
+    with TestClient(quick(where), headers=KEY) as restarted:
+        assert restarted.get(f"/searches/{id}").json() == client.get(f"/searches/{id}").json()
+        assert restarted.delete(f"/searches/{id}").json()["phase"] == "done"
+        assert told(restarted, f"/searches/{id}/events")[-1] == ("end", end)
+
+
+@pytest.mark.ray
+def test_what_else_runs_on_the_cluster_is_not_touched(head: str, searched: tuple[Place, TestClient]) -> None:
+    _, client = searched
+    run(head, "other-1", "sleep 600")
+    run(head, "x-1", "sleep 600", **{NAME: "x", URI: "sqlite:///elsewhere.db"})
+    for id in ("other-1", "x-1", "digits-99", "%2e%2e", "x-1%00"):
+        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/frontier"), ("GET", "/report")):
+            answer = client.request(method, f"/searches/{id}{path}")
+            assert answer.status_code == 404, (id, path)
+            assert "GET /searches" in answer.json()["error"]
+    assert client.get("/searches").json() == {"searches": []}
+    jobs = Jobs(head)
+    assert not [job.message for job in map(jobs.get, ("other-1", "x-1")) if job.is_over]
+    for id in ("other-1", "x-1"):
+        jobs.stop(id)
+
+
+@pytest.mark.ray
+def test_a_store_that_cannot_be_read_is_told(head: str, tmp_path: Path) -> None:
+    (tmp_path / "paredown.db").write_text("no database")
+    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
+    run(head, "lost-1", "true", **{NAME: "lost", URI: where.uri})
+    with TestClient(quick(where), headers=KEY) as client:
+        for path in ("", "/frontier", "/report"):
+            answer = client.get(f"/searches/lost-1{path}")
+            assert answer.status_code == 503
+            assert "cannot use the MLflow store" in answer.json()["error"]
+
+
 @pytest.fixture
 def described(head: str, tmp_path: Path) -> schemathesis.schemas.BaseSchema:
     """What the service says of itself; it takes no spec at all, so that none is run by chance.
@@ -349,3 +412,18 @@ def described(head: str, tmp_path: Path) -> schemathesis.schemas.BaseSchema:
     """
     where = Place(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
     return schemathesis.openapi.from_asgi("/openapi.json", quick(where, rules=Rules(allowed=())), headers=KEY)
+
+
+@pytest.mark.ray
+def test_it_does_what_its_description_says(described: schemathesis.schemas.BaseSchema) -> None:
+    operations = [found.ok() for found in described.get_all_operations()]
+    assert len(operations) == 7
+
+    for operation in operations:
+
+        @settings(max_examples=25, deadline=None)
+        @given(case=operation.as_strategy())
+        def holds(case: schemathesis.Case) -> None:
+            case.call_and_validate(headers=KEY, excluded_checks=[positive_data_acceptance])
+
+        holds()

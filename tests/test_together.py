@@ -22,7 +22,7 @@ from searches import SPEC
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cluster import RayCluster
+from cluster import ClusterError, Done, Failed, InlineCluster, RayCluster, Step, Stopped
 from methods import METHODS, together
 from methods.base import Budget, defaults
 from methods.pipeline import Bench, trial
@@ -307,3 +307,69 @@ def cluster(bench: Bench) -> Iterator[RayCluster]:
     yield made
     made.close()
     ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_trial_of_two_workers_comes_to_what_one_does(cluster: RayCluster, bench: Bench) -> None:
+    uniform, images = METHODS["uniform"], torch.from_numpy(bench.calibration)
+    rows = profile(bench.teacher, images[:2])
+    scores = uniform.merge([uniform.score(one, bench.teacher, images, 0) for one in uniform.shards(rows, images)], rows)
+    plan = uniform.allocate(scores, rows, Budget("half", macs=rows.macs // 2), defaults(uniform))
+    item = (uniform, plan, replace(RECIPE, steps=6, report_every=3), 0)
+
+    *expected_steps, expected = InlineCluster(bench).run(trial, [item])
+    *steps, done = cluster.run(trial, [item])
+    assert isinstance(expected, Done)
+    assert isinstance(done, Done)
+    assert [event.value.step for event in steps if isinstance(event, Step)] == [3, 6]
+    for one, other in zip(steps, expected_steps, strict=True):
+        assert one.value.top1 == pytest.approx(other.value.top1, abs=0.02)
+    assert (done.value.macs, done.value.params) == (expected.value.macs, expected.value.params)
+    assert done.value.top1_surgery == pytest.approx(expected.value.top1_surgery, abs=0.01)
+    assert done.value.top1_validation == pytest.approx(expected.value.top1_validation, abs=0.02)
+    states = [
+        {name: torch.from_numpy(np.array(value)) for name, value in one.value.state.items()} for one in (done, expected)
+    ]
+    assert distance(*states) < 1e-3
+    assert done.seconds > 2 * done.value.seconds
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_group_that_loses_a_process_is_made_anew_and_stops_where_it_is_told(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    answers = iter((True, True, False))
+    *steps, end = cluster.run(wavering, [(str(tmp_path),)], lambda index, value: next(answers))
+    assert steps == [Step(0, 2)] * 3
+    assert isinstance(end, Stopped)
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None:
+    (failed,) = cluster.run(lopsided, [()])
+    assert isinstance(failed, Failed)
+    assert failed.error == "ValueError: only here"
+    assert "lopsided" in failed.trace
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_come_back_after_a_group_that_was_given_up(cluster: RayCluster, bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "died").touch()
+    given_up = cluster.run(wavering, [(str(tmp_path),)], lambda index, value: True)
+    assert next(given_up) == Step(0, 2)
+    given_up.close()
+    (done,) = cluster.run(size_of, [("train",)])
+    assert isinstance(done, Done)
+    assert done.value == len(bench.train)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_groups_beyond_the_cluster_are_refused(bench: Bench) -> None:
+    with pytest.raises(ClusterError, match="has room for 2 workers, and 3 are to share an item"):
+        RayCluster(bench, shared={trial: 3})

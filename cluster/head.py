@@ -1,0 +1,77 @@
+"""A Ray of our own on this machine: a head with ports and a folder of its own, by `ray start`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from cluster.base import ClusterError
+from cluster.token import keep_token
+
+LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
+METER = "paredown_meter"
+"""The resource that a node has one of: who holds it measures there, and nobody else."""
+START_S, POLL_S = 300.0, 0.2
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
+"""Those of Ray's that have a fixed number, or are to be known."""
+
+
+@contextmanager
+def own_head() -> Iterator[tuple[str, str]]:
+    """A head for as long as the context is open: its address, and its dashboard's, which also takes jobs.
+
+    What `ray.init` starts cannot be told which ports to use, and keeps no record of itself: a second one on a machine
+    takes no jobs, and those of the first may find the second.
+
+    Raises:
+        ClusterError: it does not start.
+    """
+    keep_token()
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
+    command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with Path(folder, "start.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment | {"PATH": path}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip  # Ctrl-C is for the command, which ends its Ray itself
+    try:
+        _wait_for(head, ports["dashboard-port"], Path(log.name))
+        yield f"127.0.0.1:{ports['port']}", f"127.0.0.1:{ports['dashboard-port']}"
+    finally:
+        head.terminate()
+        head.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on."""
+    with ExitStack() as taken:
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _wait_for(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Waits until the dashboard answers, which starts last."""
+    deadline = time.monotonic() + START_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(POLL_S)
+    lines = log.read_text().strip().splitlines()
+    raise ClusterError(
+        f"Ray did not start: {lines[-1] if lines else 'it said nothing'}; expected its dashboard to answer within "
+        f"{START_S:g} s; see {log}"
+    )

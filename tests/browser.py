@@ -1,0 +1,93 @@
+"""A headless Chromium by its own driver's protocol, for tests of pages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+ARGUMENTS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-background-networking",
+]
+
+
+@dataclass(frozen=True)
+class Browser:
+    """One window."""
+
+    session: str
+
+    def go(self, url: str) -> None:
+        """Opens a page."""
+        _call("POST", f"{self.session}/url", {"url": url})
+
+    def ask(self, script: str) -> Any:
+        """The value of an expression on the page."""
+        return _call("POST", f"{self.session}/execute/sync", {"script": f"return {script}", "args": []})
+
+    def wait(self, script: str, timeout_s: float) -> Any:
+        """The value of an expression, once it is true."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := self.ask(script)):
+            shown = self.ask("document.body.innerText")
+            assert time.monotonic() < deadline, (
+                f"{script} is still {value!r} after {timeout_s} s; the page says:\n{shown}"
+            )
+        return value
+
+    def resize(self, width: int, height: int) -> None:
+        """Gives the window another size."""
+        _call("POST", f"{self.session}/window/rect", {"width": width, "height": height})
+
+    def complaints(self) -> list[str]:
+        """What the browser found wrong with pages since it was last asked: faults of scripts, what a policy forbade."""
+        logged = _call("POST", f"{self.session}/se/log", {"type": "browser"})
+        return [entry["message"] for entry in logged if entry["level"] == "SEVERE"]
+
+    def picture(self, path: Path) -> None:
+        """Keeps what the window shows."""
+        path.write_bytes(base64.b64decode(_call("GET", f"{self.session}/screenshot")))
+
+
+@contextmanager
+def browsing(folder: Path, port: int) -> Iterator[Browser]:
+    """A browser with its profile in `folder`, driven through `port`."""
+    assert CHROMIUM is not None
+    assert DRIVER is not None
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert driver.stdout is not None
+        assert any("started successfully" in line for line in driver.stdout)
+        options = {"binary": CHROMIUM, "args": [*ARGUMENTS, f"--user-data-dir={folder}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        base = f"http://127.0.0.1:{port}/session"
+        made = _call("POST", base, {"capabilities": {"alwaysMatch": wanted}})
+        session = f"{base}/{made['sessionId']}"
+        try:
+            yield Browser(session)
+        finally:
+            _call("DELETE", session)
+    finally:
+        driver.terminate()
+        driver.communicate(timeout=30)
+
+
+def _call(method: str, url: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=500) as answer:
+        return json.load(answer)["value"]
