@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +20,17 @@ from cluster.token import keep_token
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 METER = "paredown_meter"
 """The resource that a node has one of: who holds it measures there, and nobody else."""
-START_S, POLL_S = 300.0, 0.2
+START_S, END_S, POLL_S = 300.0, 60.0, 0.2
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
 """Those of Ray's that have a fixed number, or are to be known."""
+TIED = """
+import ctypes, signal, sys
+from ray.scripts.scripts import main
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+main()
+"""
+"""Ray's command line, which ends with the thread that started it, even where that is killed."""
 
 
 @contextmanager
@@ -29,7 +38,8 @@ def own_head() -> Iterator[tuple[str, str]]:
     """A head for as long as the context is open: its address, and its dashboard's, which also takes jobs.
 
     What `ray.init` starts cannot be told which ports to use, and keeps no record of itself: a second one on a machine
-    takes no jobs, and those of the first may find the second.
+    takes no jobs, and those of the first may find the second. Its folder goes when it has ended, unless it never
+    started: then its log says why.
 
     Raises:
         ClusterError: it does not start.
@@ -37,7 +47,7 @@ def own_head() -> Iterator[tuple[str, str]]:
     keep_token()
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
+    command = [sys.executable, "-c", TIED, "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
     command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -47,12 +57,15 @@ def own_head() -> Iterator[tuple[str, str]]:
             command, env=environment | {"PATH": path}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip  # Ctrl-C is for the command, which ends its Ray itself
+    has_started = False
     try:
         _wait_for(head, ports["dashboard-port"], Path(log.name))
+        has_started = True
         yield f"127.0.0.1:{ports['port']}", f"127.0.0.1:{ports['dashboard-port']}"
     finally:
-        head.terminate()
-        head.wait()
+        _end(head)
+        if has_started:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
@@ -60,6 +73,15 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as taken:
         sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    head.terminate()
+    try:
+        head.wait(END_S)
+    except subprocess.TimeoutExpired:
+        head.kill()
+        head.wait()
 
 
 def _wait_for(head: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -24,7 +24,7 @@ from ray.exceptions import AuthenticationError
 from cluster.base import ClusterError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 Status: TypeAlias = Literal["pending", "running", "succeeded", "failed", "stopped"]
 
@@ -37,10 +37,14 @@ NOT_SENT = (
 MOST_BYTES = 512 * 1024**2
 """A larger folder is not even packed. Ray's job server takes 100 MiB, packed: of that, Ray itself says so."""
 
-CONNECT_S, POLL_S = 10, 0.5
+CONNECT_S, ANSWER_S, POLL_S = 10, 60, 0.5
+"""How long the head has to take a call and, each time, to say something; the latter with a folder of 100 MiB sent."""
 
 STOP_WAIT_S = 60
 """What a stopped job has for putting its books in order; Ray's own 3 seconds are too few for an MLflow server."""
+
+INSTALL_S = 900
+"""What a node has for installing packages: as long as Ray by itself waits for a job to start."""
 
 NODES = 10_000
 """The most nodes asked for, since Ray's own default is 100."""
@@ -80,12 +84,10 @@ class Jobs:
     """
 
     def __init__(self, address: str) -> None:
-        from ray.job_submission import JobSubmissionClient
-
         self.address = address.rstrip("/")
         _check_answer(self.address)
         with self._asking(), _without_overrides():
-            self._client = JobSubmissionClient(self.address)
+            self._client = _client(self.address)
 
     def submit(
         self,
@@ -119,7 +121,7 @@ class Jobs:
             _check_size(folder)
             wanted["working_dir"] = str(folder)
         if packages:
-            wanted["uv"] = list(packages)
+            wanted |= {"uv": list(packages), "config": {"setup_timeout_seconds": INSTALL_S}}
         with self._asking():
             self._client.submit_job(
                 entrypoint=entrypoint, submission_id=id, runtime_env=wanted, metadata=dict(metadata)
@@ -171,7 +173,7 @@ class Jobs:
                 return
             time.sleep(POLL_S)
 
-    def stop(self, id: str, timeout_s: float = 60) -> Job:
+    def stop(self, id: str, timeout_s: float = STOP_WAIT_S + 30) -> Job:
         """Asks the job to end by SIGTERM, and waits until it has; one that has ended stays as it is."""
         if not self.get(id).is_over:
             with self._asking():
@@ -237,6 +239,17 @@ class Jobs:
             ) from error
         except (OSError, RuntimeError, ValueError, KeyError, kind) as error:
             raise ClusterError(_refusal(self.address, str(error))) from error
+
+
+def _client(address: str) -> JobSubmissionClient:
+    """Ray's client, which by itself would wait for ever for a head that is silent."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Impatient(JobSubmissionClient):  # its constructor asks, too
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
+
+    return Impatient(address)
 
 
 def _check_answer(address: str) -> None:

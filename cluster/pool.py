@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import length_hint
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import remove_placement_group
 
 from cluster.base import ClusterError, Event, Failed, Item, Step, always
 from cluster.inline import listed
-from cluster.workers import Queue, Work, Worker, heard, line, stalled
+from cluster.workers import Queue, Room, Work, Worker, heard, line, stalled
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PATIENCE_S = 60
-LEAVE_S = 5
 
 
 class Pool:
@@ -37,6 +37,7 @@ class Pool:
         strategy: where Ray puts them.
         stall_s: the seconds after which an item that has told nothing is taken from its worker, as if that had died.
         worker: what each of them is; `Coordinator` for one that has a group of processes do its items.
+        lent: how many workers fewer there may be now, since others have their room.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Pool:
         strategy: Any,
         stall_s: float = math.inf,
         worker: type = Worker,
+        lent: Callable[[], int] = lambda: 0,
     ) -> None:
         options: dict[str, Any] = {
             "num_cpus": needs.get("CPU", 0),
@@ -61,18 +63,24 @@ class Pool:
         self._size = size
         self._needs = dict(needs)
         self._stall_s = stall_s
+        self._lent = lent
         self._living: set[Any] = set()
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._deaths = 0
         self._is_open = True
 
+    @property
+    def busy(self) -> int:
+        """How many workers have an item."""
+        return len(self._living) - len(self._idle) - len(self._starting)
+
     def fill(self) -> None:
         """Asks Ray for the workers that are missing.
 
         One gets work only once it has answered, so one that finds no room holds nothing up.
         """
-        while len(self._living) < self._size:
+        while len(self._living) < max(1, self._size - self._lent()):
             worker = self._actor.remote(self._context, sees_gpus=self._needs.get("GPU", 0) > 0)
             self._living.add(worker)
             self._starting[worker.ping.remote()] = worker
@@ -107,7 +115,7 @@ class Pool:
                     worker.answer.remote(go_on(event.index, event.value))
         finally:
             for work in active.values():
-                self._take_away(work.worker)
+                self._take_away(work)
 
     def close(self) -> None:
         """Kills the workers, whatever they do."""
@@ -143,6 +151,9 @@ class Pool:
             return None, None
         work = active[news]
         event, is_lost = heard(news, work) if has_news else (stalled(work), True)
+        if isinstance(event, Room):
+            active[news] = replace(work, began=time.monotonic(), heard=time.monotonic(), room=event)
+            return None, None
         if isinstance(event, Step):
             active[news] = replace(work, heard=time.monotonic())
             return event, work.worker
@@ -153,7 +164,7 @@ class Pool:
         log.warning(
             "item %d, attempt %d: %s", work.index, work.attempt, event.error if isinstance(event, Failed) else event
         )
-        self._drop(work.worker)
+        self._take_away(work)
         self._doubt()
         if work.attempt == ATTEMPTS:
             return event, work.worker
@@ -174,7 +185,7 @@ class Pool:
         except RayError as error:
             self._drop(worker)
             self._deaths += 1
-            if self._deaths > ATTEMPTS * self._size:
+            if self._deaths > ATTEMPTS + self._size:  # as many as one loss can take, and some more
                 raise ClusterError(
                     f"{self._deaths} workers died while starting: {line(error)}; expected them to load what they "
                     "are sent; check that the workers can import what the model and the data are made of"
@@ -194,32 +205,37 @@ class Pool:
                 "as it is while an item is taken and after one has ended; begin this run then, or end the other"
             )
         while True:
-            oldest = min(active, key=lambda one: active[one].heard, default=None)
+            begun = [one for one, work in active.items() if not work.waits]
+            oldest = min(begun, key=lambda one: active[one].heard, default=None)
             left_s = math.inf if oldest is None else max(1.0, active[oldest].heard + self._stall_s - time.monotonic())
             ready, _ = ray.wait(awaited, num_returns=1, timeout=min(PATIENCE_S, left_s), fetch_local=False)
             if ready:
                 return ready[0], True
             if left_s <= PATIENCE_S:
                 return oldest, False
-            if self._starting:
-                self._say_that_there_is_no_room()
+            rooms = [work.room for work in active.values() if work.room and work.waits]
+            if self._starting or rooms:
+                self._say_that_there_is_no_room(rooms)
 
-    def _say_that_there_is_no_room(self) -> None:
+    def _say_that_there_is_no_room(self, rooms: Sequence[Room]) -> None:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        needs = rooms[0].needs if rooms else self._needs
         log.warning(
-            "no news for %d s; %d of %d workers have no room yet: each needs %s, free are %s",
+            "no news for %d s; %d of %d %s have no room yet: each needs %s, free are %s",
             PATIENCE_S,
-            len(self._starting),
+            len(rooms) or len(self._starting),
             self._size,
-            listed(self._needs),
-            listed({name: free.get(name, 0) for name in self._needs}),
+            "groups" if rooms else "workers",
+            listed(needs),
+            listed({name: free.get(name, 0) for name in needs}),
         )
 
-    def _take_away(self, worker: Any) -> None:
-        """Kills a worker that has an item, once it has given back what others hold for that."""
-        if worker in self._living:
-            ray.wait([worker.leave.remote()], timeout=LEAVE_S)
-            self._drop(worker)
+    def _take_away(self, work: Work) -> None:
+        """Kills a worker that has an item, and gives back the item's room, which outlives it."""
+        if work.worker in self._living:
+            self._drop(work.worker)
+            if work.room is not None:
+                remove_placement_group(work.room.group)
 
     def _drop(self, worker: Any) -> None:
         """Kills a worker, unless that has been done."""

@@ -72,21 +72,22 @@ class RayCluster:
             self._disconnect()
             raise
         needs = {"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker else {"CPU": 1}
-        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s)
-        self._pool.fill()
+        self._stall_s = stall_s
+        self._counts = {function: count for function, count in shared.items() if count > 1}
         self._groups = {
             function: Pool(
                 Group(reference, count, needs),
                 size=size // count,
                 needs={},
-                strategy="SPREAD",
+                strategy=_here(),  # and Ray Train's own processes beside it: not where devices are measured
                 stall_s=stall_s,
                 worker=Coordinator,
             )
-            for function, count in shared.items()
-            if count > 1
+            for function, count in self._counts.items()
         }
         self._alone: dict[tuple[tuple[str, float], ...], Pool] = {}
+        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s, lent=self._lent)
+        self._pool.fill()
 
     def run(
         self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
@@ -107,6 +108,10 @@ class RayCluster:
             yield item
         self._pool.rest()
 
+    def _lent(self) -> int:
+        """How many workers' room the groups have that are at work."""
+        return sum(self._counts[function] * groups.busy for function, groups in self._groups.items())
+
     def alone(
         self,
         function: Callable[..., Any],
@@ -124,7 +129,8 @@ class RayCluster:
         self._pool.check_open()
         place = tuple(sorted(resources.items()))
         if place not in self._alone:
-            self._alone[place] = _exclusive(resources) if resources else _beside_the_driver()
+            make = partial(_exclusive, resources) if resources else _beside_the_driver
+            self._alone[place] = make(self._stall_s)
         return self._alone[place].run(partial(bare, function), items)
 
     def close(self) -> None:
@@ -139,7 +145,7 @@ class RayCluster:
             self._is_ours = False  # the next Ray of this process is another's
 
 
-def _exclusive(resources: Mapping[str, float]) -> Pool:
+def _exclusive(resources: Mapping[str, float], stall_s: float) -> Pool:
     """One process that holds these resources.
 
     Raises:
@@ -155,15 +161,19 @@ def _exclusive(resources: Mapping[str, float]) -> Pool:
             f"no node has {listed(resources)}; the nodes have {'; '.join(map(_shown, nodes))}; expected one to have "
             "it all; start Ray there with --resources, or correct the device's resources"
         )
-    return Pool(None, size=1, needs=resources, strategy="DEFAULT")
+    return Pool(None, size=1, needs=resources, strategy="DEFAULT", stall_s=stall_s)
 
 
-def _beside_the_driver() -> Pool:
+def _here() -> NodeAffinitySchedulingStrategy:
+    """Where Ray puts what is to be on the driver's node; a driver may sit outside the cluster."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _beside_the_driver(stall_s: float) -> Pool:
     """One process on the driver's node, which holds the node's meter where there is one."""
     here = ray.get_runtime_context().get_node_id()
     has_meter = any(node["NodeID"] == here and node["Resources"].get(METER, 0) >= 1 for node in ray.nodes())  # type: ignore[no-untyped-call]
-    where = NodeAffinitySchedulingStrategy(here, soft=True)  # a driver may sit outside the cluster
-    return Pool(None, size=1, needs={METER: 1} if has_meter else {}, strategy=where)
+    return Pool(None, size=1, needs={METER: 1} if has_meter else {}, strategy=_here(), stall_s=stall_s)
 
 
 def _shown(resources: Mapping[str, float]) -> str:

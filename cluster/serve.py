@@ -6,15 +6,18 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, TypeAlias
+from urllib.request import urlopen
 
 import ray
 from ray.exceptions import RayError
 
 from cluster.base import ClusterError
 from cluster.head import own_head
+
+log = logging.getLogger(__name__)
 
 App: TypeAlias = Any
 """An ASGI app."""
@@ -23,6 +26,8 @@ HEAD = {"node:__internal_head__": 0.001}
 """What only the head node has: the app is to be where the command is, and its files."""
 MOST_ONGOING = 256
 """Requests at once; event streams are long ones."""
+ANSWER_S = 10.0
+"""What the dashboard has to say whether it asks for a token."""
 CLOSING_S = 2.0
 PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 """Keeps Serve from listening on all interfaces, which it does with either of these, whatever host it was given."""
@@ -58,6 +63,7 @@ def connected(address: str) -> Iterator[str]:
                 f"the Ray cluster at {address!r} has no dashboard, which takes the jobs; expected one; "
                 "start its head with --include-dashboard=true"
             )
+        _warn_if_open(dashboard)
         yield f"http://{dashboard}"
 
 
@@ -75,21 +81,12 @@ def serving(
     `environment` is for the app's process.
 
     Raises:
-        ClusterError: the port is taken, Serve runs other apps on this cluster, or the app does not start.
+        ClusterError: Serve runs on this cluster already, the port is taken, or the app does not start.
     """
     from ray import serve
 
+    _check_idle(name)
     _check_free(host, port)
-    for noisy in ("ray.serve", "ray"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    running = serve.status()
-    if others := sorted(set(running.applications) - {name}):
-        raise ClusterError(
-            f"Ray Serve already runs {', '.join(others)} on this cluster, and keeps its host and port; expected a "
-            "cluster without Serve; use another one, or end it there with serve shutdown"
-        )
-    if running.proxies:  # of a command that was killed; what it listens on cannot be changed
-        serve.shutdown()  # type: ignore[no-untyped-call]
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -107,6 +104,21 @@ def serving(
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 
+def _check_idle(name: str) -> None:
+    """Refuses a cluster where Serve runs: what it listens on cannot be changed, and what it serves may be in use."""
+    from ray import serve
+
+    for noisy in ("ray.serve", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    running = serve.status()
+    if running.applications or running.proxies:
+        raise ClusterError(
+            f"Ray Serve already runs {', '.join(sorted(running.applications)) or 'without an app'} on this cluster; "
+            f"expected a cluster without Serve for {name}; stop the command that serves it or, where that was killed, "
+            "run: serve shutdown -y --address http://127.0.0.1:8265 (its dashboard)"
+        )
+
+
 def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any:
     from ray import serve
 
@@ -122,6 +134,16 @@ def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any
         graceful_shutdown_timeout_s=CLOSING_S,
     )
     return deployment.bind()
+
+
+def _warn_if_open(dashboard: str) -> None:
+    """Says so where Ray asks nobody for a token: the service's own would protect nothing."""
+    with suppress(OSError), urlopen(f"http://{dashboard}/api/version", timeout=ANSWER_S):
+        log.warning(
+            "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on it; expected one; "
+            "start it with RAY_AUTH_MODE=token, see docs/cluster.md",
+            dashboard,
+        )
 
 
 def _check_head() -> None:

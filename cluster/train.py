@@ -18,11 +18,16 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 
 from cluster.base import Done, Event, Failed, Item, Step, Stopped
 from cluster.inline import InlineCluster
-from cluster.workers import ProcessLost, line
+from cluster.workers import ProcessLost, Room, line
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Group:
     context: Any
     count: int
     needs: Mapping[str, float]
+
+    def room(self, there: PlacementGroup, *, is_there: bool) -> Room:
+        """What the item holds by having such a group."""
+        return Room(0, there, {name: amount * self.count for name, amount in self.needs.items()}, is_there)
 
 
 class ItemFailed(Exception):
@@ -46,32 +55,39 @@ class Coordinator:
 
     def __init__(self, group: Group, *, sees_gpus: bool) -> None:
         self._group = group
-        self._news: SimpleQueue[Event | None] = SimpleQueue()
+        self._news: SimpleQueue[Event | Room | None] = SimpleQueue()
         self._answers: SimpleQueue[bool] = SimpleQueue()
-        self._room: PlacementGroup | None = None
 
     def ping(self) -> None:
         """Answers."""
 
     @ray.method(num_returns="streaming")
-    def run(self, function: Callable[..., Any], item: Item, asks: bool) -> Iterator[Event]:
-        """The events of one item, numbered 0; seconds count from when its group was asked for, and for each process.
+    def run(self, function: Callable[..., Any], item: Item, asks: bool) -> Iterator[Event | Room]:
+        """The events of one item, numbered 0; seconds count from when there was room for its group, for each process.
+
+        Ray Train makes its own room and would wait for that in silence, so it is found first, here, and given up when
+        Train is ready to. The driver hears of both: Ray keeps them for as long as its job where this process dies.
 
         Raises:
             ProcessLost: the group ended without the item's own end.
         """
+        room = placement_group([dict(self._group.needs)] * self._group.count)
+        yield self._group.room(room, is_there=False)
+        ray.get(room.ready())
+        yield self._group.room(room, is_there=True)
         began = time.monotonic()
         here = ray.get_runtime_context().current_actor
         end: Done | Failed | Stopped | None = None
         with ThreadPoolExecutor(1) as thread:
-            group = thread.submit(_fit, partial(_take_part, self._group.context, here, function, item), self._group)
+            work = partial(_take_part, self._group.context, here, function, item)
+            group = thread.submit(_fit, work, self._group, room)
             group.add_done_callback(lambda _: self._news.put(None))
             while (event := self._news.get()) is not None:
-                if not isinstance(event, Step):
+                if not isinstance(event, Step | Room):
                     end = end or event  # where several processes fail, the first says why
                     continue
                 yield event
-                if not asks:
+                if isinstance(event, Step) and not asks:
                     self._answers.put(True)
         error = group.exception()
         if end is None or _is_lost(error):
@@ -83,16 +99,10 @@ class Coordinator:
         """Tells the item that waits whether it goes on."""
         self._answers.put(goes_on)
 
-    @ray.method(concurrency_group="control")
-    def leave(self) -> None:
-        """Gives back the room of the group: Ray Train does so after a kill only where Ray has a dashboard."""
-        if self._room is not None:
-            remove_placement_group(self._room)
-
     @ray.method(concurrency_group="group")
     def settle(self, room: PlacementGroup) -> None:
-        """Takes note of where the group is."""
-        self._room = room
+        """Takes note of where the group is, for after a kill: Ray Train frees that only where Ray has a dashboard."""
+        self._news.put(self._group.room(room, is_there=True))
 
     @ray.method(concurrency_group="group")
     def hear(self, event: Event) -> bool:
@@ -101,14 +111,16 @@ class Coordinator:
         return self._answers.get() if isinstance(event, Step) else False
 
 
-def _fit(work: Callable[[], None], group: Group) -> None:
-    """Has every process of a new group do `work`; Ray Train's own retries are off, since the pool's see to that."""
+def _fit(work: Callable[[], None], group: Group, room: PlacementGroup) -> None:
+    """Has every process of a new group do `work`, in place of `room`; Ray Train's own retries are off: the pool has its
+    own, and where another has taken the room since, it waits for room again and says so."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the data stay what they are to a worker
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process per group; a node that goes is a worker lost
     has_gpus = group.needs.get("GPU", 0) > 0
-    retries: dict[str, Any] = {"max_failures": 0, "max_preemption_failures": 0}
+    retries: dict[str, Any] = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": 0}
     settings: dict[str, Any] = {
         "worker_runtime_env": {} if has_gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         "failure_config": FailureConfig(**retries),
@@ -117,7 +129,9 @@ def _fit(work: Callable[[], None], group: Group) -> None:
     scale = ScalingConfig(num_workers=group.count, use_gpu=has_gpus, resources_per_worker=dict(group.needs))
     with TemporaryDirectory(prefix="paredown-") as folder:  # a run of a known name and place would go on with that
         run = RunConfig(name=f"item-{uuid4().hex}", storage_path=folder, **settings)
-        TorchTrainer(work, scaling_config=scale, run_config=run).fit()
+        trainer = TorchTrainer(work, scaling_config=scale, run_config=run)
+        remove_placement_group(room)
+        trainer.fit()
 
 
 def _take_part(context: Any, coordinator: Any, function: Callable[..., Any], item: Item) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 
 from cluster.base import Event, Failed, Item, always
 from cluster.inline import InlineCluster
@@ -42,12 +43,19 @@ class Worker:
         """Tells the item that waits whether it goes on."""
         self._answers.put(goes_on)
 
-    @ray.method(concurrency_group="control")
-    def leave(self) -> None:
-        """Gives back what others hold for the item: nothing."""
-
     def _answered(self, index: int, value: object) -> bool:
         return self._answers.get()
+
+
+@dataclass(frozen=True)
+class Room:
+    """What item number `index` holds beside its worker: `needs` of Ray's resources, for which it waits until they are
+    there."""
+
+    index: int
+    group: PlacementGroup
+    needs: Mapping[str, float]
+    is_there: bool
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,12 @@ class Work:
     attempt: int
     began: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
+    room: Room | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it cannot begin yet, so that its silence tells nothing."""
+        return self.room is not None and not self.room.is_there
 
 
 class Queue:
@@ -93,10 +107,10 @@ class ProcessLost(Exception):
     """One of the processes that share an item is gone, and so is what the others had of it."""
 
 
-def heard(stream: Any, work: Work) -> tuple[Event, bool]:
-    """The next event of an item, and whether its worker is lost."""
+def heard(stream: Any, work: Work) -> tuple[Event | Room, bool]:
+    """The next event of an item, or its room; and whether its worker is lost."""
     try:
-        event: Event = ray.get(next(stream))
+        event: Event | Room = ray.get(next(stream))
     except RayTaskError as error:  # the item's own errors are events: this one is of a value that does not pickle
         seconds = time.monotonic() - work.began
         is_lost = isinstance(error.cause, ProcessLost)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ SOURCES = ("zoo", "torchvision")
 
 DEEPEST = 16
 MOST_EVENTS = 20_000
+MOST_PARALLEL = 1024
 LONGEST_SCALAR = 1000
 FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
@@ -62,7 +63,7 @@ def admitted(body: bytes, media: str, rules: Rules) -> SearchSpec:
     """
     raw = _document(_text(body, media))
     spec = _parsed(raw)
-    refusals = [*_foreign_code(spec, rules.allowed), *_not_for_specs(raw)]
+    refusals = [*_foreign_code(spec, rules.allowed), *_not_for_specs(raw), *_too_many(spec)]
     paths = _paths(spec)
     for place, path in paths.items():
         try:
@@ -145,7 +146,7 @@ def _parsed(raw: dict[Any, Any]) -> SearchSpec:
         raise Refused(422, str(error)) from error
 
 
-def _foreign_code(spec: SearchSpec, allowed: Iterable[str]) -> list[str]:
+def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """What the spec would run that is not allowed."""
     named = {} if spec.metric == "top1" else {"metric": spec.metric}
     if spec.model.source in (*SOURCES, "mlflow"):
@@ -153,10 +154,13 @@ def _foreign_code(spec: SearchSpec, allowed: Iterable[str]) -> list[str]:
     else:
         named["model.name"] = spec.model.name
     named |= {f"{place}.name": data.name or "" for place, data in _data(spec).items() if data.source == "factory"}
+    sources = [one for one in allowed if one in SOURCES]
+    functions = [one for one in allowed if one not in SOURCES]
+    expected = {place: sources if place == "model.source" else functions for place in named}
     return [
-        f"{place} is {name!r}, which is not allowed over HTTP; expected one of {', '.join(allowed) or 'none'}"
+        f"{place} is {name!r}, which is not allowed over HTTP; expected one of {', '.join(expected[place]) or 'none'}"
         for place, name in named.items()
-        if name not in allowed
+        if name not in expected[place]
     ]
 
 
@@ -165,6 +169,14 @@ def _not_for_specs(raw: Mapping[str, Any]) -> list[str]:
     given = ["tracking"] if raw.get("tracking") else []
     given += ["cluster.address"] if "address" in (raw.get("cluster") or {}) else []
     return [f"{place} is set by the service; expected a spec without it" for place in given]
+
+
+def _too_many(spec: SearchSpec) -> list[str]:
+    """Workers that one request may not ask for."""
+    most = spec.cluster.max_parallel
+    if most == "auto" or most <= MOST_PARALLEL:
+        return []
+    return [f"cluster.max_parallel is {most}; expected {MOST_PARALLEL:,} at most, or auto"]
 
 
 def _data(spec: SearchSpec) -> dict[str, DataSpec]:

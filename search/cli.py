@@ -253,6 +253,8 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except Exception as error:
+        if _is_told(error):
+            _stop(str(error), WRONG_INPUT)
         code = _exit_code(error)
         if code is None:
             raise
@@ -260,11 +262,17 @@ def main() -> NoReturn:
     raise SystemExit(0)
 
 
-def _exit_code(error: Exception) -> int | None:
-    """What an error that a user can mend ends with; None for a fault of ours."""
+def _is_told(error: Exception) -> bool:
+    """Whether this is wrong input in our own words; to find that out imports nothing that takes seconds."""
     from cluster import ClusterError
-    from methods.base import Infeasible, MethodError
     from search.base import SearchError
+
+    return isinstance(error, SearchError | ClusterError)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """What any other error that a user can mend ends with; None for a fault of ours."""
+    from methods.base import Infeasible, MethodError
     from search.compress import CompressionFailed
     from search.store import is_store_fault
 
@@ -273,7 +281,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, CompressionFailed | FloatingPointError) or is_store_fault(error):
         return FAILED
     is_file = isinstance(error, OSError) and error.filename is not None
-    return WRONG_INPUT if is_file or isinstance(error, SearchError | ClusterError | MethodError) else None
+    return WRONG_INPUT if is_file or isinstance(error, MethodError) else None
 
 
 def _message(error: Exception) -> str:

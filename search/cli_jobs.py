@@ -123,7 +123,7 @@ def stop(id: Id, address: Head = LOCAL, as_json: AsJson = False) -> None:
 def show_all(address: Head = LOCAL, as_json: AsJson = False) -> None:
     """List the cluster's searches, the newest last."""
     from cluster import Jobs
-    from search.submit import search_of
+    from search.metadata import search_of
 
     found = [job for job in Jobs(address).all() if search_of(job) is not None]
     if as_json:
@@ -153,14 +153,15 @@ def _model(winner: Mapping[str, Any]) -> str:
 def _progress(job: Job, uri: str | None) -> Progress | str:
     """How far the job's search is by its record, or why that is not known here."""
     from search.base import TrackingError
+    from search.metadata import URI, search_of
     from search.progress import progress
-    from search.submit import URI, search_of
+    from search.store import sqlite_path
 
     name, place = search_of(job), uri or job.metadata.get(URI, "")
     if name is None:
         return "this job is no search"
-    if "***" in place:
-        return f"its store {place} needs a password; give all of it by PAREDOWN_URI"
+    if (path := sqlite_path(place)) is not None and not path.is_file():
+        return f"its store {place} is a file of the head's; ask there, or give the search an MLflow server"
     if not _answers(place):
         return f"its store {place} does not answer from here"
     try:

@@ -8,14 +8,20 @@ import secrets
 import signal
 import stat
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 
-from search.base import SearchError, masked
+from search.base import SearchError
+
+if TYPE_CHECKING:
+    from search.guard import Door
+    from search.service import Settings
+    from search.watching import Place
 
 LEAST_TOKEN = 16
 VARIABLE = "PAREDOWN_TOKEN"
@@ -27,43 +33,89 @@ ENVIRONMENT = {
 """Of the service's process: who asks over HTTP is told that a server is away, and does not wait for minutes."""
 
 
+Head = Annotated[
+    str, typer.Option(help="The Ray cluster whose head this machine is, such as 127.0.0.1:6379; auto starts one.")
+]
+Host = Annotated[str, typer.Option(help="What to listen on; anything but this machine alone needs a token.")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+Uri = Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")]
+Studies = Annotated[str, typer.Option(help="Optuna's journal file or database.", envvar="PAREDOWN_STUDIES")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="zoo, torchvision, or a factory pkg.mod:fn, which specs may name; the first two unless given."),
+]
+Root = Annotated[Path | None, typer.Option(help="The folder whose files specs may name; without it, none.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(help=f"The token's file, made where there is none; ${VARIABLE} goes before it.")
+]
+Searches = Annotated[
+    int, typer.Option(min=1, help="How many may run at once; each takes about 1 GB of this machine's memory.")
+]
+
+
 def add(app: typer.Typer) -> None:
     """Makes the command the app's own."""
     app.command()(serve)
 
 
 def serve(
-    address: Annotated[
-        str, typer.Option(help="The Ray cluster whose head this machine is, such as 127.0.0.1:6379; auto starts one.")
-    ] = "auto",
-    host: Annotated[
-        str, typer.Option(help="What to listen on; anything but this machine alone needs a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8700,
-    uri: Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")] = "sqlite:///paredown.db",
-    studies: Annotated[
-        str, typer.Option(help="Optuna's journal file or database.", envvar="PAREDOWN_STUDIES")
-    ] = "paredown.studies",
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="zoo, torchvision, or a factory pkg.mod:fn, which specs may name; the first two unless given."
-        ),
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="The folder whose files specs may name; without it, none.")] = None,
-    token_file: Annotated[
-        Path | None, typer.Option(help=f"The token's file, made where there is none; ${VARIABLE} goes before it.")
-    ] = None,
+    address: Head = "auto",
+    host: Host = "127.0.0.1",
+    port: Port = 8700,
+    uri: Uri = "sqlite:///paredown.db",
+    studies: Studies = "paredown.studies",
+    allow: Allow = None,
+    root: Root = None,
+    token_file: TokenFile = None,
+    searches: Searches = 4,
 ) -> None:
     """Serve searches over HTTP, with a page: submit, watch, stop. Runs on the head node of the cluster."""
     if address == "auto":
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads this once, when it is imported
+    from search.admission import SOURCES, Rules
+    from search.service import Settings
+    from search.watching import Place
+
+    door = _door(token_file, host)
+    rules = Rules(tuple(allow or SOURCES), None if root is None else root.resolve())
+    place = Place("", _absolute(uri), _absolute(studies))
+    _check_stores(place)
+    _run(Settings(place, rules, door, searches=searches), address, host, port)
+
+
+def _run(settings: Settings, address: str, host: str, port: int) -> None:
+    """Serves until Ctrl-C or a signal; the settings' address of jobs and links become those of this Ray."""
     from cluster.serve import connected, serving
     from search import service
-    from search.admission import SOURCES, Rules
+
+    logging.getLogger("search").setLevel(logging.INFO)
+    _end_alike()
+    with suppress(KeyboardInterrupt), connected(address) as dashboard:
+        place = replace(settings.place, jobs=dashboard)
+        build = partial(service.app, replace(settings, place=place, links=_links(place.uri, dashboard, host)))
+        with serving(build, name="paredown", host=host, port=port, environment=ENVIRONMENT) as url:
+            _end_alike()  # Ray has taken SIGTERM
+            needs = "behind its token" if settings.door.digest else "for this machine alone"
+            typer.echo(f"Paredown is at {url}, {needs}; it records in {place.uri}. Ctrl-C ends it.")
+            known = f"RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={dashboard}"
+            typer.echo(f"In another terminal: export {known}, then paredown list, paredown logs ID")
+            signal.pause()
+
+
+def _end_alike() -> None:
+    """Has SIGTERM and a closed terminal end the command as Ctrl-C does, with all that it started."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, signal.default_int_handler)
+
+
+def _door(token_file: Path | None, host: str) -> Door:
+    """Whom to let in.
+
+    Raises:
+        SearchError: others can reach the host, and there is no token.
+    """
     from search.guard import LOOPBACK, Door, digest_of
-    from search.store import check_store, sqlite_path
-    from search.watching import Place
 
     token = token_of(token_file)
     if token is None and host not in LOOPBACK:
@@ -71,28 +123,26 @@ def serve(
             f"--host is {host!r} and there is no token; expected one, since others can reach this address; "
             f"give --token-file, or set {VARIABLE}"
         )
-    door = Door(None if token is None else digest_of(token))
-    rules = Rules(tuple(allow or SOURCES), None if root is None else root.resolve())
-    if sqlite_path(uri) is not None:
-        check_store(uri)
-    logging.getLogger("search").setLevel(logging.INFO)
-    with connected(address) as dashboard, suppress(KeyboardInterrupt):
-        place = Place(dashboard, _absolute(uri), _absolute(studies))
-        build = partial(service.app, service.Settings(place, rules, door, _links(uri, dashboard)))
-        with serving(build, name="paredown", host=host, port=port, environment=ENVIRONMENT) as url:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler)  # Ray has taken them
-            needs = "behind its token" if token else "for this machine alone"
-            typer.echo(f"Paredown is at {url}, {needs}; it records in {masked(uri)}. Ctrl-C ends it.")
-            signal.pause()
+    return Door(None if token is None else digest_of(token))
 
 
-def _links(uri: str, dashboard: str) -> dict[str, str]:
-    """Where a person finds the rest, without what a store's address may hold of a password."""
-    place = urlsplit(uri)
-    if place.scheme not in ("http", "https"):
-        return {"Ray": dashboard}
-    return {"MLflow": f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}", "Ray": dashboard}
+def _check_stores(place: Place) -> None:
+    """Refuses stores that no job can use, before anything is started."""
+    from search.store import check_store, sqlite_path
+    from search.submit import check_secrets
+
+    check_secrets(place.uri, place.studies)
+    if sqlite_path(place.uri) is not None:
+        check_store(place.uri)
+
+
+def _links(uri: str, dashboard: str, host: str) -> dict[str, str]:
+    """Where a person finds the rest; without what is on loopback, where others can reach the service."""
+    from search.guard import LOOPBACK
+
+    links = {"MLflow": uri} if uri.startswith(("http://", "https://")) else {}
+    links["Ray"] = dashboard
+    return {name: url for name, url in links.items() if host in LOOPBACK or urlsplit(url).hostname not in LOOPBACK}
 
 
 def token_of(file: Path | None) -> bytes | None:

@@ -95,6 +95,8 @@ class Guard:
                 await answer(refused, safely)
             else:
                 await self._app(scope, bounded(receive), safely)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # there is none here; servers answer it with 403
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

@@ -20,7 +20,7 @@ from search.devices import rooflines
 from search.frontier import Candidate, SearchResult
 from search.prepare import Prepared, prepare, rung
 from search.records import open_search
-from search.register import register
+from search.register import check_model, register
 from search.report import html
 from search.runner import Clock, Runner
 from search.spec import SearchSpec
@@ -48,8 +48,10 @@ def search(
 
     Raises:
         SpecChanged: a search of this name is on record with another spec.
+        SpecError: its registered model is another's.
     """
     check_store(spec.tracking.uri)
+    check_model(spec)
     studies_at = storage(spec.tracking.studies)
     path = report_path(spec)
     path.parent.mkdir(parents=True, exist_ok=True)

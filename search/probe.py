@@ -21,11 +21,12 @@ VARIABLE = "PAREDOWN_PROBE"
 
 @dataclass(frozen=True)
 class Sought:
-    """What the head must see: `marks` are files put beside stores on the submitter's disk, `files` what a spec names.
+    """What the head must see for search `name`: `marks` put beside stores on the submitter's disk, the spec's `files`.
 
     Relative `files` are looked for in the job's folder, which is the spec's.
     """
 
+    name: str
     marks: Sequence[str]
     files: Sequence[str]
 
@@ -64,10 +65,11 @@ def check(sought: Sought, uri: str, studies: str) -> None:
                 f"{file!r}, which the spec names, is not on the cluster's head; expected it in the spec's folder as it "
                 "was sent, or at that path there; take it out of .gitignore and .rayignore, or correct the path"
             )
-    from search.store import check_store
+    from search.store import check_artifacts, check_store
     from search.study import storage
 
     check_store(uri)
+    check_artifacts(uri, sought.name)
     try:
         storage(studies)
     except OSError as error:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from search.base import TrackingError
-from search.frontier import BudgetResult, winner
+from search.frontier import BudgetResult, Candidate, winner
 from search.records import find_begun
 from search.store import FAULTS, unwritable
-from search.tracking import Phase
+from search.tracking import Phase, Tracker
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,14 @@ def progress(uri: str, name: str) -> Progress:
     """
     try:
         tracker = find_begun(uri, name)
-        run = tracker.client.get_run(tracker.run_id)
-        trials = tracker.trials()
+        return so_far(tracker, name, tracker.trials())
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def so_far(tracker: Tracker, name: str, trials: Sequence[Candidate]) -> Progress:
+    """How far the search is that `tracker` found under this name, of which these trials have ended."""
+    run = tracker.client.get_run(tracker.run_id)
     tags = run.data.tags
     limits: dict[str, dict[str, float]] = json.loads(tags["paredown.limits"])
     winners = {budget: winner(trials, limit) for budget, limit in limits.items()}

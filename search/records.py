@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -97,7 +98,39 @@ def find_begun(uri: str, name: str) -> Tracker:
     found = client.get_experiment_by_name(name)
     parents = client.search_runs([found.experiment_id], "tags.`paredown.started` != ''") if found else []
     if not found or not parents:
-        names = [experiment.name for experiment in client.search_experiments() if experiment.name != "Default"]
-        held = ", ".join(names) or "none"
+        others = {experiment.name for experiment in client.search_experiments()} - {"Default", name}
+        held = ", ".join(sorted(others)) or "no other"
         raise TrackingError(f"no search {name!r} in {masked(uri)}; it holds {held}; check the name")
     return Tracker(client, found.experiment_id, parents[0])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A search as a store lists it: `started` and `ended` are Unix times in seconds, of its latest sitting's end."""
+
+    name: str
+    phase: str
+    started: float | None
+    ended: float | None
+
+
+def recorded(uri: str) -> list[Recorded]:
+    """The searches of the MLflow store at `uri`, the latest first, 1,000 at most.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    check_store(uri)
+    client = connect(uri)
+    try:
+        names = {one.experiment_id: one.name for one in client.search_experiments()}
+        runs = client.search_runs(list(names), "tags.`paredown.started` != ''")
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+    latest = {run.info.experiment_id: run for run in reversed(runs)}
+    return [_recorded(names[experiment], run) for experiment, run in reversed(latest.items())]
+
+
+def _recorded(name: str, run: Run) -> Recorded:
+    started, ended = (None if time is None else time / 1000 for time in (run.info.start_time, run.info.end_time))
+    return Recorded(name, run.data.tags.get("paredown.phase", "starting"), started, ended)

@@ -13,11 +13,12 @@ from torch import nn
 from methods import named
 from methods.pipeline import rebuild
 from methods.training import evaluate
-from search.base import Report, SpecError
+from search.base import Report, SpecError, TrackingError
 from search.frontier import BudgetResult, Candidate, SearchResult, frontier
 from search.records import find_search
-from search.registry import check_alias, of_a_budget
+from search.registry import Registry, check_alias, of_a_budget
 from search.spec import SearchSpec
+from search.store import FAULTS, connect, unwritable
 from search.targets import LATENCY
 from search.tracking import Tracker
 from search.workload import Workload
@@ -29,14 +30,32 @@ TAG_BYTES = 65_535
 """The longest tag: MLflow takes 100,000 characters, but the column of its MySQL stores holds this many bytes."""
 
 
+def check_model(spec: SearchSpec) -> None:
+    """Refuses a search that takes its registered model's name from its own where another has made a model of that name.
+
+    Raises:
+        SpecError: there is one.
+        TrackingError: the store cannot be reached.
+    """
+    if spec.tracking.registered_model is not None:
+        return
+    uri = spec.tracking.uri
+    try:
+        Registry(connect(uri), spec.registered_model).check_made_by(spec.name)
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+
+
 def register(spec: SearchSpec, workload: Workload, tracker: Tracker, report: Report) -> None:
     """Stores every frontier member and registers the winners; what is already there stays.
 
     The test set is read here and nowhere else: once for the teacher, once per registered version.
 
     Raises:
+        SpecError: the registered model is another's.
         WorkloadError: a student's exported program does not do what the student does; it is not registered.
     """
+    check_model(spec)
     result = tracker.result()
     if result.teacher.top1_test is None:
         test = evaluate(workload.teacher.cpu(), workload.splits.test, workload.metric)

@@ -33,6 +33,8 @@ from search.targets import LATENCY
 from search.usercode import first_line
 from search.workload import exported
 
+MADE_BY = "paredown.search"
+"""The tag of a registered model that names the search it was made for."""
 TOLERANCE = 1e-4
 """How far the outputs of a stored program may lie from the student's, as a share of the largest one or of 1."""
 
@@ -52,6 +54,25 @@ class Registry:
     def __init__(self, client: MlflowClient, model: str) -> None:
         self._client = client
         self.model = model
+
+    def check_made_by(self, search: str) -> None:
+        """Refuses a registered model that was not made for this search: what its aliases point at is somebody's.
+
+        Raises:
+            SpecError: there is one of this name, by hand or for another search.
+        """
+        try:
+            maker = self._client.get_registered_model(self.model).tags.get(MADE_BY)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return
+        if maker != search:
+            made = "by hand" if maker is None else f"for search {maker!r}"
+            raise SpecError(
+                f"there is a registered model {self.model!r}, made {made}; expected none, or the search's own, whose "
+                "aliases it may move; rename the search, or name the model as tracking.registered_model to share it"
+            )
 
     def stored(self, run_id: str) -> str | None:
         """The URI of the model stored with a trial, if that is done."""
@@ -155,8 +176,9 @@ class Registry:
         }
 
     def _add(self, budget: str, run_id: str, uri: str, tags: Mapping[str, object]) -> Version:
+        search = self._client.get_experiment(self._client.get_run(run_id).info.experiment_id).name
         try:
-            self._client.create_registered_model(self.model)
+            self._client.create_registered_model(self.model, tags={MADE_BY: search})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

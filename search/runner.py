@@ -172,12 +172,12 @@ class Runner:
         begun: set[str] = set()
         for one in waiting:
             self._tracker.planned(one.run_id, one.fitted, one.work)
-            if one.work in begun:
-                self._twins.append(one)
-            elif (source := self._sources.get(one.work)) is not None:
+            if (source := self._sources.get(one.work)) is not None:
                 self._tracker.reuse(one.run_id, source)
                 self._end(one.run_id)
                 self._tell(one.proposal, "trained before")
+            elif one.work in begun:
+                self._twins.append(one)
             else:
                 begun.add(one.work)
                 self._training.append(one)

@@ -35,7 +35,8 @@ from search.figures import LABELS, SYMBOLS
 from search.frontier import SearchResult
 from search.guard import LARGEST_BYTES, Door, Guard, Refused
 from search.records import find_search
-from search.spec import SearchSpec
+from search.register import check_model
+from search.spec import SearchSpec, tracked
 from search.store import FAULTS
 from search.submit import submit
 from search.watching import Place, View
@@ -44,7 +45,8 @@ log = logging.getLogger(__name__)
 
 BODY_S = 30.0
 """How long a client may take to send a spec."""
-MOST_RUNNING = 16
+AGAIN = "submit the spec to the service again"
+"""How to go on with a search that was stopped, for its log."""
 MOST_WATCHERS = 64
 REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -55,12 +57,16 @@ REPORT_POLICY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the service is started with. `links` are those that the page shows: a name to an address."""
+    """What the service is started with.
+
+    `links` are those that the page shows, a name to an address; `searches` is how many may run at once.
+    """
 
     place: Place
     rules: Rules = field(default_factory=Rules)
     door: Door = field(default_factory=Door)
     links: dict[str, str] = field(default_factory=dict)
+    searches: int = 4
 
 
 class Submitted(BaseModel):
@@ -108,6 +114,15 @@ BODY = {
     }
 }
 
+EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["progress", "points", "trouble", "end"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+
 
 def _searches(inner: FastAPI, settings: Settings) -> None:
     """Submitting, listing, looking at and stopping."""
@@ -117,17 +132,11 @@ def _searches(inner: FastAPI, settings: Settings) -> None:
     @inner.post("/searches", status_code=202, responses=_refused(400, 408, 409, 415), openapi_extra=BODY)
     async def submit_search(request: Request) -> Submitted:
         """Submit a spec; the search runs as a job of the cluster. Submitting a spec again goes on with its search."""
-        try:
-            async with asyncio.timeout(BODY_S):
-                body = await request.body()
-        except TimeoutError as error:
-            raise Refused(
-                408, f"the body took more than {BODY_S:g} s; expected a spec at once; send it again"
-            ) from error
+        body = await _body(request)
         kind = request.headers.get("content-type", "")
         spec = await run_in_threadpool(admitted, body, kind, settings.rules)
         running = await run_in_threadpool(watching.running, place)
-        _check_room(spec.name, running | submitting)
+        _check_room(spec.name, running | submitting, settings.searches)
         submitting.add(spec.name)  # at once, since the cluster knows of it only after a while
         try:
             return await run_in_threadpool(_submitted, spec, place)
@@ -142,7 +151,7 @@ def _searches(inner: FastAPI, settings: Settings) -> None:
     @inner.get("/searches/{id}", responses=_refused(404))
     def show_search(id: str) -> View:
         """How far a search is: its phase, trials, the best of each budget so far, and the seconds spent."""
-        return watching.in_full(watching.found(place, id), place.uri)
+        return watching.look(watching.found(place, id), place.uri).view
 
     @inner.delete("/searches/{id}", responses=_refused(404))
     def stop_search(id: str) -> View:
@@ -150,32 +159,41 @@ def _searches(inner: FastAPI, settings: Settings) -> None:
         job = watching.found(place, id)
         if not job.is_over:
             job = watching.jobs(place.jobs).stop(job.id)
-        return watching.in_full(job, place.uri)
+        return watching.look(job, place.uri).view
+
+
+async def _body(request: Request) -> bytes:
+    """The whole body, of a client that does not dawdle."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.body()
+    except TimeoutError as error:
+        raise Refused(408, f"the body took more than {BODY_S:g} s; expected a spec at once; send it again") from error
 
 
 def _submitted(spec: SearchSpec, place: Place) -> Submitted:
     """Submits a spec that was admitted; its folder is gone once the cluster has a copy."""
+    check_model(tracked(spec, place.uri, None))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{spec.name[:100]}.yaml")
+        path = Path(folder, f"{spec.name}.yaml")
         path.write_text(spec.text)
-        job = submit(watching.jobs(place.jobs), path, uri=place.uri, studies=place.studies)
+        job = submit(watching.jobs(place.jobs), path, uri=place.uri, studies=place.studies, again=AGAIN)
     log.info("submitted %s", job.id)
     return Submitted(id=job.id, name=spec.name)
 
 
-def _check_room(name: str, running: set[str]) -> None:
-    """Refuses a second search of a name, and more than `MOST_RUNNING` in all."""
+def _check_room(name: str, running: set[str], most: int) -> None:
+    """Refuses a second search of a name, and more than `most` in all."""
     if name in running:
         raise Refused(409, f"search {name!r} is running; expected one at a time of a name; wait, stop it, or rename it")
-    if len(running) >= MOST_RUNNING:
-        raise Refused(
-            429, f"{len(running)} searches are running; expected fewer than {MOST_RUNNING}; wait for one, or stop one"
-        )
+    if len(running) >= most:
+        raise Refused(429, f"{len(running)} searches run; expected fewer than {most}; wait for one, or stop one")
 
 
 def _results(inner: FastAPI, place: Place) -> None:
     """What a search found, once or as it goes."""
     watchers = 0
+    looks = watching.Looks(place)
 
     @inner.get("/searches/{id}/frontier", responses=_refused(404))
     def show_frontier(id: str) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def _results(inner: FastAPI, place: Place) -> None:
         headers = {"content-security-policy": REPORT_POLICY, "cross-origin-opener-policy": "unsafe-none"}
         return HTMLResponse(page, headers=headers)
 
-    stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    stream = {"content": {"text/event-stream": {"schema": EVENT}}}
 
     @inner.get("/searches/{id}/events", response_class=StreamingResponse, responses={200: stream, **_refused(404)})
     async def watch_search(id: str) -> StreamingResponse:
@@ -203,7 +221,7 @@ def _results(inner: FastAPI, place: Place) -> None:
         nonlocal watchers
         watchers += 1
         try:
-            async for event in watching.events(place, id):
+            async for event in watching.events(looks, id):
                 yield event
         finally:
             watchers -= 1

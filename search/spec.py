@@ -99,7 +99,7 @@ class _Strict(BaseModel):
 Limit = Annotated[Amount, BeforeValidator(amount), PlainSerializer(str, when_used="json")]
 Latency = Annotated[Time, BeforeValidator(latency), PlainSerializer(str, when_used="json")]
 Drop = Annotated[float, BeforeValidator(drop)]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
 Held = Annotated[float, Field(gt=0, strict=False)]
@@ -324,7 +324,9 @@ def renamed(spec: SearchSpec, name: str) -> SearchSpec:
         SpecError: it is no name.
     """
     if not re.fullmatch(NAME, name):
-        raise SpecError(f"--fork is {name!r}; expected letters, digits, '-' and '_', such as digits-2; correct it")
+        raise SpecError(
+            f"--fork is {name!r}; expected up to 100 letters, digits, '-' and '_', such as digits-2; correct it"
+        )
     return spec.model_copy(update={"name": name})
 
 

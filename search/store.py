@@ -50,6 +50,26 @@ def check_store(uri: str) -> None:
         raise TrackingError(unwritable(uri, str(error))) from error
 
 
+def check_artifacts(uri: str, name: str) -> None:
+    """Makes sure that files can be kept in the MLflow store, in the experiment of search `name`, and read again.
+
+    Raises:
+        TrackingError: they cannot; a server may well be reached and its files not be.
+    """
+    client = connect(uri)
+    try:
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location(uri, name))
+        run_id = client.create_run(experiment, run_name="check").info.run_id
+        try:
+            client.log_text(run_id, name, "check.txt")
+            artifact(client, run_id, "check.txt")
+        finally:
+            client.delete_run(run_id)
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+
+
 def _quiet() -> None:
     """Has MLflow keep its news to itself."""
     for noisy in ("mlflow", "alembic"):

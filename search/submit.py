@@ -1,7 +1,7 @@
 """A search as a job on a Ray cluster: what cannot work is refused here, at once, and not by the job in minute 40.
 
-The job is the same `paredown search`, run on the head by the code this process has imported. Stores are given to it by
-variables, not on its command line, which every process of the head can read.
+The job is the same `paredown search`, run on the head by the code this process has imported. What it is given, Ray logs
+and shows to every user of the cluster, so no secret is: those for the stores are the head's own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import math
 import re
 import secrets
 import shlex
@@ -25,18 +25,17 @@ import cluster
 import methods
 import search
 from cluster import ClusterError, Job, Jobs
+from cluster.jobs import INSTALL_S
 from search.base import SearchError, masked
+from search.metadata import DIGEST, NAME, URI, search_of
 from search.probe import MARK, VARIABLE, Sought
 from search.spec import SearchSpec, load, tracked
 from search.store import sqlite_path
 
 log = logging.getLogger(__name__)
 
-NAME, DIGEST, URI = "paredown.search", "paredown.digest", "paredown.uri"
-"""What the metadata of a search's job holds: its name, a hash of what decides it, its store without passwords."""
-
-PROBE_S, INSTALL_S = 300, 1800
-"""How long the head has for its answer; longer where it first installs packages."""
+PROBE_S = 300
+"""How long the head has for its answer, beside what it takes to install packages."""
 
 AGAIN = "PAREDOWN_AGAIN"
 """The variable that tells a job by which command it was begun, so that a stopped one can say how to go on."""
@@ -51,16 +50,24 @@ class Stores:
     marked: Sequence[Path]
 
 
-def submit(jobs: Jobs, spec: Path, *, uri: str | None = None, studies: str | None = None, install: bool = False) -> Job:
+def submit(
+    jobs: Jobs,
+    spec: Path,
+    *,
+    uri: str | None = None,
+    studies: str | None = None,
+    install: bool = False,
+    again: str | None = None,
+) -> Job:
     """Submits the search of a spec, or goes on with one that was stopped: the record decides, as for `paredown search`.
 
-    The spec's folder goes along, without what its .gitignore and .rayignore name; so do the credentials for the MLflow
-    server that this process has.
+    The spec's folder goes along, without what its .gitignore and .rayignore name.
 
     Args:
         uri: an MLflow store instead of the spec's.
         studies: Optuna's storage instead of the spec's.
         install: has Ray install this project's locked requirements on every node.
+        again: how to go on with the search where it is stopped; else the same `paredown submit`.
 
     Raises:
         SpecError: the spec is wrong.
@@ -69,33 +76,28 @@ def submit(jobs: Jobs, spec: Path, *, uri: str | None = None, studies: str | Non
     """
     settings = tracked(load(spec), uri, studies)
     file = spec.resolve()
+    check_secrets(settings.tracking.uri, settings.tracking.studies)
     number = _number(jobs, settings.name)
     _check_resources(jobs, settings)
     places = stores(settings)
     check_loopback(jobs.address, places)
     packages = _requirements() if install else ()
-    environment = {**_credentials(), "PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
+    environment = {"PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
     id = f"{settings.name}-{number}"
     _probe(jobs, id, file, settings, places, environment=environment, packages=packages)
     given = {"--uri": uri, "--studies": studies}
-    options = [word for key, value in given.items() if value for word in (key, masked(value))]
-    again = shlex.join(
-        ["paredown", "submit", str(spec), "--address", jobs.address, *options, *(["--install"] if install else [])]
-    )
+    options = [word for key, value in given.items() if value for word in (key, value)]
+    options += ["--install"] if install else []
+    command = ["paredown", "submit", str(spec), "--address", jobs.address, *options]
     return jobs.submit(
         f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
         id=id,
         folder=file.parent,
         modules=_modules(),
-        environment=environment | {AGAIN: again},
+        environment=environment | {AGAIN: again or shlex.join(command)},
         packages=packages,
-        metadata={NAME: settings.name, DIGEST: _digest(settings), URI: masked(places.uri)},
+        metadata={NAME: settings.name, DIGEST: _digest(settings), URI: places.uri},
     )
-
-
-def search_of(job: Job) -> str | None:
-    """The name of a job's search; None for a job that is none."""
-    return job.metadata.get(NAME)
 
 
 def _number(jobs: Jobs, name: str) -> int:
@@ -119,28 +121,33 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
 
     Only trials can wait for nodes that come with demand, and only where the spec says how many at once.
     """
-    gpus = settings.cluster.gpus_per_trial
+    gpus, workers = settings.cluster.gpus_per_trial, settings.recovery.workers
     needed: dict[str, Mapping[str, float]] = {
         f"device {name!r}": device.resources for name, device in settings.devices.items() if device.resources
     }
     needed["a trial"] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    times = {"a trial": workers}
     nodes = jobs.nodes()
-    lacking = [
-        what
-        for what, wanted in needed.items()
-        if not any(all(node.get(key, 0) >= amount for key, amount in wanted.items()) for node in nodes)
-    ]
+    lacking = [what for what, wanted in needed.items() if _places(nodes, wanted) < times.get(what, 1)]
     if not lacking:
         return
-    wants = ", ".join(f"{what} needs {_listed(needed[what])} of one node" for what in lacking)
+    each = f" for each of its {workers} workers" if workers > 1 else ""
+    wants = ", ".join(
+        f"{what} needs {_listed(needed[what])} of one node{each if what in times else ''}" for what in lacking
+    )
     have = "; ".join(_listed({key: node[key] for key in node if not _is_of_all(key)}) or "nothing" for node in nodes)
     message = f"{wants}, but the nodes of {jobs.address} have {have}"
     if settings.cluster.max_parallel == "auto" or lacking != ["a trial"] or not jobs.may_grow():
         raise SearchError(
-            f"{message}; expected a node with all of it; add one, or correct the spec; where nodes for trials come "
+            f"{message}; expected nodes with all of it; add some, or correct the spec; where nodes for trials come "
             "with demand, give cluster.max_parallel as a number"
         )
     log.warning("%s; expected the cluster to grow when trials ask for more", message)
+
+
+def _places(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
+    """How many times over the nodes have what is wanted, none of it split."""
+    return sum(min(math.floor(node.get(key, 0) / amount) for key, amount in wanted.items()) for node in nodes)
 
 
 def _listed(resources: Mapping[str, float]) -> str:
@@ -168,6 +175,21 @@ def stores(settings: SearchSpec) -> Stores:
     return Stores(uri, studies, marked)
 
 
+def check_secrets(uri: str, studies: str) -> None:
+    """Refuses stores whose addresses hold a password.
+
+    Raises:
+        SearchError: one does.
+    """
+    for key, place in (("tracking.uri", uri), ("tracking.studies", studies)):
+        if masked(place) != place:
+            raise SearchError(
+                f"{key} is {masked(place)}: Ray would log its password on every node; expected that in the environment "
+                "of `ray start` on the head, such as MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, or as "
+                "PGPASSWORD; set it there, and leave it out here"
+            )
+
+
 def check_loopback(address: str, places: Stores) -> None:
     """Refuses servers on this machine's loopback where the head, by its address, is another machine."""
     if _is_this_machine(urlsplit(address).hostname or ""):
@@ -175,7 +197,7 @@ def check_loopback(address: str, places: Stores) -> None:
     for key, place in (("tracking.uri", places.uri), ("tracking.studies", places.studies)):
         if "://" in place and _is_loopback(urlsplit(place).hostname or ""):
             raise SearchError(
-                f"{key} is {masked(place)}, which is this machine's own, but the head is {address}; expected a server "
+                f"{key} is {place}, which is this machine's own, but the head is {address}; expected a server "
                 "that the head can reach; give its address there"
             )
 
@@ -212,12 +234,6 @@ def _requirements() -> list[str]:
         )
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     return [line for line in lines if line]
-
-
-def _credentials() -> dict[str, str]:
-    """What MLflow reads of this process's environment to be let in by a server."""
-    known = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-    return {name: os.environ[name] for name in known if name in os.environ}
 
 
 def _modules() -> list[Path]:
@@ -260,7 +276,9 @@ def _probe(
     """
     check = f"check-{id}-{secrets.token_hex(4)}"
     with ExitStack() as marks:
-        sought = Sought([marks.enter_context(mark(folder)) for folder in places.marked], _named(settings))
+        sought = Sought(
+            settings.name, [marks.enter_context(mark(folder)) for folder in places.marked], _named(settings)
+        )
         patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
         jobs.submit(
             "exec python -P -m search.probe",
@@ -271,7 +289,7 @@ def _probe(
             packages=packages,
         )
         try:
-            job = jobs.wait(check, INSTALL_S if packages else PROBE_S)
+            job = jobs.wait(check, PROBE_S + (INSTALL_S if packages else 0))
         except BaseException:
             with suppress(ClusterError):  # what led here is told, not this
                 jobs.stop(check)

@@ -1,6 +1,6 @@
 """What those who watch a search over HTTP are told: how far it is, every point as it is found, and that it ended.
 
-Nothing is kept here: a job is Ray's, what it found is MLflow's, and both are asked anew each time.
+A job is Ray's and what it found is MLflow's. Nothing is kept here but the latest look at each search that is watched.
 """
 
 from __future__ import annotations
@@ -8,23 +8,25 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from cluster.base import ClusterError
-from cluster.jobs import Job, Jobs
+from cluster.jobs import Job, Jobs, Status
 from search.base import TrackingError, masked
 from search.frontier import Candidate, Teacher, cost_of
 from search.guard import Refused
-from search.progress import Progress, progress
-from search.records import find_search
+from search.metadata import NAME, URI, search_of
+from search.progress import Progress, so_far
+from search.records import Recorded, find_begun
+from search.records import recorded as on_record
 from search.store import FAULTS, check_store, unwritable
-from search.submit import URI, search_of
 from search.targets import LATENCY
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ HEARTBEAT_S = 15.0
 """After so long without news a comment is sent, so that nobody on the way takes the connection for dead."""
 NOTHING_FITS = 3
 ENDED = ("done", "stopped", "failed")
+PAST = "-0"
+"""What the id of a search ends with of which the cluster knows no job, or no longer; those of jobs begin at 1."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,51 @@ class View(BaseModel):
     best: dict[str, Any] = {}
 
 
+@dataclass(frozen=True)
+class Look:
+    """A search as it was seen: how far it is, and the `points` that were found, once its teacher is measured."""
+
+    view: View
+    points: Mapping[str, Any] | None
+
+
 @lru_cache(maxsize=1)
 def jobs(address: str) -> Jobs:
     """The jobs at this address, once it has answered."""
     return Jobs(address)
 
 
-def ours(place: Place) -> list[Job]:
-    """The searches recorded in this store, the latest first; other jobs are none of this service's business."""
-    found = [job for job in jobs(place.jobs).all() if search_of(job) and job.metadata.get(URI) == masked(place.uri)]
+def submitted(place: Place) -> list[Job]:
+    """The jobs of searches recorded in this store, the latest first; others are none of this service's business."""
+    found = [job for job in jobs(place.jobs).all() if search_of(job) and job.metadata.get(URI) == place.uri]
     return found[::-1]
+
+
+def ours(place: Place) -> list[Job]:
+    """The searches recorded in this store, the latest first; after those with a job here those of another cluster."""
+    found = submitted(place)
+    names = {name_of(job) for job in found}
+    return found + [_past(one, place.uri) for one in on_record(place.uri) if one.name not in names]
+
+
+def _past(one: Recorded, uri: str) -> Job:
+    """A search without a job, as one that is over."""
+    status = {"done": "succeeded", "stopped": "stopped"}.get(one.phase, "failed")
+    left = f"its record ends at {one.phase!r}, and no job here goes on with it; submit its spec again"
+    return Job(
+        id=f"{one.name}{PAST}",
+        status=cast(Status, status),
+        message="" if one.phase in ENDED else left,
+        exit_code=None,
+        metadata={NAME: one.name, URI: uri},
+        started=one.started,
+        ended=one.ended,
+    )
 
 
 def running(place: Place) -> set[str]:
     """The names of the searches that have not ended."""
-    return {name_of(job) for job in ours(place) if not job.is_over}
+    return {name_of(job) for job in submitted(place) if not job.is_over}
 
 
 def found(place: Place, id: str) -> Job:
@@ -89,7 +123,7 @@ def found(place: Place, id: str) -> Job:
     Raises:
         Refused: there is none of this id.
     """
-    for job in ours(place):
+    for job in ours(place) if id.endswith(PAST) else submitted(place):
         if job.id == id:
             return job
     raise Refused(404, f"no search {id[:100]!r} here; expected one of those that GET /searches lists; check the id")
@@ -113,14 +147,18 @@ def in_short(job: Job) -> View:
     return View(id=job.id, name=name_of(job), phase=phase, message=message, started=job.started, ended=job.ended)
 
 
-def in_full(job: Job, uri: str) -> View:
-    """How far a search is; it has ended when its job has, whatever the record of this or an earlier sitting says."""
-    view = in_short(job)
-    far = recorded(uri, lambda: progress(uri, name_of(job)))
-    if far is None:
-        return view if job.is_over else view.model_copy(update={"phase": "starting"})
+def look(job: Job, uri: str) -> Look:
+    """How far a search is and what it found; it has ended when its job has, whatever the record of a sitting says."""
+    view, name = in_short(job), name_of(job)
+    tracker = recorded(uri, lambda: find_begun(uri, name))
+    if tracker is None:
+        return Look(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
+    trials = tracker.trials()
+    far = so_far(tracker, name, trials)
     is_telling = not job.is_over and far.phase not in ENDED
-    return view.model_copy(update=_known(far) | ({"phase": far.phase} if is_telling else {}))
+    told = view.model_copy(update=_known(far) | ({"phase": far.phase} if is_telling else {}))
+    teacher = tracker.teacher()
+    return Look(told, None if teacher is None else points(teacher, trials))
 
 
 def _known(far: Progress) -> dict[str, Any]:
@@ -128,27 +166,23 @@ def _known(far: Progress) -> dict[str, Any]:
     return {key: value for key, value in far.to_json().items() if key in kept}
 
 
-def recorded(uri: str, look: Callable[[], T]) -> T | None:
-    """What `look` finds in the store; None where it holds nothing of the search yet.
+def recorded(uri: str, seek: Callable[[], T]) -> T | None:
+    """What `seek` finds in the store; None where it holds nothing of the search yet.
 
     Raises:
         TrackingError: the store cannot be reached.
     """
     try:
-        return look()
+        return seek()
     except TrackingError:
         check_store(uri)  # tells a store that is away from one that is empty
         return None
 
 
-def points(uri: str, name: str) -> dict[str, Any] | None:
-    """Every candidate that was measured to the end, its costs as shares of the teacher's; None before there is one."""
-    tracker = recorded(uri, lambda: find_search(uri, name))
-    teacher = tracker.teacher() if tracker is not None else None
-    if tracker is None or teacher is None:
-        return None
+def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
+    """Every candidate that was measured to the end, its costs as shares of the teacher's."""
     axes = ["macs", "params", *(f"{LATENCY}{device}" for device in teacher.latency_ms)]
-    complete = [one for one in tracker.trials() if one.state == "complete"]
+    complete = [one for one in trials if one.state == "complete"]
     return {
         "teacher": teacher.top1_validation,
         "axes": axes,
@@ -163,28 +197,49 @@ def _point(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
     return named | {"top1": one.top1_validation, "costs": costs}
 
 
-async def events(place: Place, id: str) -> AsyncIterator[str]:
+class Looks:
+    """The latest look at each search that is watched: one every `EVERY_S` seconds, however many watch it."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._latest: dict[str, tuple[float, asyncio.Future[Look]]] = {}
+
+    async def at(self, id: str) -> Look:
+        """The search as it was seen at most `EVERY_S` seconds ago, or is seen now."""
+        now = time.monotonic()
+        self._latest = {key: one for key, one in self._latest.items() if now - one[0] < EVERY_S or not one[1].done()}
+        if id not in self._latest:
+            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._look, id))
+        return await asyncio.shield(self._latest[id][1])  # one that hangs up ends no look of the others
+
+    def _look(self, id: str) -> Look:
+        return look(found(self.place, id), self.place.uri)
+
+
+async def events(looks: Looks, id: str) -> AsyncIterator[str]:
     """A search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
 
     `points` holds those that were not sent before. A store or a cluster that is away for a while is told as `trouble`.
     """
     view: View | None = None
-    sent: set[str] = set()
+    sent: set[str] | None = None
     silent_s = 0.0
     now: View | None
     while True:
         try:
-            now, new = await run_in_threadpool(_news, place, id, view, sent)
+            seen = await looks.at(id)
+            now, new = seen.view, _unsent(seen.points, sent)
         except Refused:
             return  # its job is gone from the cluster
         except (ClusterError, TrackingError, *FAULTS) as error:
-            now, new = view, {"error": reason(error, place.uri)}
+            now, new = view, {"error": reason(error, looks.place.uri)}
         silent_s = 0.0 if now != view or new else silent_s + EVERY_S
         if now is not None and now != view:
             yield _event("progress", now.model_dump())
         if new:
             yield _event("trouble" if "error" in new else "points", new)
-            sent |= {point["run_id"] for point in new.get("points", ())}
+        if "points" in new:
+            sent = (sent or set()) | {point["run_id"] for point in new["points"]}
         if now is not None and now.phase in ENDED:
             yield _event("end", now.model_dump())
             return
@@ -195,17 +250,12 @@ async def events(place: Place, id: str) -> AsyncIterator[str]:
         await asyncio.sleep(EVERY_S)
 
 
-def _news(place: Place, id: str, before: View | None, sent: set[str]) -> tuple[View, dict[str, Any]]:
-    """How far the search is, and the points that were not sent yet."""
-    job = found(place, id)
-    view = in_full(job, place.uri)
-    if before is not None and view.trials == before.trials:
-        return view, {}
-    known = points(place.uri, name_of(job))
+def _unsent(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
+    """The points that were not sent yet; at first also where there is none, for the axes."""
     if known is None:
-        return view, {}
-    new = [point for point in known["points"] if point["run_id"] not in sent]
-    return view, known | {"points": new} if new or not sent else {}
+        return {}
+    new = [point for point in known["points"] if point["run_id"] not in (sent or ())]
+    return {**known, "points": new} if new or sent is None else {}
 
 
 def reason(error: Exception, uri: str) -> str:

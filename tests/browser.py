@@ -6,13 +6,13 @@ import base64
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -23,6 +23,10 @@ ARGUMENTS = [
     "--disable-gpu",
     "--disable-background-networking",
 ]
+WAITING = """
+const look = () => { const value = %s; if (value) arguments[0](value); else setTimeout(look, 100); };
+look();
+"""
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,13 @@ class Browser:
         return _call("POST", f"{self.session}/execute/sync", {"script": f"return {script}", "args": []})
 
     def wait(self, script: str, timeout_s: float) -> Any:
-        """The value of an expression, once it is true."""
-        deadline = time.monotonic() + timeout_s
-        while not (value := self.ask(script)):
+        """The value of an expression, once it is true; the page itself looks, ten times a second."""
+        _call("POST", f"{self.session}/timeouts", {"script": int(1000 * timeout_s)})
+        try:
+            return _call("POST", f"{self.session}/execute/async", {"script": WAITING % script, "args": []})
+        except HTTPError as error:
             shown = self.ask("document.body.innerText")
-            assert time.monotonic() < deadline, (
-                f"{script} is still {value!r} after {timeout_s} s; the page says:\n{shown}"
-            )
-        return value
+            raise AssertionError(f"{script} is not true after {timeout_s} s; the page says:\n{shown}") from error
 
     def resize(self, width: int, height: int) -> None:
         """Gives the window another size."""

@@ -15,13 +15,13 @@ import psutil
 import pytest
 import ray
 import yaml
-from searches import SPEC, parsed, place
+from searches import SPEC, parsed, place, quiet
 from waiting import wait_until
 
 from cluster import ClusterError, RayCluster
 from cluster.head import free_ports
-from search import loop
-from search.workload import Workload
+from search.prepare import prepare
+from search.workload import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -105,20 +105,14 @@ def nodes() -> list[dict[str, float]]:
 def test_demand_brings_nodes_up_from_none_and_idleness_takes_them_down(
     growing: str, teacher: Path, tmp_path: Path
 ) -> None:
-    seen: dict[str, int] = {}
-
-    def make(made: Workload) -> RayCluster:
-        with pytest.raises(ClusterError, match=r"has 0 CPUs and 0 GPUs; .*; give cluster.max_parallel as a number"):
-            RayCluster(made.bench(), address=growing, gpus_per_worker=1)
-        assert nodes() == []
-        return RayCluster(made.bench(), address=growing, max_parallel=WORKERS, gpus_per_worker=1)
-
-    def report(stage: str, done: int, total: int, note: str) -> None:
-        assert all(node["GPU"] == 1 for node in nodes())
-        seen[stage] = max(seen.get(stage, 0), len(nodes()))
-
-    result = loop.search(parsed(place(tmp_path, teacher), SPEC), make, report)
-    assert [budget.winner is not None for budget in result.budgets] == [True]
-    assert {one.state for one in result.candidates} == {"complete"}
-    assert seen["scoring"] > 0
+    wanted = parsed(place(tmp_path, teacher), SPEC)
+    made = load(wanted, quiet)
+    with pytest.raises(ClusterError, match=r"has 0 CPUs and 0 GPUs; .*; give cluster.max_parallel as a number"):
+        RayCluster(made.bench(), address=growing, gpus_per_worker=1)
+    assert nodes() == []
+    seen: list[dict[str, float]] = []
+    cluster = RayCluster(made.bench(), address=growing, max_parallel=WORKERS, gpus_per_worker=1)
+    prepare(wanted, made, cluster, lambda *_: seen.extend(nodes()))
+    cluster.close()
+    assert {node["GPU"] for node in seen} == {1}
     wait_until(lambda: nodes() == [])

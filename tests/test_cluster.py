@@ -108,7 +108,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     ray.init(
         "local",
         num_cpus=CPUS,
-        resources={"paredown_meter": 1, "phone": 1, "board": 1},
+        resources={"paredown_meter": 1, "phone": 1, "board": 1, "cable": 1},
         object_store_memory=2**28,
         include_dashboard=False,
         log_to_driver=False,
@@ -310,11 +310,16 @@ def test_lost_workers_are_replaced_and_their_items_run_again(ray_cluster: RayClu
 @pytest.mark.ray
 def test_an_item_that_hangs_runs_again_on_another_worker(ray_cluster: RayCluster, tmp_path: Path) -> None:
     made = RayCluster(CONTEXT, max_parallel=1, stall_s=5)
-    first, again, end = made.run(hanging, [(7, str(tmp_path))])
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for first, again, end in (
+        made.run(hanging, [(7, str(tmp_path))]),
+        made.alone(hanging, [(CONTEXT, 7, str(beside))], {"cable": 1}),
+    ):
+        assert first == again == Step(0, 7)
+        assert isinstance(end, Done)
+        assert end.value == 7
     made.close()
-    assert first == again == Step(0, 7)
-    assert isinstance(end, Done)
-    assert end.value == 7
 
 
 @pytest.mark.ray

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
+import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import schemathesis
-from hypothesis import given, settings
-from schemathesis.specs.openapi.checks import positive_data_acceptance
-from searches import SPEC, place
+from services import KEY, TOKEN, YAML, quick
 from starlette.testclient import TestClient
-from starlette.types import ASGIApp
+from starlette.websockets import WebSocketDisconnect
 
-from cluster import ClusterError, Jobs
-from cluster.serve import connected
+import cluster.jobs
+from cluster import ClusterError
 from search import guard, service
 from search.admission import Rules
 from search.base import SearchError
-from search.cli_serve import VARIABLE, serve, token_of
-from search.guard import LARGEST_BYTES, MOST_CLIENTS, Buckets, Door, digest_of
-from search.submit import NAME, URI
-from search.watching import Place
+from search.cli_serve import VARIABLE, _end_alike, _links, serve, token_of
+from search.guard import LARGEST_BYTES, MOST_CLIENTS, Buckets, Door
+from search.watching import Look, Looks, Place
 
-TOKEN = "a token of some length"
-KEY = {"Authorization": f"Bearer {TOKEN}"}
-YAML = {"Content-Type": "application/yaml"}
 JSON = {"Content-Type": "application/json"}
 NOWHERE = "http://127.0.0.1:9"
 """Where no Ray is: what is refused at the door must not need one."""
@@ -59,11 +52,6 @@ def pieces(total: int) -> Iterator[bytes]:
     """A body of unknown length."""
     for _ in range(total // 2**16):
         yield b"#" * 2**16
-
-
-def quick(where: Place, **options: object) -> ASGIApp:
-    """A service behind its token that may be called as often as one likes."""
-    return service.app(service.Settings(where, door=Door(digest_of(TOKEN.encode()), 1e6, 1e6), **options))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +108,7 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
     "an unknown limit": (422, of(budgets="[{name: half, flops: 50%}]"), {}),
     "a budget without a limit": (422, of(budgets="[{name: half}]"), {}),
     "a name with a path": (422, of(name="../digits"), {}),
+    "a name too long for a file": (422, of(name="d" * 101), {}),
     "a model factory": (403, of(model="{source: factory, name: 'os:system', args: {command: id}}"), {}),
     "a factory in a file": (403, of(model="{source: factory, name: './model.py:make'}"), {}),
     "a data factory": (403, of(data="{source: factory, name: 'os:getcwd'}"), {}),
@@ -127,6 +116,7 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
         403, of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
     ),
     "a metric": (403, of(metric="os:system"), {}),
+    "a source as a metric": (403, of(metric="zoo"), {}),
     "a logged model": (403, of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
     "weights above the root": (403, of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
     "weights of the system": (403, of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
@@ -139,6 +129,7 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
     "a roofline elsewhere": (403, of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
     "another store": (403, of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
     "another's registered model": (403, of(tracking="{registered_model: production}"), {}),
+    "very many workers": (403, of(cluster="{max_parallel: 100000}"), {}),
     "another cluster": (403, of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
 }  # fmt: skip
 
@@ -184,6 +175,17 @@ def test_a_spec_that_is_allowed_comes_as_far_as_the_cluster(client: TestClient) 
 def test_a_cluster_that_is_away_is_told_and_asked_again(client: TestClient) -> None:
     for path in ("/searches", "/searches/digits-1", "/searches/digits-1/events"):
         assert client.get(path, headers=KEY).status_code == 503
+
+
+def test_all_who_watch_a_search_share_one_look() -> None:
+    looks = Looks(Place(NOWHERE, "sqlite:///paredown.db", "paredown.studies"))
+
+    async def watched() -> list[Look | BaseException]:
+        return await asyncio.gather(*(looks.at("digits-1") for _ in range(8)), return_exceptions=True)
+
+    told = asyncio.run(watched())
+    assert isinstance(told[0], ClusterError)
+    assert {id(one) for one in told} == {id(told[0])}
 
 
 def test_without_a_token_only_this_machine_is_answered(root: Path) -> None:
@@ -247,21 +249,27 @@ def test_the_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
         assert path in docs
 
 
-def test_a_cluster_that_never_answers_holds_up_nobody_else(root: Path) -> None:
+def test_a_web_socket_is_refused(client: TestClient) -> None:
+    with pytest.raises(WebSocketDisconnect) as told, client.websocket_connect("/searches", headers=KEY):
+        pass
+    assert told.value.code == 1008
+
+
+def test_a_cluster_that_never_answers_is_away_and_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.jobs, "ANSWER_S", 3)
     silent = socket.create_server(("127.0.0.1", 0))
     where = Place(f"http://127.0.0.1:{silent.getsockname()[1]}", "sqlite:///paredown.db", "paredown.studies")
     with TestClient(quick(where), headers=KEY) as client:
         statuses: list[int] = []
         waiting = threading.Thread(target=lambda: statuses.append(client.get("/searches").status_code))
         waiting.start()
-        asked, _ = silent.accept()  # of the check that somebody listens
-        heard, _ = silent.accept()
+        lines = [silent.accept()[0] for _ in range(2)]  # of the check that somebody listens, and of Ray's client
         assert client.get("/docs").status_code == 200
         assert not statuses
-        for one in (asked, heard, silent):
-            one.close()
         waiting.join(60)
         assert statuses == [503]
+    for line in (*lines, silent):
+        line.close()
 
 
 def test_others_are_not_served_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +281,31 @@ def test_others_are_not_served_without_a_token(monkeypatch: pytest.MonkeyPatch) 
         serve(allow=["./model.py:make"])
     with pytest.raises(SearchError, match="--root"):
         serve(root=Path("nowhere"))
+    with pytest.raises(SearchError, match="password"):
+        serve(studies="postgresql://ada:lovelace@db/studies")
+
+
+def test_links_lead_where_the_reader_is() -> None:
+    here, there = "http://127.0.0.1:5000", "http://mlflow:5000"
+    assert _links("sqlite:///paredown.db", here, "127.0.0.1") == {"Ray": here}
+    assert _links(there, here, "localhost") == {"MLflow": there, "Ray": here}
+    assert _links(there, here, "0.0.0.0") == {"MLflow": there}
+
+
+def test_a_closed_terminal_ends_it_unless_nohup_says_no() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        _end_alike()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _end_alike()
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_the_token_stays_with_who_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,136 +327,3 @@ def test_the_token_stays_with_who_made_it(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SearchError, match="5 characters") as told:
         token_of(None)
     assert "short" not in str(told.value)
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """A Ray that takes jobs, which it does only a while after it has started."""
-    with connected("auto") as url:
-        deadline = time.monotonic() + 120
-        while not _takes_jobs(url):
-            assert time.monotonic() < deadline
-        yield url
-
-
-def _takes_jobs(url: str) -> bool:
-    try:
-        run(url, "first", "true")
-    except ClusterError:
-        return False
-    return True
-
-
-def run(url: str, id: str, command: str, **metadata: str) -> None:
-    """A job that is not the service's."""
-    package = Path(os.environ["RAY_TMPDIR"], "empty")  # Ray takes no job without a package
-    package.mkdir(exist_ok=True)
-    (package / "__init__.py").touch()
-    Jobs(url).submit(command, id=id, folder=None, modules=[package], metadata=metadata)
-
-
-@pytest.fixture
-def searched(head: str, teacher: Path, tmp_path: Path) -> Iterator[tuple[Place, TestClient]]:
-    """A service whose specs may name the teacher."""
-    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", f"{tmp_path}/paredown.studies")
-    with TestClient(quick(where, rules=Rules(root=place(tmp_path / "root", teacher))), headers=KEY) as client:
-        yield where, client
-
-
-def told(client: TestClient, path: str) -> list[tuple[str, dict]]:
-    """All events of a stream, to its end."""
-    events = []
-    with client.stream("GET", path) as stream:
-        assert stream.headers["content-type"].startswith("text/event-stream")
-        for line in stream.iter_lines():
-            kind, _, value = line.partition(": ")
-            if kind == "event":
-                events.append((value, {}))
-            elif kind == "data":
-                events[-1] = (events[-1][0], json.loads(value))
-    return events
-
-
-@pytest.mark.ray
-def test_a_search_is_submitted_watched_and_read(searched: tuple[Place, TestClient]) -> None:
-    where, client = searched
-    answer = client.post("/searches", content=SPEC, headers=YAML)
-    assert answer.status_code == 202, answer.text
-    id = answer.json()["id"]
-    assert answer.json() == {"id": "digits-1", "name": "digits"}
-    assert client.post("/searches", content=SPEC, headers=YAML).status_code == 409
-    assert [one["id"] for one in client.get("/searches").json()["searches"]] == [id]
-
-    events = told(client, f"/searches/{id}/events")
-    assert events[-1][0] == "end"
-    end = events[-1][1]
-    assert (end["phase"], end["trials"], end["expected"]) == ("done", 3, 3), end
-    points = [point for kind, value in events if kind == "points" for point in value["points"]]
-    frontier = client.get(f"/searches/{id}/frontier").json()
-    winner = frontier["budgets"][0]["winner"]
-    assert {point["run_id"] for point in points} >= {winner["run_id"]}
-    assert len({point["run_id"] for point in points}) == len(points)
-    assert end["best"]["half"]["run_id"] == winner["run_id"]
-    assert winner["model_uri"] == "models:/digits@half"
-    report = client.get(f"/searches/{id}/report")
-    assert "<h1>digits</h1>" in report.text
-    assert "sandbox" in report.headers["content-security-policy"]
-
-    with TestClient(quick(where), headers=KEY) as restarted:
-        assert restarted.get(f"/searches/{id}").json() == client.get(f"/searches/{id}").json()
-        assert restarted.delete(f"/searches/{id}").json()["phase"] == "done"
-        assert told(restarted, f"/searches/{id}/events")[-1] == ("end", end)
-
-
-@pytest.mark.ray
-def test_what_else_runs_on_the_cluster_is_not_touched(head: str, searched: tuple[Place, TestClient]) -> None:
-    _, client = searched
-    run(head, "other-1", "sleep 600")
-    run(head, "x-1", "sleep 600", **{NAME: "x", URI: "sqlite:///elsewhere.db"})
-    for id in ("other-1", "x-1", "digits-99", "%2e%2e", "x-1%00"):
-        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/frontier"), ("GET", "/report")):
-            answer = client.request(method, f"/searches/{id}{path}")
-            assert answer.status_code == 404, (id, path)
-            assert "GET /searches" in answer.json()["error"]
-    assert client.get("/searches").json() == {"searches": []}
-    jobs = Jobs(head)
-    assert not [job.message for job in map(jobs.get, ("other-1", "x-1")) if job.is_over]
-    for id in ("other-1", "x-1"):
-        jobs.stop(id)
-
-
-@pytest.mark.ray
-def test_a_store_that_cannot_be_read_is_told(head: str, tmp_path: Path) -> None:
-    (tmp_path / "paredown.db").write_text("no database")
-    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
-    run(head, "lost-1", "true", **{NAME: "lost", URI: where.uri})
-    with TestClient(quick(where), headers=KEY) as client:
-        for path in ("", "/frontier", "/report"):
-            answer = client.get(f"/searches/lost-1{path}")
-            assert answer.status_code == 503
-            assert "cannot use the MLflow store" in answer.json()["error"]
-
-
-@pytest.fixture
-def described(head: str, tmp_path: Path) -> schemathesis.schemas.BaseSchema:
-    """What the service says of itself; it takes no spec at all, so that none is run by chance.
-
-    What a schema can say of a spec is not all, so a request may keep to it and be refused.
-    """
-    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
-    return schemathesis.openapi.from_asgi("/openapi.json", quick(where, rules=Rules(allowed=())), headers=KEY)
-
-
-@pytest.mark.ray
-def test_it_does_what_its_description_says(described: schemathesis.schemas.BaseSchema) -> None:
-    operations = [found.ok() for found in described.get_all_operations()]
-    assert len(operations) == 7
-
-    for operation in operations:
-
-        @settings(max_examples=25, deadline=None)
-        @given(case=operation.as_strategy())
-        def holds(case: schemathesis.Case) -> None:
-            case.call_and_validate(headers=KEY, excluded_checks=[positive_data_acceptance])
-
-        holds()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,26 +12,21 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-import ray
 import torch
 import yaml
 from searches import SPEC
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from cluster import ClusterError, Done, Failed, InlineCluster, RayCluster, Step, Stopped
 from methods import METHODS, together
 from methods.base import Budget, defaults
-from methods.pipeline import Bench, trial
 from methods.profile import profile
 from methods.training import WHOLE, Chance, Recipe, Samples, evaluate, recover, top1, train
 from search import data, spec, zoo
 from search.base import SpecError
 
-STEPS = 20
-RECIPE = Recipe(STEPS, batch_size=64, learning_rate=0.05, report_every=10)
-SHARED = (2, 3)
-"""Numbers of processes; 64 images make 21, 21 and 22 of three."""
+RECIPE = Recipe(20, batch_size=64, learning_rate=0.05, report_every=10)
+SHORT = replace(RECIPE, steps=4, report_every=2)
 
 State = dict[str, Tensor]
 
@@ -94,7 +86,7 @@ def with_labels(teacher: nn.Module, found: data.Splits) -> tuple[nn.Module, Iter
 def without_labels(teacher: nn.Module, found: data.Splits) -> tuple[nn.Module, Iterator[int]]:
     """The teacher's last feature map, in units of the whole batch's variance."""
     student = shaken(teacher).double()
-    recipe = replace(RECIPE, labels=False)
+    recipe = replace(SHORT, labels=False)
     return student, recover(student, copy.deepcopy(teacher).double(), Exact(found.train), recipe, 0)
 
 
@@ -113,26 +105,27 @@ def with_gates(teacher: nn.Module, found: data.Splits) -> tuple[nn.Module, Itera
     scores = manidp.merge([manidp.score(("sites",), teacher, images, 0)], rows)
     plan = manidp.allocate(scores, rows, Budget("half", macs=rows.macs // 2), defaults(manidp))
     student = manidp.apply(teacher, plan, images).double()
-    return student, manidp.recover(student, teacher, Exact(found.train), RECIPE, 0)
+    return student, manidp.recover(student, teacher, Exact(found.train), SHORT, 0)
 
 
 Case = Callable[[nn.Module, data.Splits], tuple[nn.Module, Iterator[int]]]
-CASES: dict[str, Case] = {case.__name__: case for case in (with_labels, without_labels, in_float32, with_gates)}
+SHARED: dict[int, list[Case]] = {2: [with_labels, in_float32], 3: [without_labels, with_gates]}
+"""What so many processes train; 64 images make 21, 21 and 22 of three."""
 FARTHEST = {"in_float32": 1e-5}
 """What may lie between the states of one process and of several: 1e-10 in float64."""
 
 
-def trained(weights: Path) -> dict[str, tuple[State, list[float]]]:
-    """What every case comes to: the state, and top-1 whenever the training told of a step."""
+def trained(weights: Path, cases: list[Case]) -> dict[str, tuple[State, list[float]]]:
+    """What cases come to: the state, and top-1 whenever the training told of a step."""
     found, teacher = splits(), original(weights)
     results = {}
-    for name, case in CASES.items():
-        is_exact = name not in FARTHEST
+    for case in cases:
+        is_exact = case.__name__ not in FARTHEST
         validation = Exact(found.validation) if is_exact else found.validation
         with patch.object(Tensor, "float", Tensor.double) if is_exact else nullcontext():  # gates and losses ask for it
             student, steps = case(teacher, found)
             looks = [evaluate(student, validation, top1) for _ in steps]
-        results[name] = student.state_dict(), looks
+        results[case.__name__] = student.state_dict(), looks
     return results
 
 
@@ -160,12 +153,19 @@ def refused() -> str:
     return ""
 
 
-def process(rank: int, count: int, folder: str, weights: str) -> None:
-    """One of `count` processes: does everything there is, and leaves what came of it in `folder`."""
+def process(rank: int, folder: str, weights: str) -> None:
+    """One of the processes: is of two first, if it is one of those, then of three; starting them takes longest."""
     torch.set_num_threads(1)
+    for count in SHARED:
+        if rank < count:
+            work(rank, count, folder, weights)
+
+
+def work(rank: int, count: int, folder: str, weights: str) -> None:
+    """One of `count` processes: does everything there is, and leaves what came of it in `folder`."""
     distributed.init_process_group("gloo", f"file://{folder}/met{count}", rank=rank, world_size=count)
     results = {
-        "trained": trained(Path(weights)),
+        "trained": trained(Path(weights), SHARED[count]),
         "normed": normed(together.part(5)),
         "part": together.part(5),
         "few": evaluate(original(Path(weights)), data.Subset(splits().validation, np.arange(count - 1)), top1),
@@ -178,14 +178,20 @@ def process(rank: int, count: int, folder: str, weights: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(teacher: Path) -> dict[str, Any]:
-    return {"trained": trained(teacher), "normed": normed(slice(0, 5))}
+    return {"trained": trained(teacher, [*SHARED[2], *SHARED[3]]), "normed": normed(slice(0, 5))}
+
+
+@pytest.fixture(scope="module")
+def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes have left what they came to."""
+    made = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(made), str(teacher)), nprocs=max(SHARED))
+    return made
 
 
 @pytest.fixture(scope="module", params=SHARED)
-def shared(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def shared(request: pytest.FixtureRequest, folder: Path) -> list[Any]:
     """What each of several processes came to."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (request.param, str(folder), str(teacher)), nprocs=request.param)
     return [torch.load(folder / f"{request.param}-{rank}", weights_only=False) for rank in range(request.param)]
 
 
@@ -193,16 +199,16 @@ def distance(one: State, other: State) -> float:
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in other)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shared_steps_are_those_of_one_process(shared: list[Any], alone: dict[str, Any], case: str) -> None:
-    state, looks = alone["trained"][case]
-    first, first_looks = shared[0]["trained"][case]
-    assert first.keys() == state.keys()
-    assert distance(first, state) < FARTHEST.get(case, 1e-10)
-    assert first_looks == looks
-    for other, other_looks in (one["trained"][case] for one in shared[1:]):
-        assert all(torch.equal(other[name], first[name]) for name in first)
-        assert other_looks == first_looks
+def test_shared_steps_are_those_of_one_process(shared: list[Any], alone: dict[str, Any]) -> None:
+    assert list(shared[0]["trained"]) == [case.__name__ for case in SHARED[len(shared)]]
+    for case, (first, first_looks) in shared[0]["trained"].items():
+        state, looks = alone["trained"][case]
+        assert first.keys() == state.keys()
+        assert distance(first, state) < FARTHEST.get(case, 1e-10), case
+        assert first_looks == looks
+        for other, other_looks in (one["trained"][case] for one in shared[1:]):
+            assert all(torch.equal(other[name], first[name]) for name in first)
+            assert other_looks == first_looks
 
 
 def test_training_moved_what_is_compared(alone: dict[str, Any], teacher: Path) -> None:
@@ -263,113 +269,3 @@ def test_a_search_goes_on_with_other_workers(tmp_path: Path) -> None:
     one, several = (spec.parse(text, folder=tmp_path) for text in texts)
     assert (one.recovery.workers, several.recovery.workers) == (1, 4)
     assert one.decisive() == several.decisive()
-
-
-# On Ray
-
-
-def wavering(bench: Bench, folder: str) -> Iterator[int]:
-    """Tells how many processes there are; the second one dies after the first step of the first attempt."""
-    rank = distributed.get_rank()
-    for step in range(3):
-        if (rank, step) == (1, 1) and not Path(folder, "died").exists():
-            Path(folder, "died").touch()
-            os._exit(1)
-        there = torch.ones(())
-        distributed.all_reduce(there)
-        yield int(there)
-
-
-def lopsided(bench: Bench) -> None:
-    """Fails in one process, for which the other waits."""
-    if distributed.get_rank() == 1:
-        raise ValueError("only here")
-    distributed.barrier()
-
-
-def size_of(bench: Bench, name: str) -> int:
-    return len(getattr(bench, name))
-
-
-@pytest.fixture(scope="module")
-def bench(teacher: Path) -> Bench:
-    found = splits()
-    return Bench(original(teacher), found.train, found.validation, found.calibration, top1)
-
-
-@pytest.fixture(scope="module")
-def cluster(bench: Bench) -> Iterator[RayCluster]:
-    """As many CPUs as processes share an item: the workers have to make room."""
-    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init("local", num_cpus=2, object_store_memory=2**28, **options)
-    shared = {trial: 2, wavering: 2, lopsided: 2, size_of: 1}
-    made = RayCluster(bench, shared=shared, by_value=[sys.modules[__name__]])
-    yield made
-    made.close()
-    ray.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_trial_of_two_workers_comes_to_what_one_does(cluster: RayCluster, bench: Bench) -> None:
-    uniform, images = METHODS["uniform"], torch.from_numpy(bench.calibration)
-    rows = profile(bench.teacher, images[:2])
-    scores = uniform.merge([uniform.score(one, bench.teacher, images, 0) for one in uniform.shards(rows, images)], rows)
-    plan = uniform.allocate(scores, rows, Budget("half", macs=rows.macs // 2), defaults(uniform))
-    item = (uniform, plan, replace(RECIPE, steps=6, report_every=3), 0)
-
-    *expected_steps, expected = InlineCluster(bench).run(trial, [item])
-    *steps, done = cluster.run(trial, [item])
-    assert isinstance(expected, Done)
-    assert isinstance(done, Done)
-    assert [event.value.step for event in steps if isinstance(event, Step)] == [3, 6]
-    for one, other in zip(steps, expected_steps, strict=True):
-        assert one.value.top1 == pytest.approx(other.value.top1, abs=0.02)
-    assert (done.value.macs, done.value.params) == (expected.value.macs, expected.value.params)
-    assert done.value.top1_surgery == pytest.approx(expected.value.top1_surgery, abs=0.01)
-    assert done.value.top1_validation == pytest.approx(expected.value.top1_validation, abs=0.02)
-    states = [
-        {name: torch.from_numpy(np.array(value)) for name, value in one.value.state.items()} for one in (done, expected)
-    ]
-    assert distance(*states) < 1e-3
-    assert done.seconds > 2 * done.value.seconds
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_group_that_loses_a_process_is_made_anew_and_stops_where_it_is_told(
-    cluster: RayCluster, tmp_path: Path
-) -> None:
-    answers = iter((True, True, False))
-    *steps, end = cluster.run(wavering, [(str(tmp_path),)], lambda index, value: next(answers))
-    assert steps == [Step(0, 2)] * 3
-    assert isinstance(end, Stopped)
-    assert (tmp_path / "died").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None:
-    (failed,) = cluster.run(lopsided, [()])
-    assert isinstance(failed, Failed)
-    assert failed.error == "ValueError: only here"
-    assert "lopsided" in failed.trace
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_workers_come_back_after_a_group_that_was_given_up(cluster: RayCluster, bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "died").touch()
-    given_up = cluster.run(wavering, [(str(tmp_path),)], lambda index, value: True)
-    assert next(given_up) == Step(0, 2)
-    given_up.close()
-    (done,) = cluster.run(size_of, [("train",)])
-    assert isinstance(done, Done)
-    assert done.value == len(bench.train)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
-def test_groups_beyond_the_cluster_are_refused(bench: Bench) -> None:
-    with pytest.raises(ClusterError, match="has room for 2 workers, and 3 are to share an item"):
-        RayCluster(bench, shared={trial: 3})

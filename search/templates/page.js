@@ -41,6 +41,8 @@
     return seconds < 3600 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
   };
 
+  const isOver = ({ phase }) => ["done", "failed", "stopped"].includes(phase);
+
   const list = async () => {
     try {
       const { searches } = await (await call("searches")).json();
@@ -51,7 +53,8 @@
           const link = document.createElement("a");
           link.href = `#${one.id}`;
           link.textContent = one.name;
-          const took = one.started && duration((one.ended ?? Date.now() / 1000) - one.started);
+          const until = one.ended ?? (isOver(one) ? null : Date.now() / 1000); // of a killed one nobody wrote the end
+          const took = one.started && until && duration(until - one.started);
           const began = one.started && new Date(1000 * one.started).toLocaleString();
           const made = row(link, one.id, one.phase, number(began), number(took));
           made.classList.toggle("chosen", one.id === watched?.id);
@@ -115,7 +118,6 @@
 
   const showProgress = (view) => {
     show(at("search"), true);
-    const isOver = ["done", "failed", "stopped"].includes(view.phase);
     at("name").textContent = view.name;
     at("phase").textContent = view.phase;
     at("phase").className = `pill ${view.phase}`;
@@ -125,7 +127,7 @@
     at("spent").textContent = duration(view.wall_s);
     at("report").href = `searches/${encodeURIComponent(view.id)}/report`;
     show(at("report"), view.trials > 0);
-    show(at("stop"), !isOver);
+    show(at("stop"), !isOver(view));
     at("stop").disabled = false;
     at("best").replaceChildren(...Object.entries(view.best).map(([budget, best]) => tile(budget, best)));
   };
@@ -193,7 +195,8 @@
     try {
       const headers = { "Content-Type": "application/yaml" };
       const { id } = await (await call("searches", { method: "POST", headers, body: at("spec").value })).json();
-      location.hash = id;
+      if (location.hash.slice(1) === id) watch(id); // a cluster that was restarted counts from 1 again
+      else location.hash = id;
     } catch (error) {
       tell(at("mistakes"), error.message);
     }
