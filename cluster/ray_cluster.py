@@ -165,8 +165,8 @@ def _exclusive(resources: Mapping[str, float], stall_s: float) -> Pool:
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
-    """Where Ray puts what is to be on the driver's node; a driver may sit outside the cluster."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """The driver's node, or none: Ray puts what needs no resources anywhere where that is only preferred."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _beside_the_driver(stall_s: float) -> Pool:
