@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-live lint bench clean
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+test-live: $(INSTALLED)
+	$(BIN)/pytest -m live --numprocesses=1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

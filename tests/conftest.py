@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # or workers starve beside what the other tests compute
     "RAY_AUTH_MODE": "disabled",
     "RAY_TMPDIR": tempfile.mkdtemp(prefix="pd"),
     "MLFLOW_DISABLE_TELEMETRY": "true",

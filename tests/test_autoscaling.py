@@ -23,7 +23,7 @@ from cluster.head import free_ports
 from search.prepare import prepare
 from search.workload import load
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.live, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2

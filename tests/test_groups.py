@@ -124,6 +124,7 @@ def test_workers_leave_the_room_that_groups_have() -> None:
     made.close()
 
 
+@pytest.mark.live
 def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: Bench, ahead: list[float]) -> None:
     (done,) = cluster.run(size_of, [("train",)])
     assert isinstance(done, Done)
@@ -170,6 +171,7 @@ def test_a_trial_of_two_workers_comes_to_what_one_does(cluster: RayCluster, benc
     assert done.seconds > 2 * done.value.seconds
 
 
+@pytest.mark.live
 def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     cluster: RayCluster, tmp_path: Path, ahead: list[float]
 ) -> None:
@@ -193,6 +195,7 @@ def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     wait_until(lambda: not rooms())
 
 
+@pytest.mark.live
 def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None:
     (failed,) = cluster.run(lopsided, [()])
     assert isinstance(failed, Failed)

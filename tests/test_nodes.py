@@ -45,7 +45,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = SPEC.replace("trials: 3", "trials: 6")
+TEXT = SPEC.replace("trials: 3", "trials: 5")
 EVERY_METHOD = SPEC.replace("[itpruner, alds]", "[itpruner, manidp, practise, alds]").replace("trials: 3", "trials: 5")
 NODES = 4
 STORE_BYTES = 80 * 2**20
@@ -276,6 +276,7 @@ def cramped() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.live
 @pytest.mark.usefixtures("cramped")
 def test_memory_and_store_that_are_full_end_in_words() -> None:
     cluster = RayCluster(None, stall_s=60, by_value=[sys.modules[__name__]])
@@ -343,6 +344,7 @@ def command(raylets: Raylets) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.live
 def test_a_search_whose_mlflow_server_dies_stops_and_goes_on(
     raylets: Raylets, calm: Tracker, teacher: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -103,21 +104,38 @@ def check_records(folder: Path) -> None:
     assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_driver_killed_at_ten_random_moments(
-    teacher: Path, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
-    calm, killed = place(tmp_path / "calm", teacher, TEXT), place(tmp_path / "killed", teacher, TEXT)
+@dataclass(frozen=True)
+class Undisturbed:
+    """A search that nothing disturbs: its folder, its cache of scores, and the seconds it took."""
+
+    folder: Path
+    cache: Path
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def calm(
+    teacher: Path, tmp_path_factory: pytest.TempPathFactory, processes: multiprocessing.context.ForkServerContext
+) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    here, cache = place(folder / "calm", teacher, TEXT), folder / "cache"
     began = time.monotonic()
-    undisturbed = driver(processes, calm, tmp_path / "cache")
+    undisturbed = driver(processes, here, cache)
     undisturbed.join(600)
     assert undisturbed.exitcode == 0
-    whole = time.monotonic() - began
+    return Undisturbed(here, cache, time.monotonic() - began)
+
+
+def test_a_driver_killed_at_ten_random_moments(
+    calm: Undisturbed, teacher: Path, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    killed = place(tmp_path / "killed", teacher, TEXT)
 
     moments = np.random.default_rng(0)
     landed = 0
     for _ in range(10 * KILLS):
-        life = driver(processes, killed, tmp_path / "cache")
-        life.join(moments.uniform(0, 0.25 * whole))
+        life = driver(processes, killed, calm.cache)
+        life.join(moments.uniform(0, 0.25 * calm.seconds))
         if life.is_alive():
             assert life.pid is not None
             os.kill(life.pid, signal.SIGKILL)
@@ -127,11 +145,11 @@ def test_a_driver_killed_at_ten_random_moments(
             break
     assert landed == KILLS
 
-    last = driver(processes, killed, tmp_path / "cache")
+    last = driver(processes, killed, calm.cache)
     last.join(600)
     assert last.exitcode == 0
-    assert table(killed) == table(calm)
-    check_records(calm)
+    assert table(killed) == table(calm.folder)
+    check_records(calm.folder)
     check_records(killed)
 
 
@@ -169,7 +187,7 @@ def ended(folder: Path) -> int:
 
 
 @pytest.mark.ray
-def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) -> None:
+def test_an_interrupted_command_and_a_killed_ray(calm: Undisturbed, teacher: Path, tmp_path: Path) -> None:
     here = place(tmp_path / "here", teacher, TEXT)
     process = start(here)
     wait_for_trials(here, process, 2)
@@ -196,7 +214,4 @@ def test_an_interrupted_command_and_a_killed_ray(teacher: Path, tmp_path: Path) 
     assert [budget["winner"] is not None for budget in json.loads(out)["budgets"]] == [True] * 3
     check_records(here)
     assert (here / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600  # Ray itself would let all read it
-    calm = place(tmp_path / "calm", teacher, TEXT)
-    os.chdir(calm)
-    loop.search(spec.load(Path("spec.yaml")), inline, quiet)
-    assert table(here) == table(calm)
+    assert table(here) == table(calm.folder)

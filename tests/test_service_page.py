@@ -64,7 +64,7 @@ POINTS = "document.querySelectorAll('#chart .point').length"
 PHASE = "document.getElementById('phase').textContent"
 
 
-@pytest.mark.slow
+@pytest.mark.live
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_search_is_read_and_another_submitted_watched_and_stopped_on_the_page(page: Browser, url: str) -> None:
