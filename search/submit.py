@@ -85,19 +85,22 @@ def submit(
     environment = {"PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
     id = f"{settings.name}-{number}"
     _probe(jobs, id, file, settings, places, environment=environment, packages=packages)
-    given = {"--uri": uri, "--studies": studies}
-    options = [word for key, value in given.items() if value for word in (key, value)]
-    options += ["--install"] if install else []
-    command = ["paredown", "submit", str(spec), "--address", jobs.address, *options]
+    again = again or _command(spec, {"--address": jobs.address, "--uri": uri, "--studies": studies}, install=install)
     return jobs.submit(
         f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
         id=id,
         folder=file.parent,
         modules=_modules(),
-        environment=environment | {AGAIN: again or shlex.join(command)},
+        environment=environment | {AGAIN: again},
         packages=packages,
         metadata={NAME: settings.name, DIGEST: _digest(settings), URI: places.uri},
     )
+
+
+def _command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
+    """The command line that submits a spec with the options that were given."""
+    options = [word for key, value in given.items() if value for word in (key, value)]
+    return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
 
 
 def _number(jobs: Jobs, name: str) -> int:

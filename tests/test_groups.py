@@ -29,7 +29,7 @@ from methods.pipeline import Bench, trial
 from methods.profile import profile
 from methods.training import top1
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.live, pytest.mark.timeout(900)]
 
 HOUR = 3600.0
 
@@ -124,7 +124,6 @@ def test_workers_leave_the_room_that_groups_have() -> None:
     made.close()
 
 
-@pytest.mark.live
 def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: Bench, ahead: list[float]) -> None:
     (done,) = cluster.run(size_of, [("train",)])
     assert isinstance(done, Done)
@@ -171,7 +170,6 @@ def test_a_trial_of_two_workers_comes_to_what_one_does(cluster: RayCluster, benc
     assert done.seconds > 2 * done.value.seconds
 
 
-@pytest.mark.live
 def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     cluster: RayCluster, tmp_path: Path, ahead: list[float]
 ) -> None:
@@ -195,7 +193,6 @@ def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     wait_until(lambda: not rooms())
 
 
-@pytest.mark.live
 def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None:
     (failed,) = cluster.run(lopsided, [()])
     assert isinstance(failed, Failed)
