@@ -90,7 +90,7 @@ def trials(folder: Path) -> int:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.live
 @pytest.mark.timeout(900)
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(teacher: Path, tmp_path: Path, head: Head) -> None:
     here = place(tmp_path / "here", teacher, TEXT)

@@ -35,7 +35,7 @@ from search.watching import Place
 
 SMALL = f"{SPEC}cluster: {{max_parallel: 1}}\n"
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.live, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,6 @@ def test_a_store_that_cannot_be_read_is_told(head: str, tmp_path: Path) -> None:
             assert "cannot use the MLflow store" in answer.json()["error"]
 
 
-@pytest.mark.live
 def test_a_killed_command_leaves_no_ray_behind() -> None:
     opened = "from cluster.head import own_head\nwith own_head() as (_, url):\n  print(url, flush=True)\n  input()"
     command = subprocess.Popen([sys.executable, "-c", opened], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
