@@ -115,7 +115,7 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(teacher: Path
     assert (again["id"], again["metadata"]) == ("digits-2", first["metadata"])
     followed = head.run(here, "logs", "-f", "digits-2")
     assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "trials 1/5" not in followed.stdout  # what had ended did not run again
+    assert "trials 0/5" not in followed.stdout  # what had ended did not run again
     assert "trials 5/5" in followed.stdout
     assert "digits: the best network for every budget" in followed.stdout
     ended = head.told(here, "status", "digits-2")
