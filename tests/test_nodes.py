@@ -161,12 +161,21 @@ def is_at_work(process: psutil.Process) -> bool:
         return False
 
 
+def held_up(raylets: Raylets) -> list[tuple[Any, psutil.Process]]:
+    """Those at work that cannot end while the driver is in a report: who could do so without its answer has."""
+    before, busy = list[tuple[Any, psutil.Process]](), at_work(raylets)
+    while busy != before:
+        threading.Event().wait(1)
+        before, busy = busy, at_work(raylets)
+    return busy
+
+
 def striking(raylets: Raylets, struck: list[str]) -> Report:
     """A report that takes a node away during scoring, kills a worker in a trial and takes a node away in another."""
 
     def report(stage: str, ended: int, total: int, note: str) -> None:
         is_step = stage == "trials" and ": step " in note
-        if not (busy := at_work(raylets)):
+        if not (busy := held_up(raylets) if is_step and 0 < len(struck) < 3 else at_work(raylets)):
             return
         node, process = busy[0]
         if not struck and stage == "scoring" and ended < total / 2:
@@ -196,7 +205,8 @@ def test_a_search_that_loses_nodes_and_workers_ends_as_an_undisturbed_one(
         loop.search(parsed(place(tmp_path, teacher), TEXT), make, striking(raylets, struck))
     assert struck == ["a node in scoring", "a worker in a trial", "a node in a trial"]
     assert len(raylets.list_all_nodes()) == NODES - 2
-    assert any("lost its worker" in record.getMessage() for record in caplog.records)
+    lost = sum("lost its worker" in record.getMessage() for record in caplog.records)
+    assert lost >= 2  # in the two trials; the shard of the node that went first may just have ended
     found = find_search("sqlite:///paredown.db", "digits")
     assert table(found) == table(calm)
     check_recorded_once(found)
