@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from searches import SPEC, place
+from searches import SPEC, inline, place, quiet
 from waiting import wait_until
 
 from cluster.head import own_head
-from search import probe, spec, submit
+from search import loop, probe, spec, submit
 from search.base import SearchError
 from search.probe import Sought
 from search.progress import progress
@@ -89,10 +89,22 @@ def trials(folder: Path) -> int:
         return 0
 
 
+def table(folder: Path) -> list[tuple[Any, ...]]:
+    """Every trial with its plan, and how it ended."""
+    tracker = find_search(store(folder), "digits")
+    return [
+        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.top1_last,
+         tracker.plan(one.run_id).choices if one.macs else None)
+        for one in tracker.trials()
+    ]  # fmt: skip
+
+
 @pytest.mark.ray
 @pytest.mark.live
 @pytest.mark.timeout(900)
-def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(teacher: Path, tmp_path: Path, head: Head) -> None:
+def test_a_job_that_was_stopped_and_submitted_again_ends_as_an_undisturbed_search(
+    teacher: Path, tmp_path: Path, head: Head
+) -> None:
     here = place(tmp_path / "here", teacher, TEXT)
     for name in ("search.py", "methods.py"):  # a user's own, which are not to take the place of ours
         (here / name).write_text("raise SystemExit('this is not Paredown')\n")
@@ -124,10 +136,13 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(teacher: Path
         ("digits-1", "stopped"),
         ("digits-2", "succeeded"),
     ]
-    found = find_search(store(here), "digits")
-    assert [one.trial for one in found.trials()] == [*range(5)]
+
+    calm = place(tmp_path / "calm", teacher, TEXT)
+    os.chdir(calm)
+    result = loop.search(spec.load(Path("spec.yaml")), inline, quiet)
+    assert table(here) == table(calm)
     best = {name: best["top1_validation"] for name, best in ended["progress"]["best"].items()}
-    assert best == {one.name: one.winner.top1_validation for one in found.result().budgets if one.winner is not None}
+    assert best == {one.name: one.winner.top1_validation for one in result.budgets if one.winner is not None}
 
 
 @pytest.mark.ray
