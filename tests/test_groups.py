@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from test_together import RECIPE, distance, original, splits
+from test_together import FARTHEST, RECIPE, distance, in_float32, original, smoothed, splits
 from torch import distributed
 from waiting import wait_until
 
@@ -62,8 +61,8 @@ def size_of(bench: Bench, name: str) -> int:
 
 @pytest.fixture(scope="module")
 def bench(teacher: Path) -> Bench:
-    found = splits()
-    return Bench(original(teacher), found.train, found.validation, found.calibration, top1)
+    found = splits()  # smoothed, as `test_together.in_float32` is and for its reason
+    return Bench(smoothed(original(teacher)), found.train, found.validation, found.calibration, top1)
 
 
 @pytest.fixture(scope="module")
@@ -146,27 +145,27 @@ def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: 
     wait_until(lambda: not rooms())
 
 
-def test_a_trial_of_two_workers_comes_to_what_one_does(cluster: RayCluster, bench: Bench) -> None:
+def test_twenty_steps_of_two_workers_come_to_those_of_one(cluster: RayCluster, bench: Bench) -> None:
     uniform, images = METHODS["uniform"], torch.from_numpy(bench.calibration)
     rows = profile(bench.teacher, images[:2])
     scores = uniform.merge([uniform.score(one, bench.teacher, images, 0) for one in uniform.shards(rows, images)], rows)
     plan = uniform.allocate(scores, rows, Budget("half", macs=rows.macs // 2), defaults(uniform))
-    item = (uniform, plan, replace(RECIPE, steps=6, report_every=3), 0)
+    item = (uniform, plan, RECIPE, 0)
 
     *expected_steps, expected = InlineCluster(bench).run(trial, [item])
     *steps, done = cluster.run(trial, [item])
     assert isinstance(expected, Done)
     assert isinstance(done, Done)
-    assert [event.value.step for event in steps if isinstance(event, Step)] == [3, 6]
+    assert [event.value.step for event in steps if isinstance(event, Step)] == [10, 20]
     for one, other in zip(steps, expected_steps, strict=True):
-        assert one.value.top1 == pytest.approx(other.value.top1, abs=0.02)
+        assert one.value.top1 == other.value.top1
     assert (done.value.macs, done.value.params) == (expected.value.macs, expected.value.params)
-    assert done.value.top1_surgery == pytest.approx(expected.value.top1_surgery, abs=0.01)
-    assert done.value.top1_validation == pytest.approx(expected.value.top1_validation, abs=0.02)
+    assert done.value.top1_surgery == expected.value.top1_surgery
+    assert done.value.top1_validation == expected.value.top1_validation
     states = [
         {name: torch.from_numpy(np.array(value)) for name, value in one.value.state.items()} for one in (done, expected)
     ]
-    assert distance(*states) < 1e-3
+    assert distance(*states) < FARTHEST[in_float32.__name__]
     assert done.seconds > 2 * done.value.seconds
 
 

@@ -112,7 +112,7 @@ Case = Callable[[nn.Module, data.Splits], tuple[nn.Module, Iterator[int]]]
 SHARED: dict[int, list[Case]] = {2: [with_labels, in_float32], 3: [without_labels, with_gates]}
 """What so many processes train; 64 images make 21, 21 and 22 of three."""
 FARTHEST = {"in_float32": 1e-5}
-"""What may lie between the states of one process and of several: 1e-10 in float64."""
+"""How far the states of one process and of several may be apart: 1e-10 in float64."""
 
 
 def trained(weights: Path, cases: list[Case]) -> dict[str, tuple[State, list[float]]]:
@@ -196,7 +196,9 @@ def shared(request: pytest.FixtureRequest, folder: Path) -> list[Any]:
 
 
 def distance(one: State, other: State) -> float:
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in other)
+    """How far two states are apart at most, as a share of a tensor's largest value or of 1."""
+    gaps = {name: (one[name].double() - value.double()).abs().max() for name, value in other.items()}
+    return max(float(gap / other[name].abs().max().clamp(min=1)) for name, gap in gaps.items())
 
 
 def test_shared_steps_are_those_of_one_process(shared: list[Any], alone: dict[str, Any]) -> None:
