@@ -171,7 +171,8 @@ def held_up(raylets: Raylets) -> list[tuple[Any, psutil.Process]]:
 
 
 def striking(raylets: Raylets, struck: list[str]) -> Report:
-    """A report that takes a node away during scoring, kills a worker in a trial and takes a node away in another."""
+    """A report that takes a node away during scoring, and kills two trials' workers, one of them with its node."""
+    spared: set[int] = set()
 
     def report(stage: str, ended: int, total: int, note: str) -> None:
         is_step = stage == "trials" and ": step " in note
@@ -181,11 +182,12 @@ def striking(raylets: Raylets, struck: list[str]) -> Report:
         if not struck and stage == "scoring" and ended < total / 2:
             raylets.remove_node(node, allow_graceful=False)
             struck.append("a node in scoring")
-        elif len(struck) == 1 and is_step:
+        elif len(struck) == 1 and is_step and len(busy) > 1:
             process.kill()
+            spared.update(other.pid for _, other in busy[1:])  # no item is to lose all its attempts
             struck.append("a worker in a trial")
-        elif len(struck) == 2 and is_step:
-            raylets.remove_node(node, allow_graceful=False)
+        elif len(struck) == 2 and is_step and (found := [one for one, other in busy if other.pid in spared]):
+            raylets.remove_node(found[0], allow_graceful=False)
             struck.append("a node in a trial")
 
     return report
