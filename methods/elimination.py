@@ -7,7 +7,7 @@ of three for residual ones. Eliminating groups one by one, each against the neig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 Levels: TypeAlias = np.ndarray
-"""One level index per group, `(L,)` int64."""
+"""One level index per group, `(L,)` int64, or several such rows."""
 
 Clique: TypeAlias = tuple[int, ...]
 """A group, eliminated together with the later groups it still touches: those first, latest first, itself last."""
@@ -110,41 +110,45 @@ def largest_table(order: Sequence[Clique], sizes: Sequence[int]) -> int:
     return max(math.prod(sizes[g] for g in clique) for clique in order)
 
 
-def maximise(grid: Grid, charge: Charge, order: Sequence[Clique]) -> Levels:
-    """The levels with the greatest `gain - charge`; among equals the lower level, group by group.
+def tables(grid: Grid, charge: Charge, order: Sequence[Clique]) -> Iterator[np.ndarray]:
+    """For every clique of `order` what its group is charged: alone, and with each of the clique's others."""
+    for scope in order:
+        group = scope[-1]
+        widths = grid.widths[group].astype(float)
+        alone = charge.linear[group] * widths + charge.pairs[group, group] * widths**2
+        total = np.broadcast_to(alone, [len(grid.widths[g]) for g in scope])
+        for axis, other in enumerate(scope[:-1]):
+            if pair := charge.pairs[group, other] + charge.pairs[other, group]:
+                others = (pair * grid.widths[other]).reshape([-1 if i == axis else 1 for i in range(len(scope))])
+                total = total + others * widths
+        yield total
+
+
+def maximise(grid: Grid, order: Sequence[Clique], charges: Iterable[np.ndarray], prices: np.ndarray) -> Levels:
+    """For each of `prices` `(P,)` the levels `(P, L)` with the greatest `gain - price * charge`.
+
+    Among equals the lower level, group by group. `charges` are the `tables` of `order`.
 
     Source: bucket elimination (Dechter 1999), with the max-plus semiring.
     """
     inbox: dict[int, list[tuple[Clique, np.ndarray]]] = {group: [] for *_, group in order}
     choices: list[np.ndarray] = []
-    for scope in order:
+    for scope, charge in zip(order, charges, strict=True):
         group = scope[-1]
-        total = _own(grid, charge, scope)
+        total = grid.gains[group] - prices.reshape([-1, *[1] * len(scope)]) * charge
         for axes, message in inbox.pop(group):
-            total = total + message.reshape([message.shape[axes.index(g)] if g in axes else 1 for g in scope])
+            total += message.reshape(
+                [len(prices), *(message.shape[1 + axes.index(g)] if g in axes else 1 for g in scope)]
+            )
         choice = total.argmax(-1)
         choices.append(choice)
         if len(scope) > 1:
             message = np.take_along_axis(total, choice[..., None], -1)[..., 0]
             inbox[scope[-2]].append((scope[:-1], message))
-    levels = np.zeros(len(order), dtype=np.int64)
+    levels = np.zeros((len(prices), len(order)), dtype=np.int64)
     for scope, choice in zip(reversed(order), reversed(choices), strict=True):
-        levels[scope[-1]] = choice[tuple(levels[g] for g in scope[:-1])]
+        levels[:, scope[-1]] = choice[(np.arange(len(prices)), *(levels[:, g] for g in scope[:-1]))]
     return levels
-
-
-def _own(grid: Grid, charge: Charge, scope: Clique) -> np.ndarray:
-    """Gain minus charge of the last group of `scope` alone and against each of the others."""
-    group = scope[-1]
-    widths = grid.widths[group].astype(float)
-    alone = grid.gains[group] - charge.linear[group] * widths - charge.pairs[group, group] * widths**2
-    total = np.broadcast_to(alone, [len(grid.widths[g]) for g in scope])
-    for axis, other in enumerate(scope[:-1]):
-        price = charge.pairs[group, other] + charge.pairs[other, group]
-        if price:
-            others = (price * grid.widths[other]).reshape([-1 if i == axis else 1 for i in range(len(scope))])
-            total = total - others * widths
-    return total
 
 
 def ascend(grid: Grid, charge: Charge, start: Levels) -> Levels:

@@ -6,15 +6,13 @@ plan, whichever of its limits grows, which no search made for one budget at a ti
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from methods.channels import WidthCost
-from methods.elimination import Charge, Grid, Levels, ascend, cliques, largest_table, maximise
+from methods.elimination import Charge, Grid, Levels, ascend, cliques, largest_table, maximise, tables
 
 _MIXES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Shares of the first of two costs."""
@@ -22,8 +20,8 @@ _MIXES = (1.0, 0.75, 0.5, 0.25, 0.0)
 _SOLVES, _COARSE, _FINE, _MOST_SWAPS, _UNIFORM = 120, 24, 64, 1 << 16, 100
 """Per mix: solves, levels per group in a solve and in a walk, plans tried by exchange; and uniform plans in all."""
 
-_LARGEST_TABLE, _LARGEST_PROOF = 1 << 16, 1 << 23
-"""Entries of an elimination table, above which a solve is local only, and a bound is not attempted."""
+_LARGEST_TABLE, _LARGEST_PROOF, _LARGEST_BATCH = 1 << 16, 1 << 23, 1 << 17
+"""Entries of an elimination table, above which a solve is local only, and a bound is not attempted; and at once."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,14 @@ def build_path(grid: Grid, costs: Mapping[str, WidthCost]) -> Path:
     widths.
     """
     grid, _ = grid.thinned(_FINE)
-    found = list(uniform(grid))
+    found = [uniform(grid)]
     charges = {name: share(cost, grid.pick(grid.top)) for name, cost in costs.items()}
     for mix in _mixes(costs):
         charge = _mixed(charges, mix)
         points = _supported(grid, charge)
-        steps = [levels for low, high in pairwise(points) for levels in _between(grid, charge, low, high)]
-        found += points + steps
-        found += list(_swapped(grid, charge, np.stack(points + steps)))
-    levels = np.unique(np.stack(found), axis=0)
+        walked = np.concatenate([points, _between(grid, charge, points)])
+        found += [walked, _swapped(grid, charge, walked)]
+    levels = distinct(np.concatenate(found))
     widths, gains = grid.pick(levels), grid.gain(levels)
     priced = {name: evaluate(cost, widths) for name, cost in costs.items()}
     order = np.lexsort((next(iter(priced.values())), -gains))
@@ -83,11 +80,26 @@ def share(cost: WidthCost, base: np.ndarray) -> Charge:
     return Charge(cost.linear / whole, cost.pairs / whole)
 
 
-def uniform(grid: Grid) -> Iterator[Levels]:
-    """Plans with one remain rate for all groups: the widest levels that do not exceed it."""
-    for rate in np.linspace(0, 1, _UNIFORM + 1):
-        fitting = [np.searchsorted(widths, rate * widths[-1], side="right") - 1 for widths in grid.widths]
-        yield np.maximum(fitting, 0)
+def distinct(levels: np.ndarray) -> np.ndarray:
+    """Each of `levels` `(C, L)`, all below `_FINE`, once, in lexicographic order.
+
+    Ten of them make one number: to sort rows of few numbers is much faster than what numpy does with rows.
+    """
+    count, groups = levels.shape
+    padded = np.zeros((count, -(-groups // 10) * 10), dtype=np.int64)
+    padded[:, :groups] = levels
+    codes = padded.reshape(count, -1, 10) @ _FINE ** np.arange(9, -1, -1)
+    order: np.ndarray = np.lexsort(codes.T[::-1])
+    is_new = np.append(True, (codes[order[1:]] != codes[order[:-1]]).any(1))
+    return np.compress(is_new, levels[order], 0)
+
+
+def uniform(grid: Grid) -> Levels:
+    """Plans `(C, L)` with one remain rate for all groups: the widest levels that do not exceed it."""
+    rates = np.linspace(0, 1, _UNIFORM + 1)
+    fitting = [np.searchsorted(widths, rates * widths[-1], side="right") - 1 for widths in grid.widths]
+    levels: np.ndarray = np.maximum(np.stack(fitting, 1), 0)
+    return levels
 
 
 def price_bound(grid: Grid, charges: Mapping[str, Charge], limits: Mapping[str, float]) -> float:
@@ -106,7 +118,7 @@ def price_bound(grid: Grid, charges: Mapping[str, Charge], limits: Mapping[str, 
         if largest_table(order, [len(widths) for widths in grid.widths]) > _LARGEST_PROOF:
             continue
         price = _tightest_price(grid.thinned(_COARSE)[0], charge, limit)
-        levels = maximise(grid, charge.times(price), order)
+        (levels,) = maximise(grid, order, tables(grid, charge, order), np.array([price]))
         best = min(best, float(grid.gain(levels) - price * (charge(grid.pick(levels)) - limit)))
     return best
 
@@ -116,7 +128,8 @@ def _tightest_price(grid: Grid, charge: Charge, limit: float) -> float:
     low, high = -7.0, 7.0
     for _ in range(24):
         middle = (low + high) / 2
-        is_over = charge(grid.pick(solve(10**middle))) > limit
+        (levels,) = solve(np.array([10**middle]))
+        is_over = charge(grid.pick(levels)) > limit
         low, high = (middle, high) if is_over else (low, middle)
     return float(10**high)
 
@@ -135,55 +148,64 @@ def _mixed(charges: Mapping[str, Charge], mix: Mapping[str, float]) -> Charge:
     return Charge(np.sum([part.linear for part in parts], 0), np.sum([part.pairs for part in parts], 0))
 
 
-def _supported(grid: Grid, charge: Charge) -> list[Levels]:
-    """The corners of the concave hull of (cost, gain), least cost first, between the smallest plan and the largest.
+def _supported(grid: Grid, charge: Charge) -> Levels:
+    """The corners `(P, L)` of the concave hull of (cost, gain), from the smallest plan to the largest.
 
-    Halves intervals: the price at which both ends tie either finds a plan above their chord or proves there is none.
-    Large groups offer a coarser choice here; the steps between neighbours use all of it.
+    Halves intervals, all there are at once: the price at which both ends tie either finds a plan above their chord or
+    proves there is none. Large groups offer a coarser choice here; the steps between neighbours use all of it.
     """
     coarse, kept = grid.thinned(_COARSE)
     solve = _solver(coarse, charge)
-    ends = np.zeros_like(coarse.top), coarse.top
-    points = list(ends)
-    intervals = deque([ends])
-    for _ in range(_SOLVES):
-        if not intervals:
+
+    def worth(levels: np.ndarray) -> np.ndarray:
+        """Charge and gain of plans `(P, L)`, as `(P, 2)`."""
+        return np.stack([charge(coarse.pick(levels)), coarse.gain(levels)], -1)
+
+    points = np.stack([np.zeros_like(coarse.top), coarse.top])
+    intervals, left = np.array([[0, 1]]), _SOLVES
+    while left > 0 and len(intervals):
+        intervals, left = intervals[:left], left - len(intervals)
+        lows, highs = worth(points[intervals[:, 0]]), worth(points[intervals[:, 1]])
+        spans = highs - lows
+        is_rising = (spans > 0).all(1)
+        if not is_rising.any():
             break
-        low, high = intervals.popleft()
-        spans = [charge(coarse.pick(high)) - charge(coarse.pick(low)), coarse.gain(high) - coarse.gain(low)]
-        if spans[0] <= 0 or spans[1] <= 0:
-            continue
-        price = float(spans[1] / spans[0])
-        middle = solve(price)
-        values = [coarse.gain(x) - price * charge(coarse.pick(x)) for x in (middle, low)]
-        if values[0] > values[1] + 1e-9 * spans[1]:
-            points.append(middle)
-            intervals += [(low, middle), (middle, high)]
-    points.sort(key=lambda levels: float(charge(coarse.pick(levels))))
-    return [np.array([keep[level] for keep, level in zip(kept, levels, strict=True)]) for levels in points]
+        intervals, lows, spans = intervals[is_rising], lows[is_rising], spans[is_rising]
+        prices = spans[:, 1] / spans[:, 0]
+        middles = solve(prices)
+        profits = [found[:, 1] - prices * found[:, 0] for found in (worth(middles), lows)]
+        is_above = profits[0] > profits[1] + 1e-9 * spans[:, 1]
+        new = len(points) + np.arange(is_above.sum())
+        points = np.concatenate([points, middles[is_above]])
+        ends = intervals[is_above]
+        intervals = np.stack([ends[:, 0], new, new, ends[:, 1]], 1).reshape(-1, 2)
+    points = points[np.argsort(charge(coarse.pick(points)), kind="stable")]
+    return np.stack([keep[levels] for keep, levels in zip(kept, points.T, strict=True)], 1)
 
 
-def _solver(grid: Grid, charge: Charge) -> Callable[[float], Levels]:
-    """Maximises `gain - price * charge`: exactly where the tables stay small, else by single-group ascent."""
+def _solver(grid: Grid, charge: Charge) -> Callable[[np.ndarray], np.ndarray]:
+    """Maximises `gain - price * charge` for prices `(P,)`: exactly where tables stay small, else by ascent."""
     sizes = [len(widths) for widths in grid.widths]
     order = cliques(charge.pairs, sizes)
-    is_sparse = largest_table(order, sizes) <= _LARGEST_TABLE
+    if (largest := largest_table(order, sizes)) > _LARGEST_TABLE:
+        return lambda prices: np.stack([ascend(grid, charge.times(price), grid.top) for price in prices])
+    charges, most = list(tables(grid, charge, order)), max(1, _LARGEST_BATCH // largest)
 
-    def solve(price: float) -> Levels:
-        priced = charge.times(price)
-        return maximise(grid, priced, order) if is_sparse else ascend(grid, priced, grid.top)
+    def solve(prices: np.ndarray) -> np.ndarray:
+        parts = [prices[first : first + most] for first in range(0, len(prices), most)]
+        return np.concatenate([maximise(grid, order, charges, part) for part in parts])
 
     return solve
 
 
-def _between(grid: Grid, charge: Charge, low: Levels, high: Levels) -> list[Levels]:
-    """Single-step walks from `low` towards `high`: from what both have, from `low` by high's raises, and by any."""
-    ceiling = float(charge(grid.pick(high)))
-    return [
-        *_climb(grid, charge, np.minimum(low, high), high, np.inf),
-        *_climb(grid, charge, low, np.maximum(low, high), ceiling),
-        *_climb(grid, charge, low, grid.top, ceiling),
-    ]
+def _between(grid: Grid, charge: Charge, points: Levels) -> Levels:
+    """Single-step walks `(C, L)` between neighbours among `points` `(P, L)`: from what both have, from the lower one by
+    the higher one's raises, and by any."""
+    low, high = points[:-1], points[1:]
+    ceilings = charge(grid.pick(high))
+    starts = np.concatenate([np.minimum(low, high), low, low])
+    stops = np.concatenate([high, np.maximum(low, high), np.broadcast_to(grid.top, low.shape)])
+    return _climb(grid, charge, starts, stops, np.concatenate([np.full_like(ceilings, np.inf), ceilings, ceilings]))
 
 
 def _swapped(grid: Grid, charge: Charge, levels: np.ndarray) -> np.ndarray:
@@ -194,8 +216,8 @@ def _swapped(grid: Grid, charge: Charge, levels: np.ndarray) -> np.ndarray:
     moves = (one[:, None] - one[None, :]).reshape(-1, count)
     if len(start) * len(moves) > _MOST_SWAPS:
         return start
-    moved: np.ndarray = np.unique((start[:, None] + moves[None, :]).reshape(-1, count), axis=0)
-    moved = moved[((moved >= 0) & (moved <= grid.top)).all(1)]
+    moved: np.ndarray = (start[:, None] + moves[None, :]).reshape(-1, count)
+    moved = distinct(moved[((moved >= 0) & (moved <= grid.top)).all(1)])
     found: np.ndarray = moved[_undominated(grid, charge, moved)]
     return found
 
@@ -209,22 +231,26 @@ def _undominated(grid: Grid, charge: Charge, levels: np.ndarray) -> np.ndarray:
     return np.compress(is_better, order)
 
 
-def _climb(grid: Grid, charge: Charge, start: Levels, stop: Levels, ceiling: float) -> list[Levels]:
-    """Raises one group by one level at a time, best gain per cost first, within levels `stop` and cost `ceiling`."""
+def _climb(grid: Grid, charge: Charge, levels: Levels, stops: Levels, ceilings: np.ndarray) -> Levels:
+    """All plans of walks from `levels` `(W, L)`, which raise one group by one level at a time.
+
+    The best gain per cost goes first, within levels `stops` `(W, L)` and costs `ceilings` `(W,)`.
+    """
     both, own = charge.pairs + charge.pairs.T, charge.pairs.diagonal()
-    levels, widths = start.copy(), grid.pick(start).astype(float)
-    cost = float(charge(widths))
-    every = np.arange(len(levels))
-    slope = charge.linear + both @ widths
-    visited = [levels.copy()]
+    widths = grid.pick(levels).astype(float)
+    costs, slopes = charge(widths), charge.linear + widths @ both
+    every = np.arange(levels.shape[1])
+    visited = [levels]
     while True:
-        step, rise = grid.steps[every, levels], grid.rises[every, levels]
-        price = step * (slope + step * own)
-        fits = (levels < stop) & (cost + price <= ceiling)
+        steps, rises = grid.steps[every, levels], grid.rises[every, levels]
+        prices = steps * (slopes + steps * own)
+        fits = (levels < stops) & (costs[:, None] + prices <= ceilings[:, None])
         if not fits.any():
-            return visited
-        group = int(np.where(fits, rise / np.maximum(price, 1e-300), -np.inf).argmax())
-        cost += price[group]
-        slope = slope + step[group] * both[group]
-        levels[group] += 1
-        visited.append(levels.copy())
+            return np.concatenate(visited)
+        best = np.where(fits, rises / np.maximum(prices, 1e-300), -np.inf).argmax(1)
+        walks = np.flatnonzero(fits.any(1))
+        groups = best[walks]
+        costs = costs[walks] + prices[walks, groups]
+        slopes = slopes[walks] + steps[walks, groups, None] * both[groups]
+        levels, stops, ceilings = levels[walks] + np.eye(len(every), dtype=int)[groups], stops[walks], ceilings[walks]
+        visited.append(levels)

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -45,8 +45,18 @@ Phase: TypeAlias = Literal["starting", "scoring", "trials", "registering", "done
 
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 
-RUNGS_WAIT_MS = 60_000
-"""How long rungs of recovery wait for something else to be written of their trial; every write costs the driver."""
+WAIT_MS = 60_000
+"""How long what is known of a running trial waits to be written, at its rungs: every write costs the driver."""
+
+
+@dataclass
+class _Waiting:
+    """What is still to be written of a run, and since when the first of it waits (Unix time in ms)."""
+
+    since: int
+    metrics: list[Metric] = field(default_factory=list)
+    params: list[Param] = field(default_factory=list)
+    tags: list[RunTag] = field(default_factory=list)
 
 
 class Tracker:
@@ -61,8 +71,7 @@ class Tracker:
             "paredown.digest", ""
         )  # written last of all that a record begins with
         self.registry = Registry(client, self.registered_model)
-        self._params: dict[str, list[Param]] = {}
-        self._rungs: dict[str, list[Metric]] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._amounts: dict[str, float] | None = None
 
     def enter(self, phase: Phase) -> None:
@@ -110,7 +119,11 @@ class Tracker:
         self.client.log_dict(self.run_id, dict(importance), "importance.json")
 
     def start_trial(self, proposal: Proposal) -> str:
-        """A child run for a proposal; its id. The params are written with the plan, or with why there is none."""
+        """A child run for a proposal; its id.
+
+        Its params, what it is `planned` to cost and its rungs are written when the trial ends, or at a rung once they
+        have waited for a minute. A driver that is killed loses what it had not written, but such a trial runs again.
+        """
         tags = {
             "mlflow.parentRunId": self.run_id,
             "paredown.knobs": json.dumps(dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)),
@@ -120,7 +133,7 @@ class Tracker:
         params = {"budget": proposal.budget, "trial": proposal.number, "method": proposal.method}
         params |= dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)
         run_id: str = run.info.run_id
-        self._params[run_id] = [Param(key, str(value)) for key, value in params.items()]
+        self._waiting[run_id] = _Waiting(_milliseconds(), params=[Param(key, str(one)) for key, one in params.items()])
         return run_id
 
     def planned(self, run_id: str, fitted: Fitted, work: str) -> None:
@@ -132,17 +145,13 @@ class Tracker:
             costs |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
             costs |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
         self.client.log_dict(run_id, plan.to_json(), "plan.json")
-        self._log(run_id, costs | {"latency_rounds": fitted.rounds}, {"paredown.work": work})
+        self._keep(run_id, costs | {"latency_rounds": fitted.rounds}, {"paredown.work": work})
 
     def progress(self, run_id: str, step: int, top1: float) -> None:
-        """Records validation top-1 at a step of recovery: when the trial ends, or once a minute of rungs waits.
-
-        A driver that is killed loses what it had not written, but such a trial runs again.
-        """
-        waiting = self._rungs.setdefault(run_id, [])
-        waiting.append(Metric("top1", top1, _milliseconds(), step))
-        if waiting[-1].timestamp - waiting[0].timestamp >= RUNGS_WAIT_MS:
-            self._log(run_id, {})
+        """Records validation top-1 at a step of recovery."""
+        waiting = self._keep(run_id, {"top1": top1}, step=step)
+        if _milliseconds() - waiting.since >= WAIT_MS:
+            self._write(run_id)
 
     def complete(self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float, keep_weights: bool) -> None:
         """Ends a trial's run with its figures and, where they may be needed again, its weights."""
@@ -284,12 +293,24 @@ class Tracker:
                 return found
 
     def _log(self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Writes what params and rungs wait, figures, and then tags: who finds one of these finds all of it."""
+        """Writes these of a run, and what waits."""
+        self._keep(run_id, figures, tags)
+        self._write(run_id)
+
+    def _keep(
+        self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({}), step: int = 0
+    ) -> _Waiting:
+        """Has these wait for the next write of their run; all that waits."""
         now = _milliseconds()
-        metrics = [Metric(key, float(value), now, 0) for key, value in figures.items()]
-        metrics += self._rungs.pop(run_id, [])
-        found = [RunTag(key, value) for key, value in tags.items()]
-        self.client.log_batch(run_id, metrics, self._params.pop(run_id, ()), found)
+        waiting = self._waiting.setdefault(run_id, _Waiting(now))
+        waiting.metrics += [Metric(key, float(value), now, step) for key, value in figures.items()]
+        waiting.tags += [RunTag(key, value) for key, value in tags.items()]
+        return waiting
+
+    def _write(self, run_id: str) -> None:
+        """Writes what waits, tags last: who finds one of these finds all of it."""
+        waiting = self._waiting.pop(run_id)
+        self.client.log_batch(run_id, waiting.metrics, waiting.params, waiting.tags)
 
     def _log_weights(self, run_id: str, state: Mapping[str, np.ndarray]) -> None:
         with tempfile.TemporaryDirectory() as folder:

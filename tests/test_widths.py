@@ -14,10 +14,10 @@ from scipy.optimize import minimize
 
 from methods.channels import WidthCost
 from methods.continuous import continuous
-from methods.elimination import Charge, Grid, ascend, cliques, largest_table, maximise
+from methods.elimination import Charge, Grid, ascend, cliques, largest_table, maximise, tables
 from methods.reference import reference_rates
 from methods.relaxation import Worth, upper_bound
-from methods.widths import build_path, evaluate, price_bound, share, uniform
+from methods.widths import build_path, distinct, evaluate, price_bound, share, uniform
 
 OBJECTIVES = ("quadratic", "linear", "log")
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -67,10 +67,13 @@ def test_elimination_finds_what_brute_force_finds(seed: int, groups: int) -> Non
     )
     order = cliques(charge.pairs, [len(w) for w in widths])
     levels = all_levels(grid)
-    values = grid.gain(levels) - charge(grid.pick(levels))
-    found, climbed = maximise(grid, charge, order), ascend(grid, charge, grid.top)
-    assert grid.gain(found) - charge(grid.pick(found)) == pytest.approx(values.max(), abs=1e-12)
-    assert grid.gain(climbed) - charge(grid.pick(climbed)) <= values.max() + 1e-12
+    prices = np.array([0.0, 0.3, 1.0, 7.0])
+    every = maximise(grid, order, tables(grid, charge, order), prices)
+    for price, found in zip(prices, every, strict=True):
+        values = grid.gain(levels) - price * charge(grid.pick(levels))
+        climbed = ascend(grid, charge.times(price), grid.top)
+        assert grid.gain(found) - price * charge(grid.pick(found)) == pytest.approx(values.max(), abs=1e-12)
+        assert grid.gain(climbed) - price * charge(grid.pick(climbed)) <= values.max() + 1e-12
 
 
 def test_a_residual_stage_is_eliminated_in_tables_of_three_groups() -> None:
@@ -156,6 +159,13 @@ def test_a_network_in_other_units_gets_the_same_widths(factor: float) -> None:
     limits = {"macs": int(0.4 * costs["macs"](np.array(base)))}
     plans = [path.widths[path.select(limits)].tolist() for path in (build_path(g, costs) for g in (grid, scaled))]
     assert plans[0] == plans[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 23))
+def test_distinct_rows_are_numpys(seed: int, groups: int) -> None:
+    levels = np.random.default_rng(seed).choice([0, 1, 63], size=(50, groups), p=[0.1, 0.1, 0.8])
+    np.testing.assert_array_equal(distinct(levels), np.unique(levels, axis=0))
 
 
 def test_one_group_gets_the_widest_level_that_fits() -> None:
