@@ -127,11 +127,13 @@ def frontier(
     uri: Uri = STORE,
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
-    from search import console, report
+    from search import console
     from search.records import find_search
 
     result = find_search(uri, name).result()
     if html is not None:
+        from search import report
+
         html.write_text(report.html(result))
     if as_json:
         print(json.dumps(result.to_json(), indent=2))

@@ -20,8 +20,7 @@ from rich.table import Table
 from search import costs
 from search.base import Report
 from search.costs import Row
-from search.frontier import BudgetResult, SearchResult, volume
-from search.targets import LATENCY
+from search.frontier import LATENCY, BudgetResult, SearchResult, volume
 from search.units import count, milliseconds, percent, size
 
 if TYPE_CHECKING:

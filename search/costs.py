@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.frontier import BudgetResult, Candidate, SearchResult, cost_of
-from search.targets import LATENCY
+from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, cost_of
 from search.units import count, lost, milliseconds, size
 
 NAMES = {

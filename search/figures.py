@@ -13,8 +13,7 @@ from html import escape
 from typing import Any
 
 from search.costs import is_predicted, shown
-from search.frontier import Candidate, SearchResult, Teacher, cost_of, frontier, history
-from search.targets import LATENCY
+from search.frontier import LATENCY, Candidate, SearchResult, Teacher, cost_of, frontier, history
 from search.units import count, knobs, milliseconds, percent
 
 LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "alds": "ALDS", "uniform": "Uniform"}

@@ -18,9 +18,10 @@ from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, Score
 from methods.chain import SHARE, Chain
 from methods.pipeline import size_bytes
 from search.bracket import Bracket, Point
+from search.frontier import LATENCY
 from search.latency import Stopwatch, Timing
 from search.scoring import Planner
-from search.targets import LATENCY, Target
+from search.targets import Target
 from search.units import milliseconds, size
 from search.workload import Workload
 

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, Protocol, TypeAlias
 
-from search.targets import LATENCY
+LATENCY = "latency_ms/"
+"""The name of a device's latency among the costs starts with this; the device's own follows."""
 
 AXES: tuple[str, ...] = ("macs", "macs_expected", "params")
 """The costs a frontier is drawn over, beside each device's latency. MACs and expected MACs are two axes: a masked

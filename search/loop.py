@@ -18,13 +18,14 @@ from methods.pipeline import Progress
 from search.base import Report, masked
 from search.devices import rooflines
 from search.frontier import Candidate, SearchResult
+from search.lease import locked
 from search.prepare import Prepared, prepare, rung
 from search.records import open_search
 from search.register import check_model, register
 from search.report import html
 from search.runner import Clock, Runner
 from search.spec import SearchSpec
-from search.store import check_store, locked
+from search.store import check_store
 from search.study import FULL, BudgetStudy, Proposal, Start, Storage, Strategy, storage
 from search.tracking import Tracker
 from search.workload import Workload, load

@@ -17,10 +17,10 @@ import cluster
 from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, identity, predicted_ms
 from search.base import SearchError, SpecError
 from search.devices import LatencyError, described, kind_of, roofline_of, runtime_of
+from search.frontier import LATENCY
 from search.layer_table import layers_of
 from search.programs import onnx_program
 from search.spec import DeviceSpec, SearchSpec, load
-from search.targets import LATENCY
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""
@@ -93,11 +93,11 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
 
 def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
     """The teacher of a registered version, where that says where it is."""
-    from search import registry
+    from search.models import load_model
 
     if (where := tags.get("teacher_uri")) is None:
         return None
-    return _exported(registry.load_model(uri, where), where, {})
+    return _exported(load_model(uri, where), where, {})
 
 
 def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
@@ -190,10 +190,11 @@ def _loaded(model: str, uri: str) -> Model:
         SearchError: it cannot be read.
     """
     if model.startswith("models:/"):
-        from search import registry  # takes seconds to import
+        from search.models import load_model  # takes seconds to import
+        from search.registry import version_tags
 
-        tags = registry.version_tags(uri, model)
-        return _exported(registry.load_model(uri, model), model, tags)
+        tags = version_tags(uri, model)
+        return _exported(load_model(uri, model), model, tags)
     path = Path(model, STUDENT) if Path(model).is_dir() else Path(model)
     if path.suffix not in (".pt2", ".onnx") or not path.is_file():
         raise SearchError(

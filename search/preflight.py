@@ -17,9 +17,9 @@ from methods.base import Budget, Infeasible, MethodError, Plan, defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.fitting import least_latency
+from search.frontier import LATENCY
 from search.prepare import Prepared, prepare
 from search.spec import RecoverySpec, SearchSpec
-from search.targets import LATENCY
 from search.workload import Workload, load
 
 TIMED_STEPS = 4

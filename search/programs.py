@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster import Cluster, Done, Failed, Program
@@ -101,10 +102,11 @@ class Exporter:
         return [made[index] for index in range(len(items))]
 
 
-def onnx_program(model: nn.Module, example: Tensor) -> bytes:
+def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
     """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
 
     Args:
+        model: or its program for any batch size, as `search.workload.exported` gives it, where that is there already.
         example: images `(n, c, h, w)`, n >= 1.
 
     Raises:

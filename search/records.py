@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from search.base import TrackingError, masked
 from search.changes import check_unchanged
-from search.store import FAULTS, artifact, artifact_location, check_store, connect, sqlite_path, unwritable
+from search.store import FAULTS, artifact, check_store, connect, experiment_of, sqlite_path, unwritable
 from search.tracking import Tracker
 
 
@@ -30,8 +30,7 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
     """
     client = connect(uri)
     try:
-        found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location(uri, name))
+        experiment = experiment_of(client, uri, name)
         parent = next(iter(client.search_runs([experiment], "tags.`paredown.started` != ''")), None)
         if parent is not None and not _has_begun(client, experiment, parent):
             _forget(client, experiment, parent)  # nothing came of it, so nothing binds the spec

@@ -14,12 +14,12 @@ from methods import named
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report, SpecError, TrackingError
-from search.frontier import BudgetResult, Candidate, SearchResult, frontier
+from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, frontier
+from search.models import Models
 from search.records import find_search
 from search.registry import Registry, check_alias, of_a_budget
 from search.spec import SearchSpec
 from search.store import FAULTS, connect, unwritable
-from search.targets import LATENCY
 from search.tracking import Tracker
 from search.workload import Workload
 
@@ -104,19 +104,17 @@ def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: R
 
     The teacher is stored with the search itself, so that a student can be measured beside it again.
     """
-    images = workload.splits.calibration[:IMAGES]
-    if tracker.registry.stored(tracker.run_id) is None:
+    images, models = workload.splits.calibration[:IMAGES], Models(tracker.client)
+    if models.stored(tracker.run_id) is None:
         report("storing models", 0, 1, "the teacher")
-        tracker.registry.store(tracker.run_id, workload.teacher.cpu(), images)
+        models.store(tracker.run_id, workload.teacher.cpu(), images)
     trained = _trained(result)
     winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
     members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
     uris: dict[str, str] = {}
     for done, run_id in enumerate(members):
         report("storing models", done, len(members), "")
-        uris[run_id] = tracker.registry.stored(run_id) or tracker.registry.store(
-            run_id, student(workload, tracker, run_id), images
-        )
+        uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, tracker, run_id), images)
     report("storing models", len(members), len(members), "")
     return uris
 
@@ -139,15 +137,15 @@ def _tags(
     winner = budget.winner
     assert winner is not None
     trained = _trained(result)[winner.run_id]
-    found = student(workload, tracker, trained)
+    found, models = student(workload, tracker, trained), Models(tracker.client)
     origin = {
         "method": winner.method,
         "knobs": _json(winner.knobs),
         "spec_hash": tracker.spec_digest,
         "teacher_hash": workload.fingerprint,
-        "teacher_uri": tracker.registry.stored(tracker.run_id),
+        "teacher_uri": models.stored(tracker.run_id),
         "git_commit": commit(spec.folder),
-        "onnx_uri": tracker.registry.onnx_uri(trained),
+        "onnx_uri": models.onnx_uri(trained),
     }
     limits = {f"limit_{cost}": limit for cost, limit in budget.limits.items()}
     test = {"top1_test": evaluate(found, workload.splits.test, workload.metric)}

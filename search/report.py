@@ -18,8 +18,7 @@ from plotly.offline import get_plotlyjs
 from search import costs
 from search.costs import Row
 from search.figures import TEACHER_MARK, figure, history_figures, method_label, method_marks
-from search.frontier import BudgetResult, Candidate, SearchResult, Teacher, volume
-from search.targets import LATENCY
+from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, Teacher, volume
 from search.units import count, duration, knobs, lost, milliseconds, percent, plain, points, size
 
 LEAST_SHARE = 0.005

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,7 @@ def check_artifacts(uri: str, name: str) -> None:
     """
     client = connect(uri)
     try:
-        found = client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else client.create_experiment(name, artifact_location(uri, name))
-        run_id = client.create_run(experiment, run_name="check").info.run_id
+        run_id = client.create_run(experiment_of(client, uri, name), run_name="check").info.run_id
         try:
             client.log_text(run_id, name, "check.txt")
             artifact(client, run_id, "check.txt")
@@ -87,18 +85,6 @@ def unwritable(uri: str, reason: str) -> str:
 def is_store_fault(error: Exception) -> bool:
     """Whether this is MLflow or its database failing while it is used."""
     return isinstance(error, MlflowException | SQLAlchemyError)
-
-
-def locked(uri: str, name: str) -> AbstractContextManager[None]:
-    """Holds search `name` of this store for this process; beside a local database, where every other driver looks.
-
-    Raises:
-        SearchError: another process holds it.
-    """
-    path = sqlite_path(uri)
-    if path is None:
-        return cache.alone(f"{uri} {name}", cache.folder() / "locks")
-    return cache.alone(f"{path.name} {name}", path.resolve().parent)
 
 
 @contextmanager
@@ -177,7 +163,11 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def artifact_location(uri: str, name: str) -> str | None:
-    """A folder beside a local database; a server has its own place."""
+def experiment_of(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of search `name`'s experiment, made where there is none; its files lie beside a local database."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
     path = sqlite_path(uri)
-    return None if path is None else (path.resolve().with_suffix(".artifacts") / name).as_uri()
+    place = None if path is None else (path.resolve().with_suffix(".artifacts") / name).as_uri()
+    return str(client.create_experiment(name, place))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from methods.base import Budget
-
-LATENCY = "latency_ms/"
-"""The name of a device's latency among the costs starts with this; the device's own follows."""
+from search.frontier import LATENCY
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-from methods.base import Plan
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
 from search.registry import Registry
 from search.store import FAULTS, artifact, at_once
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who only looks at a record need not wait for torch
+    from methods.base import Plan
     from methods.pipeline import Outcome
     from search.fitting import Fitted
     from search.study import Proposal
@@ -220,7 +220,9 @@ class Tracker:
 
     def plan(self, run_id: str) -> Plan:
         """The plan of a completed trial."""
-        return Plan.from_json(json.loads(artifact(self.client, run_id, "plan.json")))
+        from methods.base import Plan
+
+        return Plan.from_json(self._plan(run_id))
 
     def weights(self, run_id: str) -> dict[str, np.ndarray]:
         """The state of a completed trial's student, where it was kept; a reused one's is its source's."""
@@ -271,7 +273,7 @@ class Tracker:
         best = winner(candidates, limits)
         if best is None:
             return BudgetResult(name, limits)
-        best = replace(best, plan=self.plan(best.run_id).to_json())
+        best = replace(best, plan=self._plan(best.run_id))
         found = self.registry.version_of(best.run_id, name)
         if found is None:
             return BudgetResult(name, limits, best)
@@ -279,6 +281,10 @@ class Tracker:
         alias = name if held is not None and held.run_id == best.run_id else None
         uri = f"models:/{self.registered_model}" + (f"@{name}" if alias else f"/{found.version}")
         return BudgetResult(name, limits, best, uri, alias, float(found.tags["top1_test"]))
+
+    def _plan(self, run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(artifact(self.client, run_id, "plan.json"))
+        return found
 
     def _children(self) -> list[Run]:
         found: list[Run] = []

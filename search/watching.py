@@ -20,14 +20,13 @@ from starlette.concurrency import run_in_threadpool
 from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
 from search.base import TrackingError, masked
-from search.frontier import Candidate, Teacher, cost_of
+from search.frontier import LATENCY, Candidate, Teacher, cost_of
 from search.guard import Refused
 from search.metadata import NAME, URI, search_of
 from search.progress import Progress, so_far
 from search.records import Recorded, find_begun
 from search.records import recorded as on_record
 from search.store import FAULTS, check_store, unwritable
-from search.targets import LATENCY
 
 T = TypeVar("T")
 

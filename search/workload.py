@@ -200,7 +200,7 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
-    from search.registry import load_model  # takes seconds to import, and few teachers come from there
+    from search.models import load_model  # takes seconds to import, and few teachers come from there
 
     try:
         with importable(spec.folder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ ALLOWED = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", 
 HOME = {
     "ray": {"cluster"},
     "optuna": {"search/study.py"},
-    "mlflow": {"search/store.py", "search/records.py", "search/tracking.py", "search/registry.py"},
+    "mlflow": {f"search/{name}.py" for name in ("store", "lease", "records", "tracking", "models", "registry")},
 }
 
 
@@ -44,6 +46,12 @@ def test_foreign_libraries_have_one_home(library: str) -> None:
     users = {path for path in files if library in imports(ROOT / path)}
     assert users
     assert all(path.parts[0] in HOME[library] or str(path) in HOME[library] for path in users), users
+
+
+def test_who_only_looks_at_a_search_waits_for_no_torch() -> None:
+    looks = "import sys, cluster, search.cli, search.console, search.progress; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", looks], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not {"torch", "onnx", "optuna", "cvxpy"} & set(loaded.split())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -154,6 +154,10 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(teacher: Path,
     assert "on the cluster's head: cannot use the MLflow store http://127.0.0.1:1" in away
     (here / "spec.yaml").write_text(f"{SPEC}cluster: {{gpus_per_trial: 2}}\n")
     assert "a trial needs 1 CPU, 2 GPU of one node, but the nodes of" in head.refused(here, "submit", "spec.yaml")
+    (here / "spec.yaml").write_text(SPEC.replace("batch_size: 64", "batch_size: 64, workers: 40"))
+    assert "a trial needs 1 CPU of one node for each of its 40 workers, but" in head.refused(
+        here, "submit", "spec.yaml"
+    )
     (here / "spec.yaml").write_text(SPEC)
     with (here / "images.bin").open("wb") as file:
         file.truncate(600_000_000)

@@ -17,6 +17,7 @@ from cluster import ClusterError, Roofline, predicted_ms
 from search.base import SearchError, SpecError, TrackingError
 from search.layer_table import layers_of
 from search.measure import measure
+from search.models import Models
 from search.programs import onnx_program
 from search.registry import Registry
 from search.spec import DeviceSpec
@@ -103,7 +104,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
     client = connect(STORE)
     run_id = client.create_run(client.create_experiment("tiny")).info.run_id
     registry = Registry(client, "tiny")
-    uri = registry.store(run_id, saved.model, np.asarray(IMAGES))
+    uri = Models(client).store(run_id, saved.model, np.asarray(IMAGES))
     tags = {
         "top1_validation": 0.9, "device": "mine", "device_spec/mine": DeviceSpec(threads=2, batch=2).model_dump_json(),
         "device_spec/cpu-1": DeviceSpec().model_dump_json(),
@@ -134,11 +135,11 @@ def test_a_registered_version_is_measured_beside_its_teacher(saved: Saved) -> No
     experiment = client.create_experiment("tiny")
     registry = Registry(client, "tiny")
     run_id, parent = (client.create_run(experiment).info.run_id for _ in range(2))
-    uri = registry.store(run_id, saved.model, np.asarray(IMAGES))
+    uri = Models(client).store(run_id, saved.model, np.asarray(IMAGES))
     tags = {
         "top1_validation": 0.9, "device": "cpu-1", "device_spec/cpu-1": DeviceSpec().model_dump_json(),
         "latency_ms/cpu-1/p50": 1.5, "teacher_latency_ms/cpu-1/p50": 3.0,
-        "teacher_uri": registry.store(parent, saved.model, np.asarray(IMAGES)),
+        "teacher_uri": Models(client).store(parent, saved.model, np.asarray(IMAGES)),
     }  # fmt: skip
     registry.register("edge", run_id, uri, tags, {})
     found = run("models:/tiny@edge", "cpu-1")

@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import pytest
 import ray
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow_servers import mlflow_server
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 from ray.cluster_utils import Cluster as Raylets
@@ -302,31 +302,6 @@ def test_memory_and_store_that_are_full_end_in_words() -> None:
     assert failed.error.endswith("expected room for it; lower cluster.max_parallel, or give the nodes more memory")
     with pytest.raises(ClusterError, match=r"do not fit into Ray's object store: .*disk.*; free some disk, or start"):
         RayCluster(np.ones(STORE_BYTES // 4))
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's server on a store in `folder`, killed with all its processes in the end, if not before."""
-    command = ["server", "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *command, "--artifacts-destination", str(folder / "artifacts")],
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_until(lambda: answers(port), process)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
 def ended(uri: str) -> int:

@@ -25,9 +25,10 @@ from search import spec, workload
 from search.devices import Timing
 from search.fitting import Fitted
 from search.frontier import Teacher
+from search.models import Models, load_model
 from search.records import open_search
 from search.register import TAG_BYTES, register, student
-from search.registry import load_model, version_tags
+from search.registry import version_tags
 from search.store import check_store
 from search.study import Proposal
 from search.tracking import Tracker
@@ -200,7 +201,7 @@ def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: S
         "teacher_hash": searched.workload.fingerprint,
         "device": "cpu-1",
         "host": "bench",
-        "onnx_uri": searched.tracker.registry.onnx_uri(run_id),
+        "onnx_uri": Models(searched.tracker.client).onnx_uri(run_id),
         "top1_validation": "0.8",
         "top1_test": repr(slim.top1_test),
         "top1_drop": repr(0.95 - 0.8),
@@ -213,7 +214,7 @@ def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: S
         "is_predicted/cpu-1": "false",
         "is_predicted/nano": "true",
         "noise/cpu-1": "0.25",
-        "teacher_uri": searched.tracker.registry.stored(searched.tracker.run_id),
+        "teacher_uri": Models(searched.tracker.client).stored(searched.tracker.run_id),
         "teacher_latency_ms/cpu-1/p50": "2.0",
         "teacher_latency_ms/nano/p50": "2.0",
     }
@@ -264,9 +265,9 @@ def test_a_reused_trial_shares_the_stored_model(searched: Search) -> None:
     client = MlflowClient()
     versions = {one.tags["budget"]: one for one in client.search_model_versions("name = 'tiny'")}
     assert {budget: one.run_id for budget, one in versions.items()} == {"half": source, "slim": run_id}
-    assert versions["half"].source == versions["slim"].source == searched.tracker.registry.stored(source)
+    assert versions["half"].source == versions["slim"].source == Models(searched.tracker.client).stored(source)
     assert searched.version("slim")["onnx_uri"] == searched.version("half")["onnx_uri"]
-    assert searched.tracker.registry.stored(run_id) is None
+    assert Models(searched.tracker.client).stored(run_id) is None
 
 
 def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> None:
@@ -275,7 +276,7 @@ def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> 
     beaten = searched.train("half", 0.58, top1=0.4, latency_ms=1.5)
     searched.register()
     assert {one.run_id for one in _winners(searched)} == {best}
-    stored = {run_id for run_id in (best, cheap, beaten) if searched.tracker.registry.stored(run_id)}
+    stored = {run_id for run_id in (best, cheap, beaten) if Models(searched.tracker.client).stored(run_id)}
     assert stored == {best, cheap}
 
 

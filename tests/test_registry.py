@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from search.base import SpecError, TrackingError, WorkloadError
 from search.frontier import Teacher
+from search.models import Models, load_model
 from search.records import open_search
 from search.register import commit, promote
-from search.registry import Registry, Version, load_model, version_tags
+from search.registry import Registry, Version, version_tags
 from search.store import connect
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 1, 4, 4)).astype(np.float32)
@@ -60,10 +61,14 @@ class Store:
         client.set_terminated(run_id, "FINISHED")
         return run_id
 
+    @property
+    def models(self) -> Models:
+        return Models(connect(self.uri))
+
     def registry(self, model: str) -> Registry:
         return Registry(connect(self.uri), model)
 
-    def models(self, run_id: str) -> dict[str, str]:
+    def listed(self, run_id: str) -> dict[str, str]:
         """The name and URI of every model stored with a run, all of them whole."""
         found = connect(self.uri).search_logged_models([self.experiment], f"source_run_id = '{run_id}'")
         assert {str(one.status) for one in found} <= {"READY"}
@@ -81,7 +86,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def stored(store: Store) -> str:
     """The URI of a stored model, for tests that only register it."""
-    return store.registry("any").store(store.run(), Net(), IMAGES)
+    return store.models.store(store.run(), Net(), IMAGES)
 
 
 # Storing
@@ -89,18 +94,18 @@ def stored(store: Store) -> str:
 
 def test_both_programs_say_what_the_student_says(store: Store) -> None:
     run_id, student = store.run(), Net()
-    registry, client = store.registry("any"), connect(store.uri)
+    models, client = store.models, connect(store.uri)
     before = client.get_run(run_id).info
-    assert registry.stored(run_id) is registry.onnx_uri(run_id) is None
+    assert models.stored(run_id) is models.onnx_uri(run_id) is None
 
-    uri = registry.store(run_id, student, IMAGES)
+    uri = models.store(run_id, student, IMAGES)
 
-    assert store.models(run_id) == {"model": uri, "onnx": registry.onnx_uri(run_id)}
-    assert registry.stored(run_id) == uri
+    assert store.listed(run_id) == {"model": uri, "onnx": models.onnx_uri(run_id)}
+    assert models.stored(run_id) == uri
     expected = student(torch.from_numpy(IMAGES)).detach().numpy()
     program: Any = load_model(store.uri, uri)
     np.testing.assert_allclose(program(torch.from_numpy(IMAGES)).detach().numpy(), expected, atol=1e-6)
-    file: Any = onnx.load_from_string(mlflow.onnx.load_model(registry.onnx_uri(run_id)).SerializeToString())
+    file: Any = onnx.load_from_string(mlflow.onnx.load_model(models.onnx_uri(run_id)).SerializeToString())
     session = onnxruntime.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"images": IMAGES})[0], expected, atol=1e-4)
     after = client.get_run(run_id)
@@ -108,16 +113,16 @@ def test_both_programs_say_what_the_student_says(store: Store) -> None:
     assert "paredown.onnx_refused" not in after.data.tags
 
     client.delete_tag(run_id, "paredown.model_uri")  # as if the driver had died before it wrote that
-    assert registry.store(run_id, student, IMAGES) == uri
+    assert models.store(run_id, student, IMAGES) == uri
 
 
 def test_a_random_student_is_refused_before_anything_is_stored(store: Store) -> None:
     run_id = store.run()
     student = Net(lambda logits: F.dropout(logits, 0.5, training=True))
     with pytest.raises(WorkloadError, match=rf"run {run_id} differs .* expected at most 0.0001"):
-        store.registry("any").store(run_id, student, IMAGES)
-    assert store.models(run_id) == {}
-    assert store.registry("any").stored(run_id) is None
+        store.models.store(run_id, student, IMAGES)
+    assert store.listed(run_id) == {}
+    assert store.models.stored(run_id) is None
 
 
 @pytest.mark.parametrize(
@@ -132,10 +137,10 @@ def test_what_onnx_cannot_hold_is_stored_without_it(
     store: Store, head: Callable[[Tensor], Tensor], reason: str
 ) -> None:
     run_id = store.run()
-    registry = store.registry("any")
-    uri = registry.store(run_id, Net(head), IMAGES)
-    assert store.models(run_id) == {"model": uri}
-    assert registry.onnx_uri(run_id) is None
+    models = store.models
+    uri = models.store(run_id, Net(head), IMAGES)
+    assert store.listed(run_id) == {"model": uri}
+    assert models.onnx_uri(run_id) is None
     told = connect(store.uri).get_run(run_id).data.tags["paredown.onnx_refused"]
     assert reason in told
     assert "\n" not in told
@@ -176,10 +181,10 @@ STEPS = [
 
 
 def test_a_driver_killed_at_any_step_leaves_nothing_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_id, registry = store.run(), store.registry("killed")
+    run_id, models, registry = store.run(), store.models, store.registry("killed")
 
     def go_on() -> Version:
-        uri = registry.stored(run_id) or registry.store(run_id, Net(), IMAGES)
+        uri = models.stored(run_id) or models.store(run_id, Net(), IMAGES)
         return registry.register("half", run_id, uri, TAGS, LIMITS)
 
     for method, calls in STEPS:
@@ -190,9 +195,9 @@ def test_a_driver_killed_at_any_step_leaves_nothing_twice(store: Store, monkeypa
     made = go_on()
 
     client = connect(store.uri)
-    assert store.models(run_id).keys() == {"model", "onnx"}
+    assert store.listed(run_id).keys() == {"model", "onnx"}
     (version,) = client.search_model_versions("name = 'killed'")
-    assert version.source == store.models(run_id)["model"]
+    assert version.source == store.listed(run_id)["model"]
     assert registry.holder("half") == made
     assert made == Version(run_id, 1, {"budget": "half"} | {key: str(value) for key, value in TAGS.items()})
     assert client.get_run(run_id).info.status == "FINISHED"

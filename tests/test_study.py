@@ -211,7 +211,7 @@ def test_importance_says_which_knob_decided(tmp_path: Path) -> None:
     assert sum(found.values()) == pytest.approx(1)
 
 
-def test_a_random_search_starts_with_no_defaults(tmp_path: Path) -> None:
+def test_a_random_search_starts_with_no_defaults_and_gives_nothing_up(tmp_path: Path) -> None:
     drawn = [
         BudgetStudy(
             storage(str(tmp_path / name)), "one", "half", list(METHODS.values()), 0, labels=True, strategy=RANDOM
@@ -221,6 +221,10 @@ def test_a_random_search_starts_with_no_defaults(tmp_path: Path) -> None:
     found = [run(made, 3) for made in drawn]
     assert found[0] == found[1]
     assert found[0][0].recovery["distill"] != RECOVERY["distill"].default
+    for top1 in (0.9, 0.8, 0.7, 0.1):
+        number = drawn[0].ask().number
+        assert drawn[0].goes_on(number, 1, top1)
+        drawn[0].tell(number, top1)
 
 
 def test_of_many_trials_the_sampler_sees_the_best_and_the_latest(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from sqlalchemy import Engine, event
 
 from methods.base import Plan
 from methods.pipeline import Outcome
-from search.base import SearchError, TrackingError
+from search.base import TrackingError
 from search.fitting import Fitted
 from search.records import find_begun, find_search, open_search
-from search.store import check_store, locked
+from search.store import check_store
 from search.study import Proposal
 
 
@@ -103,17 +103,6 @@ def test_a_search_nobody_ran() -> None:
     check_store("sqlite:///paredown.db")
     with pytest.raises(TrackingError, match="no search 'digits'"):
         find_search("sqlite:///paredown.db", "digits")
-
-
-def test_one_driver_per_search() -> None:
-    with (
-        locked("sqlite:///paredown.db", "digits"),
-        pytest.raises(SearchError, match="running already"),
-        locked(f"sqlite:///{Path.cwd() / 'paredown.db'}", "digits"),
-    ):
-        pass
-    with locked("sqlite:///paredown.db", "digits"), locked("sqlite:///paredown.db", "other"):
-        pass
 
 
 def make_store(folder: Path) -> None:
