@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from cluster import Cluster, Done, Event, Failed, Step, Stopped
+from cluster import Cluster, Done, Event, Step, Stopped
 from methods import named
 from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
@@ -163,8 +163,7 @@ class Runner:
                 yield Planned(proposal, run_id, fitted, recipe(prepared.spec.recovery, proposal.recovery))
             else:
                 state: State = "infeasible" if isinstance(fitted, Infeasible) else "failed"
-                self._tracker.fail(run_id, state, str(fitted), device_s=0.0)
-                self._end(run_id)
+                self._end(self._tracker.fail(run_id, state, str(fitted), device_s=0.0))
                 self._tell(proposal, state)
 
     def _items(self, waiting: Iterable[Planned]) -> Iterator[tuple[object, ...]]:
@@ -173,8 +172,7 @@ class Runner:
         for one in waiting:
             self._tracker.planned(one.run_id, one.fitted, one.work)
             if (source := self._sources.get(one.work)) is not None:
-                self._tracker.reuse(one.run_id, source)
-                self._end(one.run_id)
+                self._end(self._tracker.reuse(one.run_id, source))
                 self._tell(one.proposal, "trained before")
             elif one.work in begun:
                 self._twins.append(one)
@@ -200,19 +198,19 @@ class Runner:
             self._tell(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
             return
         if isinstance(event, Done):
-            self._complete(one, event.value, event.seconds)
+            ended = self._complete(one, event.value, event.seconds)
             note = f"top-1 {event.value.top1_validation:.4f}"
         elif isinstance(event, Stopped):
             last = self._last[event.index]
-            self._tracker.stop(one.run_id, last.step, last.top1, event.seconds)
+            ended = self._tracker.stop(one.run_id, last.step, last.top1, event.seconds)
             note = f"given up at step {last.step}, top-1 {last.top1:.4f}"
-        elif isinstance(event, Failed):
-            self._tracker.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
+        else:
+            ended = self._tracker.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
             note = f"failed: {event.error}"
-        self._end(one.run_id)
+        self._end(ended)
         self._tell(one.proposal, note)
 
-    def _complete(self, one: Planned, outcome: Outcome, seconds: float) -> None:
+    def _complete(self, one: Planned, outcome: Outcome, seconds: float) -> Candidate:
         drop = self._prepared.teacher.top1_validation - outcome.top1_validation
         costs = Candidate(
             one.run_id, one.proposal.number, one.proposal.budget, one.proposal.method, {}, "complete",
@@ -222,10 +220,9 @@ class Runner:
         )  # fmt: skip
         is_beaten = any(beats(found, costs) for found in self._unbeaten)
         self._sources[one.work] = one.run_id
-        self._tracker.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=not is_beaten)
+        return self._tracker.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=not is_beaten)
 
-    def _end(self, run_id: str) -> None:
-        found = self._tracker.candidate(run_id)
+    def _end(self, found: Candidate) -> None:
         self.results[found.budget, found.trial] = found
         self._compare(found)
         self._ended.append(found)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import safetensors.numpy
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
@@ -50,13 +50,17 @@ WAIT_MS = 60_000
 
 
 @dataclass
-class _Waiting:
-    """What is still to be written of a run, and since when the first of it waits (Unix time in ms)."""
+class _Open:
+    """A trial's run that has not ended: all that is known of it, and how much of that is written.
+
+    `since` is when the first of what is not was known (Unix time in ms).
+    """
 
     since: int
+    tags: list[RunTag]
+    params: list[Param]
     metrics: list[Metric] = field(default_factory=list)
-    params: list[Param] = field(default_factory=list)
-    tags: list[RunTag] = field(default_factory=list)
+    written: tuple[int, int, int] = (0, 0, 0)
 
 
 class Tracker:
@@ -71,7 +75,7 @@ class Tracker:
             "paredown.digest", ""
         )  # written last of all that a record begins with
         self.registry = Registry(client, self.registered_model)
-        self._waiting: dict[str, _Waiting] = {}
+        self._open: dict[str, _Open] = {}
         self._amounts: dict[str, float] | None = None
 
     def enter(self, phase: Phase) -> None:
@@ -86,7 +90,7 @@ class Tracker:
         """Records the teacher's figures."""
         values = {key: value for key, value in asdict(teacher).items() if value is not None}
         latency = values.pop("latency_ms")
-        self._log(self.run_id, _under("teacher", values | _flat("latency_ms", latency)))
+        self._log(_under("teacher", values | _flat("latency_ms", latency)))
 
     def teacher(self) -> Teacher | None:
         """The teacher's figures, where they are on record."""
@@ -133,7 +137,9 @@ class Tracker:
         params = {"budget": proposal.budget, "trial": proposal.number, "method": proposal.method}
         params |= dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)
         run_id: str = run.info.run_id
-        self._waiting[run_id] = _Waiting(_milliseconds(), params=[Param(key, str(one)) for key, one in params.items()])
+        known = [RunTag(key, value) for key, value in tags.items()]
+        told = [Param(key, str(value)) for key, value in params.items()]
+        self._open[run_id] = _Open(_milliseconds(), known, told, written=(len(known), 0, 0))
         return run_id
 
     def planned(self, run_id: str, fitted: Fitted, work: str) -> None:
@@ -149,33 +155,35 @@ class Tracker:
 
     def progress(self, run_id: str, step: int, top1: float) -> None:
         """Records validation top-1 at a step of recovery."""
-        waiting = self._keep(run_id, {"top1": top1}, step=step)
-        if _milliseconds() - waiting.since >= WAIT_MS:
+        self._keep(run_id, {"top1": top1}, step=step)
+        if _milliseconds() - self._open[run_id].since >= WAIT_MS:
             self._write(run_id)
 
-    def complete(self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float, keep_weights: bool) -> None:
-        """Ends a trial's run with its figures and, where they may be needed again, its weights."""
+    def complete(
+        self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float, keep_weights: bool
+    ) -> Candidate:
+        """Ends a trial's run with its figures and, where they may be needed again, its weights; the trial."""
         figures = {key: float(value) for key in FIGURES if (value := getattr(outcome, key)) is not None}
         if keep_weights:
             self._log_weights(run_id, outcome.state)
         spent = {"seconds": outcome.seconds, "device_s": device_s}
-        self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent)
+        return self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent)
 
-    def reuse(self, run_id: str, source: str) -> None:
-        """Ends a trial's run with what came of `source`, a run of the same plan and recipe; it cost nothing."""
+    def reuse(self, run_id: str, source: str) -> Candidate:
+        """Ends a trial's run with what came of `source`, a run of the same plan and recipe; the trial cost nothing."""
         found = self.client.get_run(source).data
         figures = {key: found.metrics[key] for key in (*FIGURES, "top1_drop") if key in found.metrics}
-        self._end(run_id, "complete", figures | {"seconds": 0.0, "device_s": 0.0}, {"paredown.same_as": source})
+        return self._end(run_id, "complete", figures | {"seconds": 0.0, "device_s": 0.0}, {"paredown.same_as": source})
 
-    def stop(self, run_id: str, step: int, top1: float, device_s: float) -> None:
-        """Ends the run of a trial that was given up at `step`."""
+    def stop(self, run_id: str, step: int, top1: float, device_s: float) -> Candidate:
+        """Ends the run of a trial that was given up at `step`; the trial."""
         figures = {"stopped_at": step, "top1_last": top1, "seconds": device_s, "device_s": device_s}
-        self._end(run_id, "stopped", figures)
+        return self._end(run_id, "stopped", figures)
 
-    def fail(self, run_id: str, state: State, error: str, device_s: float) -> None:
-        """Ends a trial's run as `failed` or `infeasible`, saying why."""
+    def fail(self, run_id: str, state: State, error: str, device_s: float) -> Candidate:
+        """Ends a trial's run as `failed` or `infeasible`, saying why; the trial."""
         spent = {"seconds": device_s, "device_s": device_s}
-        self._end(run_id, state, spent, {"paredown.error": error[:5000]})
+        return self._end(run_id, state, spent, {"paredown.error": error[:5000]})
 
     def resume(self) -> None:
         """Clears up after a killed driver: runs of trials that never ended are removed, since those run again."""
@@ -200,14 +208,11 @@ class Tracker:
         except FAULTS as error:  # of a store that is gone: what led here is told, not this
             log.warning("runs are still open in MLflow: %s", error)
 
-    def candidate(self, run_id: str) -> Candidate:
-        """A trial that ended, without its plan."""
-        return _candidate(self.client.get_run(run_id))
-
     def trials(self) -> list[Candidate]:
         """Every trial that ended, by budget and number, without its plan."""
-        ended = [_candidate(run) for run in self._children() if "paredown.state" in run.data.tags]
-        return sorted(ended, key=lambda candidate: (candidate.budget, candidate.trial))
+        ended = [run for run in self._children() if "paredown.state" in run.data.tags]
+        found = [_candidate(run.info.run_id, run.data, run.info.end_time or 0) for run in ended]
+        return sorted(found, key=lambda candidate: (candidate.budget, candidate.trial))
 
     def works(self) -> dict[str, str]:
         """The run of every plan and recipe that was trained to the end, by the `work` it was `planned` with."""
@@ -235,7 +240,7 @@ class Tracker:
             self._amounts = dict(self.client.get_run(self.run_id).data.metrics)
         sums = {name: self._amounts.get(name, 0.0) + amount for name, amount in amounts.items()}
         self._amounts |= sums
-        self._log(self.run_id, sums)
+        self._log(sums)
 
     def finish(self, report: Path) -> None:
         """Ends the parent run, with the report beside it."""
@@ -298,25 +303,26 @@ class Tracker:
             if not token:
                 return found
 
-    def _log(self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Writes these of a run, and what waits."""
-        self._keep(run_id, figures, tags)
-        self._write(run_id)
+    def _log(self, figures: Mapping[str, float]) -> None:
+        """Writes figures of the search."""
+        self.client.log_batch(self.run_id, _metrics(figures, _milliseconds()))
 
     def _keep(
         self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({}), step: int = 0
-    ) -> _Waiting:
-        """Has these wait for the next write of their run; all that waits."""
-        now = _milliseconds()
-        waiting = self._waiting.setdefault(run_id, _Waiting(now))
-        waiting.metrics += [Metric(key, float(value), now, step) for key, value in figures.items()]
-        waiting.tags += [RunTag(key, value) for key, value in tags.items()]
-        return waiting
+    ) -> None:
+        """Has figures and tags wait for the next write of their trial."""
+        run, now = self._open[run_id], _milliseconds()
+        if run.written == (len(run.tags), len(run.params), len(run.metrics)):
+            run.since = now
+        run.metrics += _metrics(figures, now, step)
+        run.tags += [RunTag(key, value) for key, value in tags.items()]
 
     def _write(self, run_id: str) -> None:
         """Writes what waits, tags last: who finds one of these finds all of it."""
-        waiting = self._waiting.pop(run_id)
-        self.client.log_batch(run_id, waiting.metrics, waiting.params, waiting.tags)
+        run = self._open[run_id]
+        tags, params, metrics = run.written
+        self.client.log_batch(run_id, run.metrics[metrics:], run.params[params:], run.tags[tags:])
+        run.written = len(run.tags), len(run.params), len(run.metrics)
 
     def _log_weights(self, run_id: str, state: Mapping[str, np.ndarray]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -333,9 +339,17 @@ class Tracker:
 
     def _end(
         self, run_id: str, state: State, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        self._log(run_id, figures, {**tags, "paredown.state": state})
-        self.client.set_terminated(run_id, _status(state))
+    ) -> Candidate:
+        """Ends a trial's run; the trial as it would be read back."""
+        self._keep(run_id, figures, {**tags, "paredown.state": state})
+        self._write(run_id)
+        run, now = self._open.pop(run_id), _milliseconds()
+        self.client.set_terminated(run_id, _status(state), end_time=now)
+        return _candidate(run_id, RunData(run.metrics, run.params, run.tags), now)
+
+
+def _metrics(figures: Mapping[str, float], now: int, step: int = 0) -> list[Metric]:
+    return [Metric(key, float(value), now, step) for key, value in figures.items()]
 
 
 def _teacher(figures: Mapping[str, float]) -> Teacher:
@@ -349,13 +363,13 @@ def _teacher(figures: Mapping[str, float]) -> Teacher:
     )
 
 
-def _candidate(run: Run) -> Candidate:
-    figures, params, tags = run.data.metrics, run.data.params, run.data.tags
+def _candidate(run_id: str, data: RunData, ended_ms: int) -> Candidate:
+    figures, params, tags = data.metrics, data.params, data.tags
     shares = ("top1_surgery", "top1_bn", "top1_validation", "top1_drop", "top1_last")
     known: dict[str, Any] = {key: int(figures[key]) for key in (*COUNTS, "stopped_at") if key in figures}
     known |= {key: figures[key] for key in shares if key in figures}
     return Candidate(
-        run_id=run.info.run_id,
+        run_id=run_id,
         trial=int(params["trial"]),
         budget=params["budget"],
         method=params["method"],
@@ -367,7 +381,7 @@ def _candidate(run: Run) -> Candidate:
         same_as=tags.get("paredown.same_as"),
         seconds=figures.get("seconds", 0.0),
         device_s=figures.get("device_s", 0.0),
-        ended=(run.info.end_time or 0) / 1000,
+        ended=ended_ms / 1000,
         error=tags.get("paredown.error"),
         **known,
     )

@@ -17,6 +17,7 @@ from search.spec import renamed
 from search.study import storage
 from search.tracking import Tracker
 
+SHORT = SPEC.replace("[itpruner, alds]", "[itpruner]").replace("trials: 3", "trials: 2")
 MORE = """
   - {name: twin, macs: 50%}
   - {name: small, params: 30%}
@@ -44,10 +45,10 @@ def shards(tracker: Tracker) -> float:
 
 
 def test_budgets_and_trials_added_to_a_finished_search_reuse_every_score(here: Path) -> None:
-    first = search(here, SPEC.replace("trials: 3", "trials: 2"))
+    first = search(here, SHORT)
     ran = shards(record())
     assert ran > 0
-    more = search(here, SPEC.replace("\nsearch:", MORE))
+    more = search(here, SHORT.replace("\nsearch:", MORE).replace("trials: 2", "trials: 3"))
     assert shards(record()) == ran
     assert [budget.name for budget in more.budgets] == ["half", "twin", "small", "edge"]
     assert [one for one in more.candidates if one.budget == "half"][:2] == list(first.candidates)
@@ -59,7 +60,7 @@ def test_budgets_and_trials_added_to_a_finished_search_reuse_every_score(here: P
             assert one.excess(edge.limits)["latency_ms/rock"] <= 0
             assert one.excess(edge.limits)["size_bytes"] <= 0
     with pytest.raises(SpecChanged, match=r"budgets.edge: .*, now gone"):
-        search(here)
+        search(here, SHORT)
 
 
 def test_a_plan_and_recipe_are_trained_once(here: Path) -> None:
@@ -80,9 +81,8 @@ def test_a_plan_and_recipe_are_trained_once(here: Path) -> None:
 
 
 def test_a_changed_spec_is_refused_and_forked(here: Path) -> None:
-    short = SPEC.replace("trials: 3", "trials: 1")
-    first = search(here, short)
-    changed = short.replace("steps: 5", "steps: 6")
+    first = search(here, SHORT)
+    changed = SHORT.replace("steps: 5", "steps: 6")
     with pytest.raises(SpecChanged, match=r"(?s)recovery.steps: 5, now 6.*--fork"):
         search(here, changed)
     assert record().result() == first
