@@ -28,7 +28,7 @@ from methods.pipeline import Bench, trial
 from methods.profile import profile
 from methods.training import top1
 
-pytestmark = [pytest.mark.ray, pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 HOUR = 3600.0
 
@@ -112,6 +112,7 @@ class Enough(Exception):
     """Ends a run in the middle."""
 
 
+@pytest.mark.live
 @pytest.mark.usefixtures("cluster")
 def test_workers_leave_the_room_that_groups_have() -> None:
     groups = [2]
@@ -123,6 +124,7 @@ def test_workers_leave_the_room_that_groups_have() -> None:
     made.close()
 
 
+@pytest.mark.live
 def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: Bench, ahead: list[float]) -> None:
     (done,) = cluster.run(size_of, [("train",)])
     assert isinstance(done, Done)
@@ -169,6 +171,7 @@ def test_twenty_steps_of_two_workers_come_to_those_of_one(cluster: RayCluster, b
     assert done.seconds > 2 * done.value.seconds
 
 
+@pytest.mark.live
 def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     cluster: RayCluster, tmp_path: Path, ahead: list[float]
 ) -> None:
@@ -192,6 +195,7 @@ def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
     wait_until(lambda: not rooms())
 
 
+@pytest.mark.live
 def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None:
     (failed,) = cluster.run(lopsided, [()])
     assert isinstance(failed, Failed)
@@ -201,6 +205,7 @@ def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None
     assert isinstance(done, Done), "the workers have not come back after the group"
 
 
+@pytest.mark.live
 @pytest.mark.usefixtures("cluster")
 def test_groups_beyond_the_cluster_are_refused(bench: Bench) -> None:
     with pytest.raises(ClusterError, match="has room for 2 workers, and 3 are to share an item"):
