@@ -149,13 +149,14 @@ def brittle(logits, labels):
 
 def test_an_exception_in_a_trial_is_recorded_and_the_search_goes_on(wanted: spec.SearchSpec, tmp_path: Path) -> None:
     (tmp_path / "metric.py").write_text(METRIC)
-    result = loop.search(parsed(tmp_path, SPEC % "./metric.py:brittle"), inline, quiet)
+    text = (SPEC % "./metric.py:brittle").replace("  - {name: small, params: 30%, macs: 60%}\n", "")
+    result = loop.search(parsed(tmp_path, text), inline, quiet)
     failed = [one for one in result.candidates if one.state == "failed"]
     assert len(failed) == 1
     assert "RuntimeError: the sixth call is too much" in str(failed[0].error)
-    assert len(result.complete()) == 7
+    assert len(result.complete()) == 3
     assert MlflowClient().get_run(failed[0].run_id).info.status == "FAILED"
-    assert all(budget.winner is not None for budget in result.budgets[:2])
+    assert result.budgets[0].winner is not None
 
 
 PLAIN = """
