@@ -11,16 +11,17 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import safetensors.numpy
 from mlflow.entities import Metric, Param, Run, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
+from search.entries import FIGURES, candidate_of, of_fitted, of_teacher, prefixed, teacher_of
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
 from search.registry import Registry
 from search.store import FAULTS, artifact, at_once
@@ -34,16 +35,8 @@ if TYPE_CHECKING:  # who only looks at a record need not wait for torch
 
 log = logging.getLogger(__name__)
 
-FIGURES = (
-    *("top1_surgery", "top1_bn", "top1_validation"),
-    *("macs", "macs_expected", "macs_expected_validation", "macs_worst", "params", "size_bytes"),
-)
-"""What is recorded of an outcome as MLflow metrics; those of a gated model only where it is one."""
-
 Phase: TypeAlias = Literal["starting", "scoring", "trials", "registering", "done", "stopped", "failed"]
 """What a driver is at, or how it ended; one that was killed could not tell, and its last phase stays on record."""
-
-COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 
 WAIT_MS = 60_000
 """How long what is known of a running trial waits to be written, at its rungs: every write costs the driver."""
@@ -88,14 +81,12 @@ class Tracker:
 
     def write_teacher(self, teacher: Teacher) -> None:
         """Records the teacher's figures."""
-        values = {key: value for key, value in asdict(teacher).items() if value is not None}
-        latency = values.pop("latency_ms")
-        self._log(_under("teacher", values | _flat("latency_ms", latency)))
+        self._log(of_teacher(teacher))
 
     def teacher(self) -> Teacher | None:
         """The teacher's figures, where they are on record."""
         figures = self.client.get_run(self.run_id).data.metrics
-        return _teacher(figures) if "teacher/top1_validation" in figures else None
+        return teacher_of(figures) if "teacher/top1_validation" in figures else None
 
     def write_limits(self, limits: Mapping[str, Mapping[str, float]]) -> None:
         """Records every budget's limits in absolute units."""
@@ -130,12 +121,12 @@ class Tracker:
         """
         tags = {
             "mlflow.parentRunId": self.run_id,
-            "paredown.knobs": json.dumps(dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)),
+            "paredown.knobs": json.dumps(dict(proposal.knobs) | prefixed("recovery", proposal.recovery)),
         }
         name = f"{proposal.budget}-{proposal.number:03d}-{proposal.method}"
         run = self.client.create_run(self._experiment, tags=tags, run_name=name)
         params = {"budget": proposal.budget, "trial": proposal.number, "method": proposal.method}
-        params |= dict(proposal.knobs) | _prefixed("recovery", proposal.recovery)
+        params |= dict(proposal.knobs) | prefixed("recovery", proposal.recovery)
         run_id: str = run.info.run_id
         known = [RunTag(key, value) for key, value in tags.items()]
         told = [Param(key, str(value)) for key, value in params.items()]
@@ -144,14 +135,8 @@ class Tracker:
 
     def planned(self, run_id: str, fitted: Fitted, work: str) -> None:
         """Records what is known of a trial before it is trained; `work` names its plan and recipe."""
-        plan = fitted.plan
-        costs = {key: float(value) for key in COUNTS if (value := getattr(plan, key, None)) is not None}
-        for device, timing in fitted.timings.items():
-            costs |= _flat("latency_ms", {device: timing.latency_ms})
-            costs |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
-            costs |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
-        self.client.log_dict(run_id, plan.to_json(), "plan.json")
-        self._keep(run_id, costs | {"latency_rounds": fitted.rounds}, {"paredown.work": work})
+        self.client.log_dict(run_id, fitted.plan.to_json(), "plan.json")
+        self._keep(run_id, of_fitted(fitted), {"paredown.work": work})
 
     def progress(self, run_id: str, step: int, top1: float) -> None:
         """Records validation top-1 at a step of recovery."""
@@ -211,7 +196,7 @@ class Tracker:
     def trials(self) -> list[Candidate]:
         """Every trial that ended, by budget and number, without its plan."""
         ended = [run for run in self._children() if "paredown.state" in run.data.tags]
-        found = [_candidate(run.info.run_id, run.data, run.info.end_time or 0) for run in ended]
+        found = [_candidate(run.info.run_id, run.data, run.info.end_time) for run in ended]
         return sorted(found, key=lambda candidate: (candidate.budget, candidate.trial))
 
     def works(self) -> dict[str, str]:
@@ -257,7 +242,7 @@ class Tracker:
         beside = {name: figures.get(name, 0.0) for name in ("scoring_s", "measuring_s")}
         return SearchResult(
             name=self.client.get_experiment(self._experiment).name,
-            teacher=_teacher(figures),
+            teacher=teacher_of(figures),
             budgets=[self._budget(name, limit, candidates) for name, limit in limits.items()],
             candidates=candidates,
             cost=Cost(
@@ -352,39 +337,9 @@ def _metrics(figures: Mapping[str, float], now: int, step: int = 0) -> list[Metr
     return [Metric(key, float(value), now, step) for key, value in figures.items()]
 
 
-def _teacher(figures: Mapping[str, float]) -> Teacher:
-    return Teacher(
-        top1_validation=figures["teacher/top1_validation"],
-        top1_test=figures.get("teacher/top1_test"),
-        macs=int(figures["teacher/macs"]),
-        params=int(figures["teacher/params"]),
-        size_bytes=int(figures["teacher/size_bytes"]),
-        latency_ms=_nested("teacher/latency_ms", figures),
-    )
-
-
-def _candidate(run_id: str, data: RunData, ended_ms: int) -> Candidate:
-    figures, params, tags = data.metrics, data.params, data.tags
-    shares = ("top1_surgery", "top1_bn", "top1_validation", "top1_drop", "top1_last")
-    known: dict[str, Any] = {key: int(figures[key]) for key in (*COUNTS, "stopped_at") if key in figures}
-    known |= {key: figures[key] for key in shares if key in figures}
-    return Candidate(
-        run_id=run_id,
-        trial=int(params["trial"]),
-        budget=params["budget"],
-        method=params["method"],
-        knobs=json.loads(tags["paredown.knobs"]),
-        state=cast(State, tags["paredown.state"]),
-        latency_ms=_nested("latency_ms", figures),
-        teacher_latency_ms=_nested("teacher_latency_ms", figures),
-        noise={key.removeprefix("noise/"): value for key, value in figures.items() if key.startswith("noise/")},
-        same_as=tags.get("paredown.same_as"),
-        seconds=figures.get("seconds", 0.0),
-        device_s=figures.get("device_s", 0.0),
-        ended=ended_ms / 1000,
-        error=tags.get("paredown.error"),
-        **known,
-    )
+def _candidate(run_id: str, data: RunData, ended_ms: int | None) -> Candidate:
+    ended = 0.0 if ended_ms is None else ended_ms / 1000
+    return candidate_of(data.metrics, data.params, data.tags, run_id=run_id, ended=ended)
 
 
 def _milliseconds() -> int:
@@ -395,24 +350,3 @@ def _milliseconds() -> int:
 def _status(state: str) -> str:
     """MLflow's word for how a trial ended; stopping early is not failing."""
     return "FAILED" if state == "failed" else "FINISHED"
-
-
-def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{key}": value for key, value in values.items()}
-
-
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}.{key}": value for key, value in values.items()}
-
-
-def _flat(prefix: str, table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f"{prefix}/{row}/{key}": value for row, values in table.items() for key, value in values.items()}
-
-
-def _nested(prefix: str, figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, float]] = {}
-    for key, value in figures.items():
-        if key.startswith(f"{prefix}/"):
-            row, column = key.removeprefix(f"{prefix}/").rsplit("/", 1)
-            table.setdefault(row, {})[column] = value
-    return table
