@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from methods.base import Infeasible
@@ -55,6 +55,8 @@ def _error(chosen: Sequence[int], errors: Sequence[float], q: np.ndarray) -> flo
 
 
 @settings(max_examples=150)
+@example(([[2, 10, 10, 6, 12, 12, 1, 12]], [2, 10, 10, 6, 12, 12, 1, 12], [37]))
+@example(([[9, 9, 2, 8, 2, 11, 4, 9]], [9, 9, 2, 8, 2, 11, 4, 9], [12]))
 @given(tables(largest=10))
 def test_the_choice_is_the_best_of_all_subsets(table: tuple[list[list[int]], list[int], list[float]]) -> None:
     (savings,), errors, (target,) = table
