@@ -14,9 +14,8 @@ from scipy.sparse import coo_array
 
 from methods.base import Infeasible
 
-_LARGEST, _TIE = 1e4, 1e-8
-"""What HiGHS is told the largest error is; and what choosing the i-th costs beside its error, as a share of it times i,
-so that ties are settled; of 1e-9 HiGHS misses some in the rounding."""
+_LARGEST = 1e4
+"""What HiGHS is told the largest error is."""
 
 _MARGIN, _SLACK = 1e-9, 1e-12
 """The share of a target that HiGHS is let off, so that rounding loses no choice. What it finds is checked again: whole
@@ -111,23 +110,38 @@ def pairwise_error(chosen: Sequence[int], recoverability: Sequence[float], inter
 def _solve(
     chosen: Any, recoverability: Sequence[float], q: np.ndarray, rows: Sequence[np.ndarray], rules: Sequence[Any]
 ) -> list[int] | None:
-    """The set of least error that, within tolerance, saves 1 by each of `rows` and keeps `rules`; None: none does."""
+    """The set of least error that, within tolerance, saves 1 by each of `rows` and keeps `rules`; None: none does.
+
+    Ties are settled by a second program: a small price on positions would be lost in the rounding of the first.
+    """
     worth = np.array(recoverability, dtype=np.float64)
     scale = (max(np.abs(worth).max(initial=0), np.abs(q).max(initial=0)) or 1.0) / _LARGEST
-    cost = (worth / scale + _TIE * _LARGEST * np.arange(1, len(worth) + 1)) @ chosen
+    error = worth / scale @ chosen
     rules = [*rules, *(row @ chosen >= 1 for row in rows)]
     if q.any():
         one, two = np.triu_indices(len(worth), 1)
         both = cp.Variable(len(one))
-        cost += q[one, two] / scale @ both
+        error += q[one, two] / scale @ both
         rules += [both >= 0, both >= chosen[one] + chosen[two] - 1, both <= chosen[one], both <= chosen[two]]
         rules += [_times_chosen(row, chosen, both) for row in rows]
+    if not _is_solved(error, rules):
+        return None
+    found = _picked(chosen)
+    least = pairwise_error(found, recoverability, q) / scale
+    positions = np.arange(1, len(worth) + 1) @ chosen
+    return _picked(chosen) if _is_solved(positions, [*rules, error <= least + _TOLERANCE]) else found
+
+
+def _picked(chosen: Any) -> list[int]:
+    return [int(index) for index in np.flatnonzero(chosen.value > 0.5)]
+
+
+def _is_solved(cost: Any, rules: Sequence[Any]) -> bool:
+    """Sets the variables to where `cost` is least under `rules`; False where nothing keeps them."""
     problem = cp.Problem(cp.Minimize(cost), rules)
     problem.solve(solver=cp.HIGHS, **_EXACT)
-    if problem.status == cp.INFEASIBLE:
-        return None
-    assert problem.status == cp.OPTIMAL, problem.status
-    return [int(index) for index in np.flatnonzero(chosen.value > 0.5)]
+    assert problem.status in (cp.OPTIMAL, cp.INFEASIBLE), problem.status
+    return bool(problem.status == cp.OPTIMAL)
 
 
 def _times_chosen(row: np.ndarray, chosen: Any, both: Any) -> Any:

@@ -56,6 +56,7 @@ def _error(chosen: Sequence[int], errors: Sequence[float], q: np.ndarray) -> flo
 
 @settings(max_examples=150)
 @example(([[2, 10, 10, 6, 12, 12, 1, 12]], [2, 10, 10, 6, 12, 12, 1, 12], [37]))
+@example(([[0, 8, 10, 0, 11, 1, 1, 4, 5, 8]], [0, 8, 10, 0, 11, 1, 1, 6, 5, 8], [25]))
 @example(([[9, 9, 2, 8, 2, 11, 4, 9]], [9, 9, 2, 8, 2, 11, 4, 9], [12]))
 @given(tables(largest=10))
 def test_the_choice_is_the_best_of_all_subsets(table: tuple[list[list[int]], list[int], list[float]]) -> None:
