@@ -245,6 +245,9 @@ def _client(address: str) -> JobSubmissionClient:
     """Ray's client, which by itself would wait for ever for a head that is silent."""
     from ray.job_submission import JobSubmissionClient
 
+    for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)  # now, since their import sets it, too
+
     class Impatient(JobSubmissionClient):  # its constructor asks, too
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
@@ -269,8 +272,6 @@ def _check_answer(address: str) -> None:
 def _without_overrides() -> Iterator[None]:
     """Hides the variables by which Ray replaces an address, even one that was given in so many words."""
     kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
-    for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     try:
         yield
     finally:

@@ -191,6 +191,7 @@ def test_who_follows_a_log_learns_how_the_job_ended_and_can_leave_before(tmp_pat
     odd = head.run(tmp_path, "logs", "-f", "odd")
     assert odd.returncode == 3
     assert "nothing fits" in odd.stdout
+    assert "WebSocket" not in odd.stderr
 
     follower = subprocess.Popen(
         [sys.executable, "-P", "-m", "search.cli", "logs", "-f", "long", "--address", head.address],
