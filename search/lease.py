@@ -86,7 +86,7 @@ def _wait_for_silence(client: MlflowClient, experiment: str, name: str) -> None:
     if first is None:
         return
     who = first.rpartition(", ")[0]
-    log.warning("search %r was left by %s, which did not end by itself; waiting %g s for it", name, who, SILENT_S)
+    log.warning("search %r has a driver, %s, unless that was killed; waiting %g s to hear of it", name, who, SILENT_S)
     deadline = time.monotonic() + SILENT_S
     while time.monotonic() < deadline:
         time.sleep(1)

@@ -27,7 +27,6 @@ from cluster import (
     Step,
     Stopped,
     always,
-    interleaved,
     pool,
 )
 
@@ -414,10 +413,3 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(ray_cluster: RayC
     finally:
         broken.close()
     assert not ray.is_initialized()
-
-
-def test_calls_are_timed_in_turn() -> None:
-    order: list[str] = []
-    found = interleaved({name: (lambda n=name: order.append(n)) for name in "ab"}, rounds=3, warmup=1)
-    assert order == list("ab" * 4)
-    assert all(0 < latency.min <= latency.p50 <= latency.p95 for latency in found.values())

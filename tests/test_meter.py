@@ -69,6 +69,13 @@ def test_percentiles_on_paper() -> None:
     assert latency.p95 == pytest.approx(19.05)  # 0.95 of the way from the first to the twentieth
 
 
+def test_calls_are_timed_in_turn() -> None:
+    order: list[str] = []
+    found = interleaved({name: (lambda n=name: order.append(n)) for name in "ab"}, rounds=3, warmup=1)
+    assert order == list("ab" * 4)
+    assert all(0 < latency.min <= latency.p50 <= latency.p95 for latency in found.values())
+
+
 def test_the_collector_rests_while_calls_are_timed() -> None:
     seen: list[bool] = []
     interleaved({"call": lambda: seen.append(gc.isenabled())}, rounds=3, warmup=1)
