@@ -112,7 +112,8 @@ def _solve(
 ) -> list[int] | None:
     """The set of least error that, within tolerance, saves 1 by each of `rows` and keeps `rules`; None: none does.
 
-    Ties are settled by a second program: a small price on positions would be lost in the rounding of the first.
+    Ties are settled by a second program: a small price on positions would be lost in the rounding of the first. Where
+    rounding leaves the second without any set, what the first found stands.
     """
     worth = np.array(recoverability, dtype=np.float64)
     scale = (max(np.abs(worth).max(initial=0), np.abs(q).max(initial=0)) or 1.0) / _LARGEST

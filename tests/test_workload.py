@@ -15,148 +15,20 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from tiny_workloads import THINGS, Told, factory, load, refused, spec, users_code
 from torch import Tensor, nn
 
-import search.spec
 from methods.training import evaluate
 from search import usercode, workload
 from search.base import WorkloadError
-from search.spec import SearchSpec
-from search.usercode import user_modules
-from search.workload import Workload
 from search.zoo import build
-
-THINGS = """
-import sys
-
-import numpy as np
-import torch
-from torch import nn
-
-
-def images(count=60, channels=1, side=8):
-    random = np.random.default_rng(0)
-    return {
-        "images": random.random((count, channels, side, side), dtype=np.float32),
-        "labels": np.arange(count) % 3,
-    }
-
-
-def network(width=4, classes=3, channels=1):
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, classes),
-    )
-
-
-def broken():
-    raise ValueError("out of luck,\\nand out of lines")
-
-
-def leaving():
-    sys.exit(0)
-
-
-def number():
-    return 3
-
-
-def agreement(logits, labels):
-    return torch.tensor(0.25)
-
-
-def nothing(logits, labels):
-    return float("nan")
-
-
-class Maps(nn.Module):
-    def forward(self, x):
-        return x.reshape(len(x), -1, 1)
-
-
-class Auxiliary(nn.Flatten):
-    def forward(self, x):
-        return (super().forward(x),) * 2 if self.training else super().forward(x)
-
-
-class Summed(nn.Flatten):
-    def forward(self, x):
-        return super().forward(x).sum(0, keepdim=True)
-
-
-class Untrainable(nn.Flatten):
-    def forward(self, x):
-        if self.training:
-            raise RuntimeError("no training")
-        return super().forward(x)
-
-
-class Branching(nn.Flatten):
-    def forward(self, x):
-        return super().forward(x) * (1 if x.sum() > 0 else 2)
-
-
-def lazily():
-    from late import network
-
-    return network()
-"""
-
-
-class Told:
-    """A report that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.stages: list[str] = []
-
-    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
-        self.stages.append(stage)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A spec's folder with the user's own code in it; what was imported from it is forgotten."""
-    before, path = set(sys.modules), list(sys.path)
-    (tmp_path / "things.py").write_text(THINGS)
-    yield tmp_path
-    assert sys.path == path
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
-
-
-def spec(folder: Path, model: dict[str, Any], **changes: Any) -> SearchSpec:
-    document = {
-        "name": "tiny",
-        "model": model,
-        "data": {"source": "factory", "name": "./things.py:images"},
-        "methods": ["itpruner"],
-        "budgets": [{"name": "half", "macs": "50%"}],
-    }
-    return search.spec.parse(repr(document | changes), folder=folder)
-
-
-def load(folder: Path, model: dict[str, Any], **changes: Any) -> Workload:
-    return workload.load(spec(folder, model, **changes), Told())
-
-
-def refused(folder: Path, model: dict[str, Any], **changes: Any) -> str:
-    """The message, which has three parts on one line."""
-    with pytest.raises(WorkloadError) as caught:
-        load(folder, model, **changes)
-    message = str(caught.value)
-    assert "expected" in message
-    assert message.count(";") >= 2
-    assert "\n" not in message
-    return message
-
-
-def factory(name: str = "./things.py:network", **more: Any) -> dict[str, Any]:
-    return {"source": "factory", "name": name} | more
+    """A spec's folder with the user's own code in it."""
+    with users_code(tmp_path):
+        yield tmp_path
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -253,54 +125,6 @@ def test_factories_from_files_and_packages(folder: Path, name: str) -> None:
     found = load(folder, factory(name, args={"width": 6}))
     assert found.teacher[0].weight.shape == (6, 1, 3, 3)
     assert len(found.splits.test) == len(found.splits.validation) == 6
-
-
-def test_a_users_file_may_import_its_neighbours(folder: Path) -> None:
-    (folder / "entry.py").write_text("from things import network")
-    assert isinstance(load(folder, factory("./entry.py:network")).teacher, nn.Sequential)
-
-
-def test_a_users_own_search_never_shadows_ours(folder: Path) -> None:
-    (folder / "search.py").write_text("import search.spec\n" + THINGS)
-    (folder / "methods.py").write_text("raise RuntimeError('imported')")
-    found = load(folder, factory("./search.py:network"))
-    assert isinstance(found.teacher, nn.Sequential)
-    assert Path(sys.modules["search"].__file__ or "").name == "__init__.py"
-    assert search.spec.parse.__module__ == "search.spec"
-    assert "has no function 'network'" in refused(folder, factory("search:network"))
-
-
-def test_user_modules_are_those_of_the_folder(folder: Path) -> None:
-    (folder / "entry.py").write_text("from things import network")
-    load(folder, factory("./entry.py:network"))
-    assert users(folder) == {"paredown_user_entry", "paredown_user_things", "things"}
-
-
-def users(folder: Path) -> set[str]:
-    """The names of the modules of a folder that workers are sent."""
-    return {module.__name__ for module in user_modules() if Path(module.__file__ or "").is_relative_to(folder)}
-
-
-def test_user_modules_may_lie_anywhere_but_are_never_pythons(folder: Path) -> None:
-    (folder / "models").mkdir()
-    (folder / "models" / "net.py").write_text("import neighbour\n" + THINGS)
-    (folder / "neighbour.py").write_text("import colorsys\n")
-    sys.modules.pop("colorsys", None)
-    load(folder, factory("./models/net.py:network"))
-    assert "colorsys" in sys.modules
-    assert users(folder) == {"paredown_user_net", "paredown_user_things", "neighbour"}
-    (folder / "specs").mkdir()
-    (folder / "specs" / "late.py").write_text(THINGS)
-    away = {"data": {"source": "factory", "name": "../things.py:images"}}
-    load(folder / "specs", factory(str(folder / "things.py") + ":lazily"), **away)
-    assert "late" in users(folder)
-    root = spec(
-        Path("/"),
-        factory(f"{folder}/things.py:network"),
-        data={"source": "factory", "name": f"{folder}/things.py:images"},
-    )
-    workload.load(root, Told())
-    assert not {module.__name__.partition(".")[0] for module in user_modules()} & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
