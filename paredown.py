@@ -22,6 +22,6 @@ def main() -> None:
                 file=sys.stderr,
             )
             raise SystemExit(2)
-    from search import cli
+    from search.cli.main import main as run
 
-    cli.main()
+    run()

@@ -23,9 +23,9 @@ import torch
 import torchvision
 from torch import nn
 
-from methods.spectra import MEASURES, curves
-from methods.staircase import Options, minimax
-from search import zoo
+from methods.alds.spectra import MEASURES, curves
+from methods.alds.staircase import Options, minimax
+from search.workload import zoo
 
 TRAINED = Path(__file__).parents[1] / "examples" / "fashion_mnist_resnet20.safetensors"
 HEADS = ("net", "budget", "heuristic max error", "exact max error", "gap %", "heuristic CPU s", "exact CPU s", "ratio")

@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from cluster.meter import interleaved
-from methods.calibration import calibrate
-from methods.compact import Choice
-from methods.gates import Gated, active, gated, instance_macs, saliencies
-from methods.gather import Executor, executor
-from methods.profile import count_macs
-from methods.sites import find_sites, gated_macs, trace, widths
-from methods.training import recalibrate
-from search import zoo
-from search.data import fashion_mnist
+from cluster.devices.meter import interleaved
+from methods.manidp.executor.build import Executor, executor
+from methods.manidp.executor.parts import Choice
+from methods.manidp.gates import Gated, active, gated, instance_macs, saliencies
+from methods.manidp.sites import find_sites, gated_macs, trace, widths
+from methods.manidp.thresholds import calibrate
+from methods.network.profile import count_macs
+from methods.training.loop import recalibrate
+from search.workload import zoo
+from search.workload.sources import fashion_mnist
 
 TRAINED = Path(__file__).parents[1] / "examples" / "fashion_mnist_resnet20.safetensors"
 MASKS = 0.3

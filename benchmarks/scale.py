@@ -36,14 +36,15 @@ from cluster import Done, Event, InlineCluster, Step, Stopped
 from cluster.base import Item, always
 from methods.base import Plan
 from methods.pipeline import Outcome, Progress, trial
-from methods.training import Recipe
-from search import loop, runner, spec
-from search.latency import Stopwatch
-from search.records import find_search
-from search.report import html
-from search.study import BudgetStudy
-from search.tracking import Tracker
-from search.workload import Workload
+from methods.training.loop import Recipe
+from search.devices.stopwatch import Stopwatch
+from search.driver import loop, runner
+from search.driver.study import BudgetStudy
+from search.record.searches import find_search
+from search.record.tracker import Tracker
+from search.report.html import html
+from search.spec import schema
+from search.workload.loading import Workload
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -315,7 +316,7 @@ def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> L
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "rock.yaml").write_text("{macs_per_s: 1.0e+9, bytes_per_s: 1.0e+9, overhead_us: 10}\n")
         settings = {"trials": -(-trials // len(SPEC["budgets"])), "timeout": "24h", "asynchronous": True}
-        made = spec.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
+        made = schema.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
         os.chdir(folder)
         try:
             loop.search(made, cluster, lambda *_: None)
@@ -327,7 +328,7 @@ def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> L
     return ledger
 
 
-def look_back(made: spec.SearchSpec, ledger: Ledger) -> None:
+def look_back(made: schema.SearchSpec, ledger: Ledger) -> None:
     """What the end of a search does with its whole record, and who resumes one does first."""
     began = now()
     found = find_search(made.tracking.uri, made.name).result()

@@ -22,9 +22,12 @@ import numpy as np
 import yaml
 
 from cluster import RayCluster
-from search import loop, records, spec, workload
+from search.driver import loop
+from search.driver.study import FULL, RANDOM, Strategy
 from search.frontier import SearchResult, volume
-from search.study import FULL, RANDOM, Strategy
+from search.record import searches
+from search.spec import schema
+from search.workload import loading
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -96,8 +99,8 @@ def teacher(name: str, folder: Path) -> None:
     if path.is_file():
         return
     document = wanted(name, "full search", 0, 1) | {"model": SETTINGS[name]["model"]}
-    made = workload.load(spec.parse(yaml.safe_dump(document), folder=folder / "arm"), lambda *_: None)
-    workload.save_weights(made.teacher, path)
+    made = loading.load(schema.parse(yaml.safe_dump(document), folder=folder / "arm"), lambda *_: None)
+    loading.save_weights(made.teacher, path)
 
 
 def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: int) -> SearchResult:
@@ -108,12 +111,12 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
     place = folder / f"{arm.replace(' ', '-')}-{seed}"
     place.mkdir(exist_ok=True)
     uri = f"sqlite:///{place / 'paredown.db'}"
-    result = records.find_search(uri, "quality").result() if (place / "paredown.db").is_file() else None
+    result = searches.find_search(uri, "quality").result() if (place / "paredown.db").is_file() else None
     before = Path.cwd()
     while (spent := curve(result)[-1][0] if result else 0.0) < seconds:
         os.chdir(place)
         os.environ |= {"PAREDOWN_CACHE": str(place / "cache"), "RAY_worker_niceness": "0"}
-        made = spec.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * (seconds - spent) / workers)), folder=place)
+        made = schema.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * (seconds - spent) / workers)), folder=place)
         try:
             result = loop.search(made, _pool(workers), lambda *_: None, strategy=ARMS[arm][1])
         finally:
@@ -122,7 +125,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
     return result
 
 
-def _pool(workers: int) -> Callable[[workload.Workload], RayCluster]:
+def _pool(workers: int) -> Callable[[loading.Workload], RayCluster]:
     return lambda made: RayCluster(made.bench(), max_parallel=workers)
 
 

@@ -16,11 +16,11 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
+from cluster.groups import Coordinator, Group
 from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER
 from cluster.inline import bare, listed
 from cluster.pool import Pool
 from cluster.token import keep_token
-from cluster.train import Coordinator, Group
 from cluster.workers import line
 
 NOT_TO_ASK = ("memory", "object_store_memory")
@@ -40,7 +40,7 @@ class RayCluster:
         gpus_per_worker: the share of a GPU each worker holds; with 0, workers do not see GPUs at all.
         stall_s: the seconds of silence after which an item is taken to hang, and its worker is replaced.
         shared: functions whose items are each run by so many processes together, every one with the resources of a
-            worker and all of them in a torch process group: see `cluster.train`. The workers make room for them.
+            worker and all of them in a torch process group: see `cluster.groups`. The workers make room for them.
         by_value: modules that exist only on this machine, sent along with what refers to them.
 
     Raises:

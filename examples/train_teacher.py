@@ -8,23 +8,24 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from methods.training import evaluate, top1
-from search import spec, workload, zoo
+from methods.training.loop import evaluate, top1
+from search.spec import schema
+from search.workload import loading, zoo
 
 
 def main() -> None:
     """Trains, tests once, writes."""
     path = Path(sys.argv[1])
-    wanted = spec.load(path)
+    wanted = schema.load(path)
     assert wanted.model.weights is not None
-    splits = workload.read_splits(wanted)
+    splits = loading.read_splits(wanted)
     teacher = zoo.build(wanted.model.name, splits.calibration.shape[1], splits.classes, wanted.data.seed)
-    recipe = workload.teacher_recipe(len(splits.train), wanted.recovery.precision)
-    workload.fit_teacher(
+    recipe = loading.teacher_recipe(len(splits.train), wanted.recovery.precision)
+    loading.fit_teacher(
         teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True)
     )
     print(f"test top-1 {evaluate(teacher, splits.test, top1):.4f}")
-    workload.save_weights(teacher, path.parent / wanted.model.weights)
+    loading.save_weights(teacher, path.parent / wanted.model.weights)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from methods.profile import Profile
-    from methods.training import Recipe, Samples
+    from methods.network.profile import Profile
+    from methods.training.loop import Recipe, Samples
 
 Scores: TypeAlias = Mapping[str, np.ndarray]
 """What a method measured: named arrays, so that they cache as one `.npz` and hash by content."""

@@ -13,8 +13,8 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, Knob, KnobValue, Method, Plan, Range, Scores
-from methods.profile import Profile
-from methods.training import Recipe, Samples
+from methods.network.profile import Profile
+from methods.training.loop import Recipe, Samples
 
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
 """A method's scores of the student that the plans of the links before it lead to, and that student's profile."""

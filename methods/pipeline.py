@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from methods.base import Method, Plan, Scores, Shard
 from methods.chain import AnyMethod, student_of
-from methods.gates import Gated, instance_macs
-from methods.profile import count_macs, count_params
-from methods.training import Metric, Recipe, Samples, evaluate
+from methods.manidp.gates import Gated, instance_macs
+from methods.network.profile import count_macs, count_params
+from methods.training.loop import Metric, Recipe, Samples, evaluate
 
 
 class PlanMismatch(AssertionError):

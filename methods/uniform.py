@@ -12,11 +12,11 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from methods import training
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
-from methods.channels import from_choices, infeasible, levels, to_choices, width_costs
-from methods.cut import cut
-from methods.profile import Profile
+from methods.network.cut import cut
+from methods.network.profile import Profile
+from methods.network.widths import from_choices, infeasible, levels, to_choices, width_costs
+from methods.training import loop
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Uniform:
     """One remain rate for all channel groups, rounded down to each group's legal widths, at least one step.
 
     It measures nothing; the `loss` of a plan is one minus the remain rate. Knob: `criterion` chooses the channels that
-    stay, see `methods.cut.channel_scores`.
+    stay, see `methods.network.cut.channel_scores`.
     """
 
     name: ClassVar[str] = "uniform"
@@ -94,10 +94,10 @@ class Uniform:
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        training.recalibrate(student, calibration)
+        loop.recalibrate(student, calibration)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: training.Samples, recipe: training.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: loop.Samples, recipe: loop.Recipe, seed: int
     ) -> Iterator[int]:
         """Distils the teacher into the student; see `methods.training.recover`."""
-        return training.recover(student, teacher, data, recipe, seed)
+        return loop.recover(student, teacher, data, recipe, seed)

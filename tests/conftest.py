@@ -30,16 +30,16 @@ settings.load_profile("ci" if os.environ.get("CI") else "shared")
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
-    from methods.training import Recipe, evaluate, top1
-    from search import data, workload, zoo
+    from methods.training.loop import Recipe, evaluate, top1
+    from search.workload import loading, sources, zoo
 
-    pool, test = data.digits()
-    splits = data.split(pool, test, validation=0.2, calibration=128, seed=0)
+    pool, test = sources.digits()
+    splits = sources.split(pool, test, validation=0.2, calibration=128, seed=0)
     model = zoo.build("resnet8", 1, 10, 0)
-    workload.fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), lambda *_: None)
+    loading.fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), lambda *_: None)
     assert evaluate(model, splits.test, top1) > 0.9
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    workload.save_weights(model, path)
+    loading.save_weights(model, path)
     return path
 
 

@@ -1,0 +1,134 @@
+"""What layers read on calibration images: rows of inputs and outputs, and the inputs' second moments.
+
+A row is what one output position is computed from: a patch of a convolution's map, or a linear layer's features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from methods.alds.spectra import numeric_padding
+from methods.base import ScoreError
+
+IMAGES, BATCH = 256, 32
+"""Calibration images read, and how many at a time."""
+
+ROWS, ROWS_PER_COLUMN = 1 << 14, 8
+"""Rows that are enough for a layer: so many, and so many per column."""
+
+RIDGE, SHRINKAGE = 1e-6, 0.1
+"""Added to the diagonal, in units of its mean: always, and per column that a row is missing for."""
+
+
+@torch.no_grad()
+def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """The mean of x x' over the rows x that each layer reads: float64 `(groups, n, n)`, positive definite.
+
+    n is a convolution group's channels times its kernel in the order of its weight, or a linear layer's features.
+    Padding counts, because the layer reads it. Where rows abound, a fixed random choice of positions stands for all;
+    where they are fewer than `ROWS_PER_COLUMN` per column, a ridge in proportion keeps them from looking exact. One
+    pass serves all layers, and no layer's moments depend on which others are asked for.
+
+    Args:
+        names: plain `Conv2d` and `Linear` modules of `network`, which is left untouched.
+        images: `(n, c, h, w)`; the first `IMAGES` are read.
+
+    Raises:
+        ScoreError: a layer reads NaN or infinity, or nothing at all.
+    """
+    network = copy.deepcopy(network).eval()
+    images = images[:IMAGES]
+    layers = {name: network.get_submodule(name) for name in names}
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def add(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        rows = input_rows(layer, inputs, len(images)).transpose(0, 1)
+        product = rows.mT @ rows
+        sums[name] = sums[name].add_(product) if name in sums else product
+        counts[name] += rows.shape[1]
+
+    handles = [
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: add(name, module, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        for batch in torch.split(images, BATCH):
+            network(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        _check(name, sums.get(name))
+    return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}
+
+
+def _check(name: str, product: Tensor | None) -> None:
+    if product is None or not bool(torch.isfinite(product).all()):
+        found = "nothing" if product is None else "NaN or infinity"
+        raise ScoreError(
+            f"layer {name!r} reads {found} on the calibration images, expected finite numbers; "
+            "check the images and the teacher, or protect the layer with `skip`"
+        )
+
+
+def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
+    """`second` `(groups, n, n)` and the ridge that it needs, being a mean over so many rows."""
+    columns = second.shape[-1]
+    share = least + SHRINKAGE * max(0.0, columns / rows - 1 / ROWS_PER_COLUMN)
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return second + (share * mean).clamp(min=1e-30) * torch.eye(columns, dtype=second.dtype, device=second.device)
+
+
+def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
+    """What `layer` reads of `inputs` at its chosen positions: float64 `(rows, groups, n)`.
+
+    Args:
+        images: how many there are in all, among whom the rows that are enough are shared out.
+    """
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    if isinstance(layer, nn.Linear):
+        rows = inputs.reshape(len(inputs), -1, layer.in_features)
+        chosen = positions(layer, rows.shape[1], images).to(inputs.device)
+        return rows[:, chosen].reshape(-1, 1, layer.in_features).double()
+    height, width = numeric_padding(layer)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, (width, width, height, height), mode=mode)
+    spans = zip(padded.shape[-2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    sides = [(side - step * (size - 1) - 1) // stride + 1 for side, step, size, stride in spans]
+    chosen = positions(layer, sides[0] * sides[1], images).to(inputs.device)
+    down, right = (
+        (start * stride)[:, None] + step * torch.arange(size, device=inputs.device)
+        for start, stride, step, size in zip(
+            (chosen // sides[1], chosen % sides[1]), layer.stride, layer.dilation, layer.kernel_size, strict=True
+        )
+    )
+    patches = padded[:, :, down[:, :, None], right[:, None, :]].transpose(1, 2)
+    return patches.reshape(len(inputs) * len(chosen), layer.groups, -1).double()
+
+
+def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
+    """What `layer` puts out at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    if isinstance(layer, nn.Conv2d):
+        rows, groups = outputs.flatten(2).transpose(1, 2), layer.groups
+    else:
+        rows, groups = outputs.reshape(len(outputs), -1, layer.out_features), 1
+    if layer.bias is not None:
+        rows = rows - layer.bias
+    chosen = positions(layer, rows.shape[1], images).to(outputs.device)
+    return rows[:, chosen].reshape(len(rows) * len(chosen), groups, -1).double()
+
+
+def positions(layer: nn.Module, count: int, images: int) -> Tensor:
+    """Which of an image's `count` positions are read, rising: the same for every image and in every run."""
+    assert isinstance(layer.weight, Tensor)
+    enough = max(ROWS, ROWS_PER_COLUMN * layer.weight[0].numel())
+    generator = np.random.default_rng(0)
+    return torch.from_numpy(np.sort(generator.permutation(count)[: -(-enough // images)]))

@@ -1,0 +1,168 @@
+"""What a layer may become under ALDS: every affordable rank with its error and cost, and the best choice of them.
+
+Also what it is predicted to take to find those errors, by which the scoring work is shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from methods.alds.knapsack import least_sum
+from methods.alds.moments import ROWS, ROWS_PER_COLUMN
+from methods.alds.spectra import encoder_owns
+from methods.alds.staircase import joint, lexi
+from methods.alds.whitening import FITTED
+from methods.base import Budget, Infeasible, grid_step
+from methods.network.profile import Layer, Profile
+
+WORK_PER_SECOND = 2e10
+WORK_PER_CALL = 2e6
+"""One core's rate in multiply-adds, and the fixed price of one small eigenvalue problem."""
+
+COSTS = {"macs": "MACs", "params": "params"}
+"""The costs a budget may limit, and how a message calls them."""
+
+
+class Option(NamedTuple):
+    """What one layer may become, with its relative error and cost; rank 0 is the layer itself."""
+
+    error: float
+    macs: int
+    params: int
+    slices: int
+    rank: int
+    scheme: int
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        return {"name": name, "slices": self.slices, "rank": self.rank, "scheme": self.scheme}
+
+
+def options_of(layer: Layer, errors: np.ndarray, slices: int, scheme: int, channels: int) -> list[Option]:
+    """The decompositions of every rank on the device's grid that cost no more than the layer and are not full rank."""
+    macs, params = _unit_cost(layer, slices, scheme)
+    full = min(_folded(layer, slices, scheme))
+    step = grid_step(slices * full, channels)
+    step //= gcd(step, slices)
+    bias = layer.params - prod(layer.weight_shape)
+    affordable = min(len(errors) - 1, full - 1, layer.macs // macs, (layer.params - bias) // params)
+    return [
+        Option(float(errors[rank]), rank * macs, rank * params + bias, slices, rank, scheme)
+        for rank in range(step, affordable + 1, step)
+    ]
+
+
+def _unit_cost(layer: Layer, slices: int, scheme: int) -> tuple[int, int]:
+    """MACs and params of one rank: those of the decoder's kernel over `slices`, and of the encoder's.
+
+    The encoder strides over the axes it owns only, so its map lies between the layer's input and its output.
+    """
+    outputs, channels = layer.weight_shape[0], layer.weight_shape[1] * layer.groups
+    kernel = layer.weight_shape[2:] or (1, 1)
+    owns = encoder_owns(scheme)
+    encoder = channels * prod(size for size, is_owned in zip(kernel, owns, strict=True) if is_owned)
+    decoder = slices * outputs * prod(size for size, is_owned in zip(kernel, owns, strict=True) if not is_owned)
+    positions = layer.macs // prod(layer.weight_shape)
+    sides = zip(layer.in_hw, layer.out_hw, owns, strict=True)
+    encoded = prod(after if is_owned else before for before, after, is_owned in sides) if scheme else positions
+    return encoder * encoded + decoder * positions, encoder + decoder
+
+
+def foldings(layer: Layer, schemes: Sequence[int]) -> list[int]:
+    """Schemes that differ on this layer: an axis of size 1 is the encoder's, which strides early.
+
+    A layer that runs several times keeps to scheme 0: the cost of the others needs the size of every map it reads.
+    """
+    kernel = layer.weight_shape[2:] or (1, 1)
+    mask = 0 if layer.calls > 1 else (kernel[0] > 1) | (kernel[1] > 1) << 1
+    return sorted({scheme & mask for scheme in schemes})
+
+
+def _folded(layer: Layer, slices: int, scheme: int) -> tuple[int, int]:
+    """Rows and columns of one slice's matrix, see `spectra.fold`."""
+    outputs, channels = layer.weight_shape[0] // layer.groups, layer.weight_shape[1] // slices
+    kernel = layer.weight_shape[2:] or (1, 1)
+    rows = outputs * prod(size for size, owned in zip(kernel, encoder_owns(scheme), strict=True) if not owned)
+    return rows, outputs * channels * prod(kernel) // rows
+
+
+def spectrum_seconds(layer: Layer, slices: int, scheme: int) -> float:
+    """Predicted time of one task's Gram matrices and eigenvalues."""
+    small, large = sorted(_folded(layer, slices, scheme))
+    return (layer.groups * slices * (small**2 * large + 4 / 3 * small**3) + WORK_PER_CALL) / WORK_PER_SECOND
+
+
+def fitting_seconds(layer: Layer, counts: Sequence[int], images: int) -> float:
+    """Predicted time of a layer's second moments and its fitted curves for these slice counts."""
+    outputs, columns = layer.weight_shape[0] // layer.groups, prod(layer.weight_shape[1:])
+    positions = images * layer.macs // prod(layer.weight_shape)
+    work = columns**2 * min(positions, max(ROWS, ROWS_PER_COLUMN * columns))
+    for slices in counts:
+        small = min(outputs, columns // slices)
+        encoded = min(outputs * columns // (slices * outputs + columns), small) * slices
+        work += slices * (9 * small**3) + outputs * columns * (columns // slices + encoded)
+        work += encoded * (columns * (columns // slices + encoded) + encoded * outputs + encoded**2 // 3)
+    return (layer.groups * work + len(counts) * WORK_PER_CALL) / WORK_PER_SECOND
+
+
+def moment_bytes(layer: Layer) -> int:
+    return 8 * layer.groups * prod(layer.weight_shape[1:]) ** 2
+
+
+ADDITIVE = ("fro", *FITTED)
+"""The measures whose squares add up over layers; the others are bounds, of which the largest counts."""
+
+
+def solve(
+    table: Sequence[Sequence[Option]], left: Mapping[str, int], measure: str
+) -> tuple[list[Option], float, float]:
+    """One option per layer within all that is `left` for these layers, the loss of the choice, and a bound on it.
+
+    The loss is the sum of the squared errors for measures that add up, else the largest error. Without a limit, layers
+    stay what they are.
+
+    Raises:
+        Infeasible: no choice fits.
+    """
+    if not left:
+        return [options[0] for options in table], 0.0, 0.0
+    if measure in ADDITIVE:
+        rows = [[(option.error**2, tuple(getattr(option, cost) for cost in left)) for option in row] for row in table]
+        picks, loss, bound = least_sum(rows, list(left.values()))
+    else:
+        picks = _least_largest(table, left)
+        loss = bound = max((options[pick].error for options, pick in zip(table, picks, strict=True)), default=0.0)
+    return [options[pick] for options, pick in zip(table, picks, strict=True)], loss, bound
+
+
+def _least_largest(table: Sequence[Sequence[Option]], left: Mapping[str, int]) -> list[int]:
+    if len(left) == 2:
+        both = [[(option.error, (option.macs, option.params)) for option in options] for options in table]
+        return joint(both, (left["macs"], left["params"]))
+    ((cost, limit),) = left.items()
+    return lexi([[(option.error, getattr(option, cost)) for option in options] for options in table], limit)
+
+
+def out_of_reach(
+    table: Mapping[Layer, Sequence[Option]], profile: Profile, budget: Budget, fixed: Mapping[str, int]
+) -> Infeasible:
+    """What each limit asks, what it could reach alone, and what the layers that cost most would still cost."""
+    limits, least, parts = budget.limits(), {}, {}
+    for cost, limit in limits.items():
+        floors = {layer.name: min(getattr(option, cost) for option in options) for layer, options in table.items()}
+        floors["(all that is not decomposed)"] = fixed[cost]
+        least[cost] = sum(floors.values())
+        teacher = getattr(profile, cost)
+        largest = ", ".join(f"{name} {floors[name]:,}" for name in sorted(floors, key=lambda name: -floors[name])[:5])
+        parts[cost] = (
+            f"{limit:,} {COSTS[cost]} ({limit / teacher:.1%} of the teacher), but ALDS needs at least {least[cost]:,} "
+            f"({least[cost] / teacher:.1%}), most of it in {largest}"
+        )
+    exceeded = [cost for cost in limits if least[cost] > limits[cost]]
+    reason = " and ".join(parts[cost] for cost in exceeded or limits)
+    both = "" if exceeded else "; each alone is within reach, both together are not"
+    message = f"budget {budget.name!r} allows {reason}{both}; raise it, skip fewer layers or try another method"
+    return Infeasible(message, least)

@@ -1,0 +1,204 @@
+"""How well a pair of layers reproduces a layer's outputs on real inputs, and the pair that does it best.
+
+Singular values of a weight W weigh all inputs alike. Here the second moments C of what the layer reads weigh them. Each
+slice g keeps the directions U_g in which its output W_g x_g is largest: its encoder is V_g = U_g' W_g, which is what
+truncating the whitened weight and undoing the whitening come to. The decoder is U_g (`white`), or the least squares fit
+to all slices together (`refit`), which makes good through the other slices what each has lost. Scheme 0 only: for the
+others a truncation weighted by C has no closed form.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
+from methods.alds.spectra import fold, paired
+from methods.training import loop
+
+FITTED = ("white", "refit")
+"""The measures that need data, in the order of the rows of `fitted_curves`."""
+
+JITTER = 1e-9
+"""Added to the Gram matrix of encoder outputs of unit variance: outputs that say the same are not told apart."""
+
+PRIOR = 1e-2
+"""How much a weight fitted to the student's inputs is held to the teacher's, in units of the mean second moment."""
+
+PIXELS = 1 << 22
+"""The student is fitted on all its images at once, which are fewer where they are large."""
+
+
+def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
+    """Relative errors of the outputs, `(2, ranks + 1)`: `white`, then `refit`, column j with rank j in each slice.
+
+    `refit` is sqrt(E|(W - UV) x|^2 / E|W x|^2), exactly, x being of the given second moments. `white` is the same of
+    each slice alone, summed over the slices as if they were uncorrelated: an estimate. Ranks end where the pair would
+    cost more than the layer. A weight of zeros has error 0 at every rank.
+
+    All ranks of `refit` come from one factorisation. Encoder rows go by rank, then by slice, so those of rank j lead
+    those of rank j + 1; with K the second moments of what they put out and L L' = K, column i of W C V' inverse(L') is
+    what row i explains beyond those before it.
+
+    Args:
+        weight: `(f, c / groups, k1, k2)` or `(f, c)`.
+        second: `(groups, n, n)` with n = c / groups * k1 * k2, positive definite; see `second_moments`.
+        slices: a divisor of c / groups.
+
+    Differs: not in the paper, whose errors are those of the weights.
+    """
+    matrices = fold(weight, groups=len(second), slices=slices, scheme=0)
+    groups, _, outputs, width = matrices.shape
+    directions = _directions(matrices, second)
+    tails = directions.squares.flip(-1).cumsum(-1).flip(-1).sum((0, 1))
+    dense = _dense(matrices)
+    total = float(((dense @ second) * dense).sum())
+    dearest = weight.numel() // (slices * len(weight) + groups * slices * width)
+    rank = min(dearest, min(outputs, width) - 1)
+    explained = _explained(matrices, second, directions, rank) if rank else second.new_zeros(0)
+    lost = torch.cat((second.new_full((1,), total), total - explained.cumsum(0)))
+    curves = torch.stack((_ratio(tails[: rank + 1], float(tails[0])), _ratio(lost, total)))
+    found: np.ndarray = curves.cpu().numpy()
+    return found
+
+
+def fitted_factors(weight: Tensor, second: Tensor, *, slices: int, rank: int, measure: str) -> tuple[Tensor, Tensor]:
+    """Decoder `(groups, slices, f / groups, rank)` and encoder `(groups, slices, rank, n / slices)`, see the module.
+
+    Each component's decoder column and encoder row are scaled to one norm, so that both layers' gradients are of one
+    size. Arguments as in `fitted_curves`; `measure` is one of `FITTED`.
+    """
+    matrices = fold(weight, groups=len(second), slices=slices, scheme=0)
+    groups, _, outputs, _ = matrices.shape
+    directions = _directions(matrices, second)
+    encoder = _encoder(matrices, directions, rank)
+    if measure == "white":
+        decoder = directions.basis[..., :rank] * directions.squares[..., None, :rank].sqrt()
+    else:
+        gram, cross = _normal_equations(matrices, second, encoder)
+        solved = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+        decoder = solved.reshape(groups, rank, slices, outputs).permute(0, 2, 3, 1)
+    scale = (decoder.norm(dim=-2) / encoder.norm(dim=-1).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
+    return decoder / scale.unsqueeze(-2), encoder * scale.unsqueeze(-1)
+
+
+@torch.no_grad()
+def fit_in_order(
+    student: nn.Module, teacher: nn.Module, choices: Mapping[str, tuple[int, int]], images: Tensor
+) -> None:
+    """Refits pairs of `student` in place, each to what the student itself reads and the teacher's layer puts out.
+
+    The pairs run in order, so each makes good what those before it lost. The weight that best maps the student's rows
+    to the teacher's outputs is found first, then decomposed like any other. The student's batch norms take their
+    statistics from the same pass, so the later `settle` finds them as they are. A layer that runs more than once keeps
+    the pair it has.
+
+    Args:
+        choices: by name, the (slices, rank) of each pair that `student` holds in the place of the teacher's layer.
+        images: `(n, c, h, w)`; as many are used as `IMAGES` and `PIXELS` allow, and none if that is a single one.
+    """
+    images = images[: min(IMAGES, max(2, PIXELS // images[0, 0].numel()))]
+    teacher = copy.deepcopy(teacher).eval()
+    targets: dict[str, list[Tensor]] = {name: [] for name in choices}
+
+    def keep(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        targets[name].append(output_rows(layer, outputs, len(images)).float())
+
+    def refit(name: str, pair: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(targets[name]) == 1:
+            layer, (slices, rank) = teacher.get_submodule(name), choices[name]
+            rows = input_rows(layer, inputs[0], len(images))
+            weight, second = _transported(layer, rows, targets[name].pop().double())
+            left, right = fitted_factors(weight, second, slices=slices, rank=rank, measure="refit")
+            pair.load_state_dict(paired(layer, left, right, scheme=0).state_dict())
+
+    for name in choices:
+        teacher.get_submodule(name).register_forward_hook(partial(keep, name))
+    teacher(images)
+    handles = [student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices]
+    loop.recalibrate(student, images, batch_size=len(images))
+    for handle in handles:
+        handle.remove()
+
+
+def _transported(layer: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight that takes `rows` closest to `targets`, held to the layer's own; and the rows' second moments.
+
+    Shapes: `(rows, groups, n)` and `(rows, groups, f / groups)` to the shape of the weight and `(groups, n, n)`.
+    """
+    assert isinstance(layer.weight, Tensor)
+    rows, targets = rows.transpose(0, 1), targets.transpose(0, 1)
+    groups, count, columns = rows.shape
+    moment = rows.mT @ rows / count
+    second = ridged(moment, count, least=PRIOR)
+    held = layer.weight.double().reshape(groups, -1, columns) @ (second - moment)
+    weight = torch.cholesky_solve(rows.mT @ targets / count + held.mT, torch.linalg.cholesky(second)).mT
+    return weight.reshape(layer.weight.shape), second
+
+
+class _Directions(NamedTuple):
+    """Per slice, what its output varies by, falling `(groups, slices, r)`, and along `(groups, slices, f, r)`."""
+
+    squares: Tensor
+    basis: Tensor
+
+
+def _directions(matrices: Tensor, second: Tensor) -> _Directions:
+    """Eigenvectors of the second moments of every slice's output, from the shorter side of its weight."""
+    groups, slices, outputs, width = matrices.shape
+    blocks = second.reshape(groups, slices, width, slices, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    if outputs <= width:
+        squares, basis = torch.linalg.eigh(matrices @ blocks @ matrices.mT)
+        return _Directions(squares.flip(-1).clamp(min=0), basis.flip(-1))
+    whitened = matrices @ torch.linalg.cholesky(blocks)
+    squares, vectors = torch.linalg.eigh(whitened.mT @ whitened)
+    squares = squares.flip(-1).clamp(min=0)
+    return _Directions(squares, whitened @ vectors.flip(-1) * _inverse_root(squares).unsqueeze(-2))
+
+
+def _encoder(matrices: Tensor, directions: _Directions, rank: int) -> Tensor:
+    """Encoder `(groups, slices, rank, width)` whose outputs have variance one; rows of no variance are zero."""
+    rows = directions.basis[..., :rank].mT @ matrices
+    return rows * _inverse_root(directions.squares)[..., :rank].unsqueeze(-1)
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    noise = squares.shape[-1] * torch.finfo(squares.dtype).eps * squares.amax()
+    return torch.where(squares > noise, squares.rsqrt(), 0.0)
+
+
+def _normal_equations(matrices: Tensor, second: Tensor, encoder: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments of the encoder's outputs `(groups, rows, rows)`, and theirs with the layer's `(groups, rows, f)`.
+
+    Rows go by rank, then by slice.
+    """
+    groups, slices, _, width = matrices.shape
+    rows = slices * encoder.shape[2]
+    read = encoder @ second.reshape(groups, slices, width, -1)
+    by_slice = read.reshape(groups, rows, slices, width).transpose(1, 2)
+    gram = (by_slice @ encoder.mT).reshape(groups, slices, slices, -1, encoder.shape[2])
+    gram = gram.permute(0, 3, 2, 4, 1).reshape(groups, rows, rows)
+    cross = (read @ _dense(matrices).mT.unsqueeze(1)).transpose(1, 2).reshape(groups, rows, -1)
+    return gram + JITTER * torch.eye(rows, dtype=gram.dtype, device=gram.device), cross
+
+
+def _explained(matrices: Tensor, second: Tensor, directions: _Directions, rank: int) -> Tensor:
+    """The part of the outputs' energy that each rank adds to those before it: `(rank,)`."""
+    gram, cross = _normal_equations(matrices, second, _encoder(matrices, directions, rank))
+    parts: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), cross, upper=False)
+    return parts.square().sum((0, 2)).reshape(rank, -1).sum(1)
+
+
+def _dense(matrices: Tensor) -> Tensor:
+    """All slices side by side: `(groups, f / groups, n)`."""
+    return matrices.transpose(1, 2).flatten(2)
+
+
+def _ratio(energies: Tensor, total: float) -> Tensor:
+    return (energies / total).clamp(min=0).sqrt() if total > 0 else torch.zeros_like(energies)

@@ -1,0 +1,5 @@
+"""ManiDP: channels gated anew for every input.
+
+Read `method` first, then `sites` (where a gate may stand), `gates`, `losses` (the paper's regularisers), `objective`
+(what they are trained on) and `thresholds` (how a budget is met). The room `executor` is for Python users only.
+"""

@@ -1,0 +1,243 @@
+"""ManiDP: every image keeps its own channels, chosen by gates that training teaches to spend little on easy images.
+
+No weight is removed, so static MACs and params grow by the gates; a budget is met in expected MACs, the mean over
+images of what their active channels cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.base import (
+    Budget,
+    Infeasible,
+    Knob,
+    KnobValue,
+    Plan,
+    Range,
+    Scores,
+    Shard,
+    Unsupported,
+    collected,
+    defaults,
+)
+from methods.manidp.gates import Gated, gated, instance_macs
+from methods.manidp.losses import instance_weights, mean_rank_threshold, similarity_loss
+from methods.manidp.objective import GatedObjective
+from methods.manidp.sites import (
+    NARROWEST,
+    Site,
+    find_sites,
+    from_columns,
+    gate_macs,
+    gate_params,
+    gated_macs,
+    to_columns,
+    trace,
+    widths,
+)
+from methods.manidp.thresholds import calibrate, least_macs
+from methods.network.profile import Profile, count_params
+from methods.training import loop
+
+__all__ = ["ManiDP", "instance_macs", "instance_weights", "mean_rank_threshold", "similarity_loss"]
+
+SEED = 0
+"""Of fresh gates, so that a plan says all of a student."""
+
+
+@dataclass(frozen=True)
+class ManiDP:
+    """Gates on the convolutions of a traced network, trained to meet a budget in expected MACs.
+
+    `thresholds` says how they follow the remain rate in training: `quantile` is a running mean of the quantile of each
+    batch's saliencies, `mean_rank` the authors' rank of mean saliencies, renewed now and then. `squeeze` divides a
+    gate's inner width.
+
+    Knobs: `sparsity` (the paper's lambda) weighs the mean saliency of easy images, `similarity` (rho) how much images
+    alike in features should be alike in saliency, `hold` is the last share of the steps, at the final remain rate.
+
+    Source: Tang et al., CVPR 2021, and the authors' code, which alone was read.
+    Differs: thresholds are quantiles and the final rate is held, because the authors set the last threshold after the
+        last step, unseen by the weights; after training thresholds and norm statistics are calibrated to the budget; a
+        depthwise convolution inherits the mask of its input. Losses include the teacher's outputs where recovery does.
+    """
+
+    thresholds: Literal["quantile", "mean_rank"] = "quantile"
+    squeeze: int = 2
+    name: ClassVar[str] = "manidp"
+    knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType(
+        {
+            "sparsity": Range(1e-3, 0.2, default=0.02, log=True),
+            "similarity": Range(0.1, 10.0, default=1.0, log=True),
+            "hold": Range(0.3, 0.6, default=0.4),
+        }
+    )
+
+    def __post_init__(self) -> None:
+        if self.thresholds not in ("quantile", "mean_rank"):
+            raise ValueError(f"thresholds are {self.thresholds!r}, expected 'quantile' or 'mean_rank'; choose one")
+        if self.squeeze < 1:
+            raise ValueError(f"squeeze is {self.squeeze}, expected a divisor of at least 1; 2 is the authors'")
+
+    def accepts(self, profile: Profile) -> str | None:
+        """`None`, or why no convolution of this network can take a gate; `score` looks closer."""
+        for layer in profile.layers:
+            outputs, inputs = layer.weight_shape[:2]
+            if layer.kind == "conv" and layer.groups == 1 and min(outputs, inputs) >= NARROWEST:
+                return None
+        return (
+            f"manidp gates ungrouped convolutions of at least {NARROWEST} input and output channels, but the network "
+            "has none; try another method"
+        )
+
+    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
+        """One: the network is traced as a whole."""
+        return [("sites",)]
+
+    def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
+        """The sites as columns (see `methods.manidp.sites.Site`), `params` of the traced network, and why others have
+        no gate.
+
+        `refusal` `(0,)` or `(1,)` says why the network cannot be gated at all; `skipped` has a line per convolution
+        without a gate.
+        """
+        example = calibration[:2]
+        try:
+            network = trace(teacher)
+            with torch.no_grad():
+                if not torch.allclose(network(example), teacher(example), rtol=1e-4, atol=1e-5):
+                    raise Unsupported(
+                        "the traced network gives other outputs, expected the same; its forward depends on values: "
+                        "rewrite it, or use a method that does not gate"
+                    )
+            sites, skipped = find_sites(network, example, self.squeeze)
+        except Unsupported as error:
+            return to_columns(()) | _texts(refusal=[str(error)], skipped=[]) | {"params": np.array([0])}
+        return (
+            to_columns(sites)
+            | _texts(refusal=[], skipped=[f"{name}: {reason}" for name, reason in skipped.items()])
+            | {"params": np.array([count_params(network)])}
+        )
+
+    def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
+        """The one partial score.
+
+        Raises:
+            ScoreError: there is none, or two differ.
+        """
+        columns = tuple(to_columns(()))
+        return collected(partials, lambda _: (*columns, "refusal", "skipped", "params"))
+
+    def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """All gates, with the budget's MACs as the target of the expected MACs, or no gate where the teacher fits.
+
+        `loss` is the share of the teacher's MACs that is cut. What is best inside the network is learnt, not planned.
+
+        Raises:
+            Infeasible: no convolution can take a gate, or one channel per gate is too much, or the gates' params are.
+        """
+        target = budget.limits().get("macs", profile.macs)
+        whole = {"macs": profile.macs, "params": profile.params}
+        if target >= profile.macs:
+            _check(budget, whole, profile, {"params": "it removes no parameter"})
+            return Plan(self.name, profile.macs, profile.params, choices={}, loss=0.0)
+        sites = from_columns(scores)
+        if not sites:
+            raise _infeasible(budget, _no_sites(scores), whole)
+        ungated = profile.macs - int(gated_macs(sites, widths(sites)))
+        macs, params = sum(map(gate_macs, sites)), sum(map(gate_params, sites))
+        least = {"macs": least_macs(sites, ungated + macs), "params": int(scores["params"][0]) + params}
+        why = {"macs": "one channel per gate", "params": f"its gates add parameters, {params:,} of them"}
+        _check(budget, least, profile, why)
+        settings = {"thresholds": self.thresholds, "squeeze": self.squeeze, "ungated_macs": ungated}
+        columns = {name: column.tolist() for name, column in to_columns(sites).items()}
+        return Plan(
+            method=self.name,
+            macs=profile.macs + macs,
+            params=least["params"],
+            choices={"sites": columns, **settings, **defaults(self), **knobs},
+            loss=1 - target / profile.macs,
+            notes=_notes(sites, scores),
+            macs_expected=target,
+        )
+
+    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
+        """The teacher with fresh gates that keep every channel, or a plain copy where the plan has no gates.
+
+        Raises:
+            Unsupported: the teacher cannot be traced.
+        """
+        if plan.macs_expected is None:
+            return copy.deepcopy(teacher)
+        sites = from_columns(plan.choices["sites"])
+        return gated(teacher, sites, plan.choices["ungated_macs"], seed=SEED, plan=plan)
+
+    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+        """Calibrates thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
+        if isinstance(student, Gated) and plan.macs_expected is not None:
+            calibrate(student, calibration, plan.macs_expected)
+            loop.recalibrate(student, calibration)
+            calibrate(student, calibration, plan.macs_expected)
+        else:
+            loop.recalibrate(student, calibration)
+
+    def recover(
+        self, student: nn.Module, teacher: nn.Module, data: loop.Samples, recipe: loop.Recipe, seed: int
+    ) -> Iterator[int]:
+        """Trains weights and gates while the remain rate falls from 1; each step yielded is at the final remain rate.
+
+        A student without gates is recovered as any other. Calibrate the thresholds again afterwards: see `settle`.
+        """
+        if not isinstance(student, Gated):
+            yield from loop.recover(student, teacher, data, recipe, seed)
+            return
+        objective = GatedObjective(student, teacher, recipe)
+        undecayed = [parameter for gate in student.gates for parameter in gate.parameters()]
+        for step in loop.train(student, data, recipe, seed, teacher, objective=objective, undecayed=undecayed):
+            with objective.at_the_final_rate():
+                yield step
+
+
+def _check(budget: Budget, least: Mapping[str, int], profile: Profile, why: Mapping[str, str]) -> None:
+    """Refuses a budget that allows less than `least`; `why` explains each."""
+    parts = []
+    for cost, limit in budget.limits().items():
+        if limit < least[cost]:
+            total, unit = getattr(profile, cost), "MACs" if cost == "macs" else cost
+            parts.append(
+                f"allows {limit:,} {unit} ({limit / total:.1%}), but manidp reaches no fewer than {least[cost]:,} "
+                f"({least[cost] / total:.1%}): {why[cost]}"
+            )
+    if parts:
+        raise _infeasible(budget, "; it also ".join(parts), least)
+
+
+def _infeasible(budget: Budget, why: str, least: Mapping[str, int]) -> Infeasible:
+    message = f"budget {budget.name!r} {why}; raise it or try another method"
+    return Infeasible(message, {cost: least[cost] for cost in budget.limits()})
+
+
+def _no_sites(scores: Scores) -> str:
+    reasons = [str(line) for line in (*scores["refusal"], *scores["skipped"][:3])]
+    return f"asks for fewer MACs than the network's, but manidp found no convolution to gate ({'; '.join(reasons)})"
+
+
+def _notes(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:
+    gates = [site for site in sites if not site.is_depthwise]
+    skipped = scores["skipped"]
+    coverage = f"{len(gates)} of {len(sites) + len(skipped)} convolutions have a gate of their own"
+    return (coverage, *(f"no gate at {line}" for line in skipped))
+
+
+def _texts(**lines: Sequence[str]) -> dict[str, np.ndarray]:
+    """Lines of text as arrays that need no pickle, empty or not."""
+    return {name: np.array(found, dtype=None if found else "U1") for name, found in lines.items()}

@@ -1,0 +1,5 @@
+"""A network as rows, channel groups and a graph, and how it is cut.
+
+Read `profile` first (one row per layer), then `groups`, `coupling` (which channels go together), `widths` (how narrow a
+group may get), `graph` (a traced network) and `cut`.
+"""

@@ -1,0 +1,249 @@
+"""Which channels of a network must go together: torch-pruning's dependency graph, checked by really cutting.
+
+The graph is guessed from a trace and can be wrong about reshapes, attention and unknown modules without saying so. So a
+group counts as prunable only if our cut can slice every part of it, and if the network after a trial cut computes what
+the whole network computes once nothing reads the channels that left.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_pruning import DependencyGraph
+
+from methods.network.cut import PER_CHANNEL, axis_length, cut_to, entries, kept_channels
+from methods.network.widths import ChannelGroup, Member
+
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What torch-pruning's tracer, or a network whose channels were cut wrongly, may raise."""
+
+
+def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """The channel groups of `model` (left untouched), in the order of the layers they are named after.
+
+    Every convolution and linear layer that the network's output depends on produces one group, with a reason in
+    `fixed` where its channels cannot be cut. The channels of the network's input are in none. `example` is
+    `(n, c, h, w)`; one input of it is used.
+
+    Source: torch-pruning's dependency graph (DepGraph: Fang et al., CVPR 2023).
+    Differs: a grouped convolution couples its inputs to its outputs and loses whole convolution groups.
+    """
+    model = copy.deepcopy(model).eval()
+    drafts = _drafts(model, example[:1])
+    groups = [draft.finish() for draft in drafts]
+    proved = _proved(model, [group for group in groups if group.fixed is None], example[:1])
+    reason = "the network without these channels differs from one in which nothing reads them"
+    return tuple(g if g.fixed or g.name in proved else replace(g, fixed=reason) for g in groups)
+
+
+@dataclass
+class _Draft:
+    """A group while it is put together; `places` are the `(module, axis, entry)` that torch-pruning ties to it."""
+
+    name: str
+    width: int
+    members: list[Member] = field(default_factory=list)
+    places: list[tuple[str, str, int]] = field(default_factory=list)
+    multiple: int = 1
+    fixed: str | None = None
+
+    def fix(self, reason: str) -> None:
+        """Fixes the group; the first reason stays."""
+        self.fixed = self.fixed or reason
+
+    def finish(self) -> ChannelGroup:
+        """The group, fixed if no smaller width exists or no layer reads it."""
+        if not any(member.axis == "in" for member in self.members):
+            self.fix("only the network's output reads its channels")
+        if self.width % self.multiple:
+            self.fix(f"its {self.width} channels are no whole number of runs of {self.multiple}")
+        if self.width == self.multiple:
+            self.fix("its channels cannot be divided")
+        return ChannelGroup(self.name, self.width, tuple(self.members), self.multiple, self.fixed)
+
+
+def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
+    """One draft per set of channels, in the order of its first producing layer."""
+    traced = _with_depthwise(model)
+    names = {module: name for name, module in traced.named_modules()}
+    try:
+        graph = _trace(traced, example)
+    except _FAILURES as error:
+        reason = f"torch-pruning cannot trace this network ({type(error).__name__}: {error})"
+        return [_Draft(name, m.weight.shape[0], fixed=reason) for m, name in names.items() if _is_producer(m)]
+    owners: dict[tuple[str, str, int], _Draft] = {}
+    drafts = []
+    for root, name in names.items():
+        if root not in graph.module2node or not _is_producer(root) or (name, "out", 0) in owners:
+            continue
+        draft = _Draft(name, root.weight.shape[0])
+        for module, axis, index in _reach(graph, root, draft):
+            if isinstance(module, nn.Parameter):
+                draft.fix("its channels meet a parameter of no layer that can be cut")
+            elif module in names:
+                _join(draft, names[module], model.get_submodule(names[module]), axis, index)
+        for place in draft.places:
+            owner = owners.setdefault(place, draft)
+            if owner is not draft:
+                draft.fix(f"it shares some of its channels with {owner.name}, but not all")
+                owner.fix(f"it shares some of its channels with {draft.name}, but not all")
+        drafts.append(draft)
+    _fix_shared_parameters(drafts, model)
+    return drafts
+
+
+def _trace(model: nn.Module, example: Tensor) -> Any:
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DependencyGraph().build_dependency(model, (example,), verbose=False)
+
+
+def _with_depthwise(model: nn.Module) -> nn.Module:
+    """A trainable copy in which grouped convolutions that keep the number of channels are depthwise.
+
+    The shapes of all maps stay; torch-pruning, which ties input to output only in depthwise convolutions, now does so
+    in these as well. It needs gradients to see a layer at all.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.in_channels == module.out_channels:
+            module.groups = module.in_channels
+            module.weight = nn.Parameter(module.weight[:, :1].detach())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
+
+
+def _is_producer(module: nn.Module) -> bool:
+    """Whether the outputs of `module` are channels of their own; those of a depthwise convolution are its inputs'."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 or module.groups != module.out_channels
+    return isinstance(module, nn.Linear)
+
+
+def _fix_shared_parameters(drafts: Sequence[_Draft], model: nn.Module) -> None:
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    shared = {name for names in holders.values() if len(names) > 1 for name in names}
+    for draft in drafts:
+        for member in draft.members:
+            if member.module in shared:
+                draft.fix(f"{member.module} shares a parameter with another layer")
+
+
+_Axis: TypeAlias = Literal["out", "in"]
+
+
+class _Index(NamedTuple):
+    """An entry of an axis and the channel of the group it belongs to, under the names that torch-pruning reads."""
+
+    idx: int
+    root_idx: int
+
+
+def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _Axis, list[_Index]]]:
+    """What goes with the outputs of `root`: module, axis, entries of that axis.
+
+    Differs: torch-pruning follows every index set that reaches an axis, which grows without bound in windowed
+    attention. Here the first one stays, and another one fixes the group: its channels are not one run.
+    """
+    handler = graph.get_pruner_of_module(root).prune_out_channels
+    stack = [(graph.module2node[root], handler, [_Index(channel, channel) for channel in range(draft.width)])]
+    seen: dict[tuple[Any, Any], list[_Index]] = {}
+    while stack:
+        node, handler, index = stack.pop()
+        if (node, handler) in seen:
+            if seen[node, handler] != index:
+                draft.fix("its channels are reordered or repeated on the way")
+            continue
+        seen[node, handler] = index
+        yield node.module, "out" if graph.is_out_channel_pruning_fn(handler) else "in", index
+        for dependency in node.dependencies:
+            if dependency.is_triggered_by(handler):
+                target = index
+                for mapping in dependency.index_mapping:
+                    target = mapping(target) if mapping else target
+                if target:
+                    stack.append((dependency.target, dependency.handler, sorted(set(target))))
+
+
+def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, index: list[_Index]) -> None:
+    """Adds one axis of one module to the draft, or fixes the draft where the cut could not slice it."""
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return
+    draft.places += [(name, axis, entry) for entry, _ in index]
+    is_norm = isinstance(module, PER_CHANNEL)
+    if not is_norm and not (isinstance(module, nn.Conv2d | nn.Linear) and "weight" in module._parameters):
+        draft.fix(f"{name} is a {type(module).__name__}, which cannot lose channels one by one")
+        return
+    segment = _segment(index, draft.width)
+    if segment is None:
+        draft.fix(f"its channels are not one run of entries in {name}")
+        return
+    start, columns = segment
+    length = axis_length(module, axis)
+    params = sum(p.numel() for p in module.parameters(recurse=False)) // length if is_norm else 0
+    draft.members.append(Member(name, "norm" if is_norm else axis, start, columns, params))
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        _join_grouped(draft, name, module, start, columns)
+    elif axis == "out" and not is_norm and (start, columns, draft.width) != (0, 1, length):
+        draft.fix(f"its channels are only a part of what {name} produces")
+
+
+def _join_grouped(draft: _Draft, name: str, conv: nn.Conv2d, start: int, columns: int) -> None:
+    run = conv.in_channels // conv.groups
+    draft.multiple = math.lcm(draft.multiple, run)
+    if conv.in_channels != conv.out_channels or columns != 1 or start % run:
+        draft.fix(f"the convolution groups of {name} do not line up with its channels")
+
+
+def _segment(index: list[_Index], width: int) -> tuple[int, int] | None:
+    """`(start, columns)` if channel c owns the entries from `start + c * columns` on, `columns` of them."""
+    start, columns = index[0].idx, len(index) // width
+    run = [(start + entry, entry // columns) for entry in range(width * columns)]
+    return (start, columns) if index == run else None
+
+
+def _proved(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> set[str]:
+    """The names of the groups that pass the trial cut: tried all at once, then by halves where that fails."""
+    if not groups or _holds(model, groups, example):
+        return {group.name for group in groups}
+    middle = len(groups) // 2
+    if middle == 0:
+        return set()
+    return _proved(model, groups[:middle], example) | _proved(model, groups[middle:], example)
+
+
+def _holds(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
+    """Whether half of every group can go: the cut network must match the one whose readers ignore that half.
+
+    A wrong coupling changes the output about as much as the cut does, rounding (TF32 included) far less.
+    """
+    halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in groups}
+    kept = kept_channels(model, groups, halves, "l1")
+    deaf = copy.deepcopy(model)
+    with torch.no_grad():
+        try:
+            found = cut_to(model, groups, kept)(example)
+        except _FAILURES:
+            return False
+        for group in groups:
+            gone = np.setdiff1d(np.arange(group.width), kept[group.name])
+            for member in group.members:
+                if member.axis == "in":
+                    weight = deaf.get_submodule(member.module).weight
+                    assert isinstance(weight, Tensor)
+                    weight[:, torch.from_numpy(entries(member, gone))] = 0
+        expected, whole = deaf(example), model(example)
+    slack = 1e-2 * (expected - whole).abs().max() + 1e-6 * whole.abs().max()
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= slack)

@@ -1,0 +1,196 @@
+"""Coupled channel groups as plain data: which channels go together, which widths are legal and what they cost exactly.
+
+`methods.network.coupling` finds the groups of a network and `methods.network.cut` cuts them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from methods.base import Budget, Infeasible, grid_step
+
+if TYPE_CHECKING:
+    from methods.network.profile import Profile
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one module that shrinks with a group.
+
+    Channel `c` of the group owns the entries from `start + c * columns` to `start + (c + 1) * columns - 1` of that
+    axis: `columns` exceeds 1 where a map is flattened into a linear layer, `start` is not 0 behind a concatenation.
+    `axis` is "out" or "in" for a conv or linear (a depthwise or grouped conv is "out" only: its inputs follow), "norm"
+    for a per-channel norm or PReLU, which holds `params` trainable numbers per entry (0 for a conv or linear, whose
+    row in the profile says it).
+    """
+
+    module: str
+    axis: Literal["out", "in", "norm"]
+    start: int
+    columns: int
+    params: int = 0
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are cut together, named after the first layer that produces them.
+
+    `fixed` says why the group may not be cut (None: it may). Channels leave in whole runs of `multiple`, so it divides
+    every allowed width: it exceeds 1 where a grouped convolution, as in ResNeXt, loses whole convolution groups.
+    """
+
+    name: str
+    width: int
+    members: tuple[Member, ...]
+    multiple: int = 1
+    fixed: str | None = None
+
+
+@dataclass(frozen=True)
+class WidthCost:
+    """Exact integer cost of widths `w` (G,): `constant + linear @ w + w @ pairs @ w`, with `pairs` upper triangular."""
+
+    constant: int
+    linear: np.ndarray
+    pairs: np.ndarray
+
+    def __call__(self, widths: np.ndarray) -> int:
+        """The cost at integer `widths` (G,)."""
+        return self.constant + int(self.linear @ widths) + int(widths @ self.pairs @ widths)
+
+
+def levels(group: ChannelGroup, channels: int) -> list[int]:
+    """The legal widths of `group` in rising order for a device that prefers multiples of `channels`.
+
+    They are the multiples of one step, from one step on, and the full width. A step is `grid_step`, raised until
+    `group.multiple` divides it.
+
+    >>> levels(ChannelGroup("stem", 20, ()), 8), levels(ChannelGroup("wide", 32, (), multiple=8), 3)
+    ([2, 4, 6, 8, 10, 12, 14, 16, 18, 20], [24, 32])
+    """
+    step = math.lcm(grid_step(group.width, channels), group.multiple)
+    return [*range(step, group.width, step), group.width]
+
+
+def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGroup, ...]]:
+    """The cost of "macs" and "params" as functions of widths, and the prunable groups those widths belong to.
+
+    Widths are numbers of channels kept, in the order of the groups returned, which is the profile's. At any widths that
+    are multiples of each group's `multiple` the value equals what `methods.network.profile` counts on the network after
+    the cut, integer for integer. Whatever no width changes (fixed groups, attention products) is in the constant.
+
+    Source: a convolution costs one bilinear term per pair of groups it joins; ITPruner (arXiv 2108.08532), section 3.3.
+    """
+    groups = tuple(group for group in profile.groups if group.fixed is None)
+    base = np.array([group.width for group in groups], dtype=np.int64)
+    segments = _segments(groups)
+    macs, params = _Terms(len(groups)), _Terms(len(groups))
+    for layer in profile.layers:
+        outputs = _kept(layer.weight_shape[0], segments.get((layer.name, "out"), []), base)
+        inputs = _kept(layer.weight_shape[1], segments.get((layer.name, "in"), []), base)
+        size = math.prod(layer.weight_shape)
+        entries = layer.weight_shape[0] * layer.weight_shape[1]
+        macs.add_product(layer.macs // entries, outputs, inputs)
+        params.add_product(size // entries, outputs, inputs)
+        params.linear += (layer.params - size) // layer.weight_shape[0] * outputs[1]
+    for position, group in enumerate(groups):
+        params.linear[position] += sum(member.params * member.columns for member in group.members)
+    costs = {"macs": macs.cost(profile.macs, base), "params": params.cost(profile.params, base)}
+    return costs, groups
+
+
+def to_choices(groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str) -> dict[str, Any]:
+    """`Plan.choices` that say all `methods.network.cut.cut` needs, as JSON values; `from_choices` restores them.
+
+    Groups that keep every channel are listed with their width alone, because nothing is cut from them.
+    """
+    rows = []
+    for group in groups:
+        is_cut = widths[group.name] < group.width
+        members = [[m.module, m.axis, m.start, m.columns, m.params] for m in group.members if is_cut]
+        rows.append([group.name, widths[group.name], group.width, group.multiple, members])
+    return {"criterion": criterion, "groups": rows}
+
+
+def from_choices(choices: Mapping[str, Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, int], str]:
+    """The groups, their widths by name and the criterion that `to_choices` wrote down."""
+    groups = tuple(
+        ChannelGroup(name, base, tuple(Member(*member) for member in members), multiple)
+        for name, _, base, multiple, members in choices["groups"]
+    )
+    widths = {row[0]: row[1] for row in choices["groups"]}
+    return groups, widths, choices["criterion"]
+
+
+def infeasible(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:
+    """The error for a budget that no widths meet, ready to be raised.
+
+    `least` holds, by cost name, the least value that `method` reaches within the other limit. Only the limits below it
+    are named; where each is reachable alone but not together, both are.
+    """
+    limits = budget.limits()
+    missed = {cost: limit for cost, limit in limits.items() if least[cost] > limit}
+    costs, _ = width_costs(profile)
+    parts = []
+    for cost, limit in (missed or limits).items():
+        unit, total = _UNITS[cost], getattr(profile, cost)
+        parts.append(
+            f"asks for {_amount(limit)} {unit} ({limit / total:.1%}), but {method} reaches no less than "
+            f"{_amount(least[cost])} ({least[cost] / total:.1%}), of which {_amount(costs[cost].constant)} "
+            "cannot be pruned"
+        )
+    together = "" if missed else " (each limit is within reach alone, both together are not)"
+    text = "; it also ".join(parts)
+    message = f"budget {budget.name!r} {text}, at channel multiples of {budget.channels}{together}; "
+    return Infeasible(f"{message}raise it or try another method", {cost: least[cost] for cost in limits})
+
+
+class _Terms:
+    """Sums of products of kept widths, collected before the constant is known."""
+
+    def __init__(self, groups: int) -> None:
+        self.linear = np.zeros(groups, dtype=np.int64)
+        self.pairs = np.zeros((groups, groups), dtype=np.int64)
+
+    def add_product(self, unit: int, left: tuple[int, np.ndarray], right: tuple[int, np.ndarray]) -> None:
+        """Adds `unit * left * right`, each factor being an affine form `(constant, slopes)` in the widths."""
+        self.linear += unit * (left[0] * right[1] + right[0] * left[1])
+        product = unit * np.outer(left[1], right[1])
+        self.pairs += np.triu(product) + np.tril(product, -1).T
+
+    def cost(self, total: int, base: np.ndarray) -> WidthCost:
+        """The cost whose value at `base` is `total`."""
+        rest = WidthCost(0, self.linear, self.pairs)(base)
+        return WidthCost(total - rest, self.linear, self.pairs)
+
+
+def _segments(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """The groups `(position, columns)` that share each axis of each module."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for position, group in enumerate(groups):
+        for member in group.members:
+            found.setdefault((member.module, member.axis), []).append((position, member.columns))
+    return found
+
+
+def _kept(length: int, segments: Sequence[tuple[int, int]], base: np.ndarray) -> tuple[int, np.ndarray]:
+    """The entries left on an axis of `length` as an affine form: those of no group, and the slope of each width."""
+    slopes = np.zeros(len(base), dtype=np.int64)
+    for position, columns in segments:
+        slopes[position] += columns
+    return length - int(slopes @ base), slopes
+
+
+_UNITS = {"macs": "MACs", "params": "params"}
+
+
+def _amount(value: int) -> str:
+    for factor, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f}{letter}"
+    return str(value)

@@ -1,0 +1,5 @@
+"""`python -m search.cli` is the command `paredown`."""
+
+from search.cli.main import main
+
+main()

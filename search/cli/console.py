@@ -1,0 +1,269 @@
+"""What a person sees in the terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from search.base import Report
+from search.frontier import LATENCY, BudgetResult, SearchResult, volume
+from search.report import costs
+from search.report.costs import Row
+from search.units import count, milliseconds, percent, size
+
+if TYPE_CHECKING:
+    from search.driver.preflight import Preflight
+
+out = Console()
+
+
+@contextmanager
+def bars(*, hidden: bool) -> Iterator[Report]:
+    """A `Report` that draws one bar per stage on standard error; where that is no terminal, it writes lines."""
+    console = Console(stderr=True)
+    if not (hidden or console.is_terminal):
+        with _kept_for_results():
+            yield _lines()
+        return
+    columns = (
+        TextColumn("{task.description:<20}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    with _kept_for_results(), Progress(*columns, console=console, disable=hidden) as progress:
+
+        def report(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, note="")
+            progress.update(tasks[stage], completed=done, total=total, note=escape(note))
+
+        yield report
+
+
+def _lines() -> Report:
+    """A line where a stage first begins and ends, and for every trial that has ended: a log keeps all it is told."""
+    told: set[tuple[str, int]] = set()
+
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        moment = done if stage == "trials" else int(done == total)
+        if (stage, moment) not in told:
+            told.add((stage, moment))
+            print(f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return report
+
+
+@contextmanager
+def _kept_for_results() -> Iterator[None]:
+    """Sends to standard error what solvers written in C++ print meanwhile: standard output is for the result alone."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(output, 1)
+        os.close(output)
+
+
+GATED = {
+    "macs_expected": "expected MACs, calibration set",
+    "macs_expected_validation": "expected MACs, validation set",
+    "macs_worst": "MACs of the worst input",
+}
+"""A gated model's further figures, and what they are called."""
+
+
+def show_result(result: SearchResult, report: Path | None) -> None:
+    """The winners with every limit beside its measured value, hypervolume, the cost of the search, where to go on."""
+    columns = _columns(result)
+    title = f"{result.name}: the best network for every budget"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, leading=1)
+    for heading in ("budget", "method", "val.", "test", *(costs.name(cost, result.devices) for cost in columns)):
+        is_name = heading in ("budget", "method")
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
+    teacher = result.teacher
+    wholes = [costs.shown(cost, costs.of_teacher(result, cost)) for cost in columns]
+    table.add_row("", "teacher", percent(teacher.top1_validation), percent(teacher.top1_test), *wholes, style="dim")
+    for budget in result.budgets:
+        rows = costs.rows(result, budget)
+        method = "[red]nothing fits[/]" if budget.winner is None else "\n+ ".join(budget.winner.method.split("+"))
+        top1 = _top1(result, budget, rows["top1_drop"])
+        table.add_row(budget.name, method, top1, percent(budget.top1_test), *(_cell(rows[cost]) for cost in columns))
+    out.print(table)
+    _show_effort(result)
+    for budget in result.budgets:
+        if budget.model_uri:
+            out.print(f'  mlflow.pytorch.load_model("{budget.model_uri}")', highlight=False)
+    if report is not None:
+        out.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def _columns(result: SearchResult) -> list[str]:
+    """The costs shown: all that are counted, and the latency on each device that a budget limits, or on the first."""
+    found = [cost for cost in costs.columns(result) if cost != "top1_drop"]
+    latencies = [cost for cost in found if cost.startswith(LATENCY)]
+    limited = [cost for cost in latencies if any(cost in budget.limits for budget in result.budgets)]
+    return [cost for cost in found if cost not in latencies] + (limited or latencies[:1])
+
+
+def _cell(row: Row) -> str:
+    """A cost as a share of the teacher's, the limit below it, and what it is in its own unit where that is measured."""
+    is_counted = row.cost.startswith("macs") or row.cost == "params"
+    lines = [percent(row.share) if row.share is not None else costs.shown(row.cost, row.value)]
+    if row.limit is not None:
+        is_share = row.limit_share is not None and row.limit_share >= 0.0005
+        lines.append(_limit(row, percent(row.limit_share) if is_share else costs.shown(row.cost, row.limit)))
+    if row.share is not None and not is_counted:
+        lines.append(f"[dim]{costs.shown(row.cost, row.value)}[/]")
+    return "\n".join([*lines, *(["[yellow]noisy[/]"] if row.noise is not None else [])])
+
+
+def _top1(result: SearchResult, budget: BudgetResult, drop: Row) -> str:
+    """The winner's validation top-1, and the least that the budget asks for."""
+    lines = [percent(None if budget.winner is None else budget.winner.top1_validation)]
+    if drop.limit is not None:
+        lines.append(_limit(drop, percent(result.teacher.top1_validation - drop.limit), "≥"))
+    return "\n".join(lines)
+
+
+def _limit(row: Row, text: str, sign: str = "≤") -> str:
+    """A limit, green where it is met."""
+    if row.value is None:
+        return f"{sign} {text}"
+    return f"[{'green' if row.is_inside else 'red'}]{sign} {text}[/]"
+
+
+def _show_effort(result: SearchResult) -> None:
+    volumes = [
+        f"{costs.name(axis, result.devices)} {volume(result.teacher, result.candidates, axis):.3f}"
+        for axis in result.axes
+    ]
+    spent = costs.effort(result.candidates)
+    parts = {
+        "complete": spent.complete,
+        f"stopped early after {spent.stopped_s:.0f} device-seconds": spent.stopped,
+        "reused another's training": spent.reused,
+        "infeasible": spent.infeasible,
+        "failed": spent.failed,
+    }
+    counts = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+    out.print(
+        f"{result.cost.trials} trials{f' ({counts})' if counts else ''} in {result.cost.wall_s:.0f} s, "
+        f"{result.cost.device_s:.0f} device-seconds (scoring {result.cost.scoring_s:.0f}, measuring "
+        f"{result.cost.measuring_s:.0f}). Shares are of the teacher's (FLOPs = 2 x MACs); val. and test are "
+        "top-1.",
+        highlight=False,
+    )
+    out.print(f"Hypervolume: {', '.join(volumes)}.", highlight=False)
+
+
+def show_preflight(found: Preflight) -> None:
+    """What each method can reach, which budgets are within reach and why others are not, and the expected minutes."""
+    title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    timed = list(dict.fromkeys(cost for one in found.methods for cost in one.least if cost.startswith(LATENCY)))
+    latencies = [f"{costs.name(cost, {})}, predicted" for cost in timed]
+    for heading in ("method", *(f"least {what}" for what in ("MACs", "params", *latencies))):
+        is_name = heading == "method"
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
+    for budget in found.budgets:
+        table.add_column(budget.budget, overflow="fold")
+    for one in found.methods:
+        if one.refusal is not None:
+            table.add_row(one.method, "[red]cannot[/]")
+            continue
+        least = [_share(one.least["macs"], found.macs), _share(one.least["params"], found.params)]
+        least += [costs.shown(cost, one.least.get(cost)) for cost in timed]
+        fits = ["[red]no[/]" if budget.reasons[one.method] else "[green]yes[/]" for budget in found.budgets]
+        table.add_row(one.method, *least, *fits)
+    out.print(table)
+    for budget in found.budgets:
+        limits = [f"{costs.name(cost, {})} ≤ {costs.shown(cost, limit)}" for cost, limit in budget.limits.items()]
+        out.print(f"{budget.budget}: {', '.join(limits)}", highlight=False, markup=False)
+        for reason in filter(None, budget.reasons.values()):
+            out.print(f"  {reason}", highlight=False, markup=False)
+    for one in found.methods:
+        if one.refusal is not None:
+            out.print(f"{one.method}: {one.refusal}", highlight=False, markup=False)
+    out.print(f"A search takes about {max(1, round(found.minutes))} min on this machine.")
+
+
+def show_figures(figures: Mapping[str, Any]) -> None:
+    """The figures of one compression, each limit of its budget beside what it limits."""
+    teacher, limits = figures["teacher"], figures["limits"]
+    table = Table(title=f"{figures['method']} for {figures['budget']}", title_justify="left", show_header=False)
+    gated = {key: label for key, label in GATED.items() if figures[key] is not None}
+    rows = {
+        "MACs": _share(figures["macs"], teacher["macs"]) + _held(limits, "macs", *([] if gated else GATED)),
+        **{label: _share(figures[key], teacher["macs"]) + _held(limits, key) for key, label in gated.items()},
+        "params": _share(figures["params"], teacher["params"]) + _held(limits, "params"),
+        "size": size(figures["size_bytes"]) + _held(limits, "size_bytes"),
+        "validation top-1 after surgery": percent(figures["top1_surgery"]),
+        "validation top-1 after BN": percent(figures["top1_bn"]),
+        "validation top-1 after recovery": _beside(figures, "top1_validation"),
+        "lost of it": costs.shown("top1_drop", figures["top1_drop"]) + _held(limits, "top1_drop"),
+        "test top-1": _beside(figures, "top1_test"),
+        "seconds": f"{figures['seconds']:.1f}",
+    }
+    for device, times in figures["latency_ms"].items():
+        cost = f"{LATENCY}{device}"
+        before = figures["teacher"]["latency_ms"][device]["p50"]
+        share = f"{costs.shown(cost, times['p50'])} ({percent(times['p50'] / before)} of {costs.shown(cost, before)})"
+        noise = figures["noise"].get(device)
+        noisy = "" if noise is None else f", noisy: the median lay {percent(noise)} above the fastest call"
+        rows[costs.name(cost, figures["devices"])] = share + _held(limits, cost) + noisy
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+
+
+def show_measured(found: Mapping[str, Any]) -> None:
+    """What `search.devices.measure` found: the latency of a saved model, beside what its search measured."""
+    kind = "predicted latency" if found["is_predicted"] else "latency"
+    where = f" on {found['host']}" if found["host"] else ""
+    device = f"{found['device']} ({found['runtime']}, threads: {found['threads']}, batch: {found['batch']}{where})"
+    out.print(f"{found['model']}: {kind} on {device}", highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for heading in ("fastest", "median", "95 %"):
+        table.add_column(heading, justify="right")
+    readings = {"now": found} | ({"in the search": found["searched"]} if found["searched"] else {})
+    if found["teacher_latency_ms"]:
+        readings["its teacher now"] = {"latency_ms": found["teacher_latency_ms"], "noise": None}
+    for when, one in readings.items():
+        table.add_row(when, *(milliseconds(one["latency_ms"][key]) for key in ("min", "p50", "p95")))
+    out.print(table)
+    if found["searched"]:
+        speed = ", at the speed the teacher had then" if found["teacher_latency_ms"] else ""
+        out.print(f"The median now is {percent(found['searched']['ratio'])} of the search's{speed}.", highlight=False)
+    for when, one in readings.items():
+        if one["noise"] is not None:
+            out.print(f"Noisy {when}: after all repeats the median lay {percent(one['noise'])} above the fastest call.")
+
+
+def _held(limits: Mapping[str, float], *names: str) -> str:
+    """The limits on a value, to stand behind it; that of an ungated model's MACs are also its expected ones."""
+    return "".join(f", limit {costs.shown(name, limits[name])}" for name in names if name in limits)
+
+
+def _beside(figures: Mapping[str, Any], name: str) -> str:
+    return f"{percent(figures[name])} (teacher {percent(figures['teacher'][name])})"
+
+
+def _share(value: float, teacher: float) -> str:
+    return f"{count(value)} ({percent(value / teacher)})"

@@ -1,0 +1,247 @@
+"""The latency of a saved model on a device, measured the way a search measures it, beside what was measured then."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import fx, nn
+
+import cluster
+from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, identity, predicted_ms
+from search.base import SearchError, SpecError
+from search.devices.device import LatencyError, described, kind_of, roofline_of, runtime_of
+from search.devices.layer_table import layers_of
+from search.devices.programs import onnx_program
+from search.frontier import LATENCY
+from search.spec.schema import DeviceSpec, SearchSpec, load
+
+STUDENT = "student.pt2"
+"""The program in a folder that `paredown compress` wrote."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A saved model: its program for inputs of `shape` `(c, h, w)`, and the tags of its registered version."""
+
+    program: Program
+    shape: tuple[int, ...]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def measure(model: str, device: str, *, spec: Path | None, address: str | None, uri: str) -> dict[str, Any]:
+    """The latency of a saved model on a device, as JSON-ready values.
+
+    Args:
+        model: a `.pt2` or `.onnx` file, a folder that `paredown compress` wrote, `models:/NAME@ALIAS` or
+            `models:/NAME/VERSION`.
+        device: one of the spec's where there is a spec, else the one a registered version was searched for, else
+            `cpu-N`: onnxruntime with N threads.
+        address: a running Ray cluster; a device that needs a node's resources is looked for there.
+        uri: the MLflow store of registered models.
+
+    Returns:
+        `model`, `device`, `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`, `latency_ms` (`min`,
+        `p50`, `p95` of one call, which runs the device's batch), `noise` (how far the median lay above the fastest
+        call, as a share, where that was too far after all repeats, else None), and `searched`: what the search wrote
+        down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None
+        where the search had no such device.
+        A registered version is measured in turn with its teacher; `teacher_latency_ms` is that, and the ratio is
+        corrected for drift by it, as a search's own figures are.
+
+    Raises:
+        SpecError: there is no such device, or the spec or a roofline is wrong.
+        TrackingError: there is no such registered version.
+        SearchError: the model cannot be read, or the device cannot run it.
+        ClusterError: the device's resources are nowhere.
+    """
+    settings = None if spec is None else load(spec)
+    found = _loaded(model, uri)
+    wanted = _device(device, settings, found.tags)
+    if wanted.runtime == "profile":
+        timed = described(wanted, {}) | {"latency_ms": _predicted(found, wanted, settings), "noise": None}
+        beside = None
+    else:
+        teacher = _teacher(found.tags, uri)
+        known, reading = _measured(found, teacher or found, wanted, address)
+        noise = reading.noise if reading.is_noisy else None
+        timed = described(wanted, known) | {"latency_ms": asdict(reading.latency["model"]), "noise": noise}
+        beside = None if teacher is None else asdict(reading.latency["beside"])
+    is_same = _searched_for(found.tags).get(device) == wanted  # a name may mean another device today
+    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside) if is_same else None
+    return {"model": model, "device": device, **timed, "teacher_latency_ms": beside, "searched": searched}
+
+
+def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
+    """The device of that name, wherever it is described."""
+    known = dict(_searched_for(tags) if spec is None else spec.devices)
+    if name in known:
+        return known[name]
+    if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]*)", name)):
+        return DeviceSpec(threads=int(found[1]))
+    expected = list(known) if spec else [*known, "cpu-N, which is onnxruntime with N threads"]
+    raise SpecError(
+        f"no device {name!r}; expected {' or '.join(expected)}; correct --device, or give the --spec that names it"
+    )
+
+
+def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
+    """The teacher of a registered version, where that says where it is."""
+    from search.record.logged_models import load_model
+
+    if (where := tags.get("teacher_uri")) is None:
+        return None
+    return _exported(load_model(uri, where), where, {})
+
+
+def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
+    """The devices of the search that a registered version came from."""
+    prefix = "device_spec/"
+    return {
+        tag.removeprefix(prefix): DeviceSpec.model_validate_json(text)
+        for tag, text in tags.items()
+        if tag.startswith(prefix)
+    }
+
+
+def _measured(model: Model, beside: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:
+    """What the device is, and what it took; its process is this one where it needs no resources of a node.
+
+    A search measures a student in turn with its teacher, so the model takes turns with that, or with a copy of itself:
+    alone it would find its weights in the processor's caches, and small networks seem up to 8 % faster.
+    """
+    runtime = runtime_of(device)
+    images = np.random.default_rng(0).standard_normal((device.batch, *model.shape), np.float32)
+    programs = {"model": _program(model, device), "beside": _program(beside, device)}
+    meter: Cluster = RayCluster(None, address=address or "auto", max_parallel=1) if device.resources else _HERE
+    try:
+        known: dict[str, str] = _alone(meter, device, identity, runtime)
+        return known, _alone(meter, device, cluster.measure, programs, runtime, images)
+    finally:
+        meter.close()
+
+
+_HERE = InlineCluster(None)
+
+
+def _alone(meter: Cluster, device: DeviceSpec, function: Any, *item: object) -> Any:
+    (event,) = meter.alone(function, [item], device.resources)
+    if isinstance(event, Done):
+        return event.value
+    raise LatencyError(
+        f"{device.runtime} cannot run the model: {getattr(event, 'error', event)}; expected a network it runs for "
+        f"batches of {device.batch}; choose a device with another runtime or batch"
+    )
+
+
+def _predicted(model: Model, device: DeviceSpec, spec: SearchSpec | None) -> dict[str, float]:
+    """What the roofline of a device that is not there gives."""
+    module = _module(model, "a roofline")
+    layers = layers_of(module, torch.zeros(1, *model.shape))
+    ms = predicted_ms(layers, roofline_of(device, Path(spec.folder if spec else ".")), device.batch)
+    return {"min": ms, "p50": ms, "p95": ms}
+
+
+def _program(model: Model, device: DeviceSpec) -> Program:
+    """The model as the device runs it."""
+    if kind_of(device) == "torch":
+        return _module(model, f"the runtime {device.runtime}")
+    if isinstance(model.program, bytes):
+        return model.program
+    return onnx_program(model.program, torch.zeros(2, *model.shape))
+
+
+def _module(model: Model, needer: str) -> nn.Module:
+    if isinstance(model.program, bytes):
+        raise SearchError(f"{needer} cannot read an ONNX file; expected a .pt2 program; give that, or another device")
+    return model.program
+
+
+def _searched(
+    device: str, tags: Mapping[str, str], now: float, beside: Mapping[str, float] | None
+) -> dict[str, Any] | None:
+    """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
+    prefix = f"{LATENCY}{device}/"
+    latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
+    if "p50" not in latency_ms:
+        return None
+    if beside is not None:
+        now *= float(tags[f"teacher_{prefix}p50"]) / beside["p50"]
+    noise = tags.get(f"noise/{device}")
+    host = tags.get("host") if tags.get("device") == device else None
+    return {
+        "latency_ms": latency_ms,
+        "noise": None if noise is None else float(noise),
+        "host": host,
+        "ratio": now / latency_ms["p50"],
+    }
+
+
+def _loaded(model: str, uri: str) -> Model:
+    """The model at a path, or of a registered version.
+
+    Raises:
+        SearchError: it cannot be read.
+    """
+    if model.startswith("models:/"):
+        from search.record.logged_models import load_model  # takes seconds to import
+        from search.record.registry import version_tags
+
+        tags = version_tags(uri, model)
+        return _exported(load_model(uri, model), model, tags)
+    path = Path(model, STUDENT) if Path(model).is_dir() else Path(model)
+    if path.suffix not in (".pt2", ".onnx") or not path.is_file():
+        raise SearchError(
+            f"no model at {path}; expected a .pt2 or .onnx file, a folder with {STUDENT}, or models:/NAME@ALIAS; "
+            "correct the path"
+        )
+    return _from_pt2(path) if path.suffix == ".pt2" else _from_onnx(path)
+
+
+def _from_pt2(path: Path) -> Model:
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise SearchError(_unreadable(path, "a program that torch.export.save wrote", error)) from error
+    return _exported(program.module(), str(path), {})
+
+
+def _exported(module: object, name: str, tags: Mapping[str, str]) -> Model:
+    """The model of an exported module, which says itself what inputs it takes."""
+    graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
+    inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) else ()
+    if not isinstance(module, fx.GraphModule) or not shape or not all(isinstance(side, int) for side in shape):
+        raise SearchError(
+            f"{name} does not say what images it takes; expected an exported program with one input of fixed size but "
+            "for the batch; export it with torch.export"
+        )
+    return Model(fx.GraphModule(module, module.graph).eval(), shape, tags)  # an exported module refuses eval()
+
+
+def _from_onnx(path: Path) -> Model:
+    try:
+        content = path.read_bytes()
+        graph = onnx.load_from_string(content).graph
+    except Exception as error:
+        raise SearchError(_unreadable(path, "an ONNX file", error)) from error
+    weights = {one.name for one in graph.initializer}
+    inputs = [one.type.tensor_type.shape.dim for one in graph.input if one.name not in weights]
+    shape = tuple(int(side.dim_value) for side in inputs[0][1:]) if len(inputs) == 1 else ()
+    if not shape or not all(shape):
+        raise SearchError(
+            f"{path} does not say what images it takes; expected one input of fixed size but for the batch; export it "
+            "with torch.onnx.export"
+        )
+    return Model(content, shape)
+
+
+def _unreadable(path: Path, expected: str, error: Exception) -> str:
+    reason = str(error).strip().partition("\n")[0]
+    return f"cannot read {path}: {type(error).__name__}: {reason}; expected {expected}; make it anew"

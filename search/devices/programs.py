@@ -1,0 +1,174 @@
+"""Students as programs that devices run: an ONNX file, or a module on the CPU; and whether a program says the same."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cluster import Cluster, Done, Failed, Program
+from methods.base import Plan
+from methods.chain import AnyMethod
+from methods.pipeline import Bench
+from search.base import Report, SearchError
+from search.workload.usercode import first_line
+
+Kind: TypeAlias = Literal["onnx", "torch"]
+"""What a device runs: ONNX bytes, or a module."""
+
+Student: TypeAlias = tuple[AnyMethod, Plan]
+
+_Item: TypeAlias = tuple[AnyMethod | None, Plan | None, Kind]
+
+NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
+"""Loggers that tell of every step of an export."""
+
+
+class ExportError(SearchError):
+    """A network cannot be written as ONNX; the message says why."""
+
+
+def program(bench: Bench, method: AnyMethod | None, plan: Plan | None, kind: Kind) -> Program:
+    """What a device runs of the student that `plan` describes, or of the teacher where there is no method.
+
+    Only the shapes are the student's: its weights are drawn anew, since time must not depend on what a cut left of the
+    trained ones. Numbers close to zero, which dead channels have, can slow a processor down a hundred times.
+
+    Raises:
+        ExportError: the student cannot be written as ONNX.
+    """
+    model = copy.deepcopy(bench.teacher).cpu()
+    if method is not None and plan is not None:
+        model = method.apply(model, plan)
+    _draw(model.eval())
+    return model if kind == "torch" else onnx_program(model, torch.from_numpy(bench.calibration[:1].copy()))
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The teacher's program and those of students by key; in place of one that cannot be made, why not."""
+
+    teacher: Program | str
+    students: Mapping[str, Program | str]
+
+
+class Exporter:
+    """Makes programs on the cluster, all at once, and keeps them until it is told to forget: the teacher's for good.
+
+    Args:
+        spent: seconds of workers are added to its `measuring_s`.
+    """
+
+    def __init__(self, cluster: Cluster, report: Report, spent: MutableMapping[str, float]) -> None:
+        self._cluster = cluster
+        self._report = report
+        self._spent = spent
+        self._teachers: dict[Kind, Program | str] = {}
+        self._students: dict[tuple[str, Kind], Program | str] = {}
+
+    def of(self, students: Mapping[str, Student], kind: Kind) -> Programs:
+        """The programs of the teacher and of `students`."""
+        missing = {key: one for key, one in students.items() if (key, kind) not in self._students}
+        items: list[_Item] = [(method, plan, kind) for method, plan in missing.values()]
+        made = self._made(items if kind in self._teachers else [*items, (None, None, kind)])
+        self._students |= {(key, kind): found for key, found in zip(missing, made, strict=False)}
+        if kind not in self._teachers:
+            self._teachers[kind] = made[-1]
+        return Programs(self._teachers[kind], {key: self._students[key, kind] for key in students})
+
+    def forget(self) -> None:
+        """Lets go of the students' programs."""
+        self._students = {}
+
+    def _made(self, items: list[_Item]) -> list[Program | str]:
+        made: dict[int, Program | str] = {}
+        for event in self._cluster.run(program, items):
+            if isinstance(event, Done | Failed):
+                made[event.index] = event.value if isinstance(event, Done) else event.error
+                self._spent["measuring_s"] += event.seconds
+                method = items[event.index][0]
+                self._report("exporting", len(made), len(items), "teacher" if method is None else method.name)
+        return [made[index] for index in range(len(items))]
+
+
+def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+    """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
+
+    Args:
+        model: or its program for any batch size, as `search.workload.loading.exported` gives it, where that is there
+        already. example: images `(n, c, h, w)`, n >= 1.
+
+    Raises:
+        ExportError: torch cannot write it.
+    """
+    pair = example[[0, -1]]  # a batch of one would be fixed in the program
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with _silence():
+            made = torch.onnx.export(
+                model, (pair,), dynamo=True, optimize=True, verbose=False,
+                input_names=["images"], output_names=["logits"], dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+        assert made is not None
+        return bytes(made.model_proto.SerializeToString())
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ExportError(
+            f"torch cannot write the network as ONNX: {type(reason).__name__}: {first_line(reason)}; "
+            "expected operators that ONNX has, for any batch size; rewrite its forward, or use the runtime torch"
+        ) from error
+
+
+def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:
+    """The largest difference of outputs between `model`, in eval mode, and its ONNX file on `images` `(n, c, h, w)`.
+
+    It is relative to the largest output, or to 1 where that is smaller; NaN where either gives NaN.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+
+
+def _draw(model: nn.Module) -> None:
+    """Draws the weights anew, always the same, of a size that keeps activations in range from layer to layer."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what the exporter prints, logs and warns of to itself: its error says all that matters."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    try:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

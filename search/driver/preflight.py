@@ -1,0 +1,194 @@
+"""What is known before anything is trained: what each method can reach, and about how long a search would take."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cluster import Cluster
+from methods import named
+from methods.base import Budget, Infeasible, MethodError, Plan, defaults
+from methods.training.loop import Recipe, evaluate, train
+from search.base import Report
+from search.driver.fitting import least_latency
+from search.driver.prepare import Prepared, prepare
+from search.frontier import LATENCY
+from search.spec.schema import RecoverySpec, SearchSpec
+from search.workload.loading import Workload, load
+
+TIMED_STEPS = 4
+
+EXPORT_S, SESSION_S, CALLS = 2.0, 0.5, 60
+"""Roughly what timing a student takes: its export, and a session of at least so many seconds or calls."""
+
+
+@dataclass(frozen=True)
+class MethodReach:
+    """The least cost one method brings this network to, its knobs at their defaults, or why it cannot handle it.
+
+    The least MACs of a gated method are expected ones. Latency, `latency_ms/DEVICE` for every device where a budget
+    limits it, is predicted for the plan of the least MACs.
+    """
+
+    method: str
+    refusal: str | None
+    least: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class BudgetReach:
+    """One budget's limits, and per method None or why no plan of it fits.
+
+    Nothing is trained, so a limit on what is lost of top-1 rules out no method; latency is predicted, and a method that
+    is only a little over it is not ruled out either.
+    """
+
+    budget: str
+    limits: Mapping[str, float]
+    reasons: Mapping[str, str | None]
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether some method fits."""
+        return None in self.reasons.values()
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The answer of `paredown check`. `minutes` is an estimate for as many workers as this machine has cores."""
+
+    name: str
+    macs: int
+    params: int
+    layers: int
+    methods: tuple[MethodReach, ...]
+    budgets: tuple[BudgetReach, ...]
+    minutes: float
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        reachable = [{**asdict(budget), "is_reachable": budget.is_reachable} for budget in self.budgets]
+        return asdict(self) | {"budgets": reachable}
+
+
+def preflight(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> Preflight:
+    """Profiles and scores, and plans for every budget with every method's defaults; trains nothing.
+
+    A zoo teacher that was never trained is looked at untrained: costs do not depend on its weights. Devices are only
+    asked where some budget limits latency; then the teacher and single layers are measured.
+
+    Args:
+        make_cluster: gives the workers, which hold the workload's `bench()`.
+    """
+    workload = load(spec, report, fit=False)
+    cluster = make_cluster(workload)
+    try:
+        return _found(prepare(spec, workload, cluster, report, timed=spec.needs_latency()))
+    finally:
+        cluster.close()
+
+
+def _found(prepared: Prepared) -> Preflight:
+    spec = prepared.spec
+    return Preflight(
+        name=spec.name,
+        macs=prepared.profile.macs,
+        params=prepared.profile.params,
+        layers=len(prepared.profile.layers),
+        methods=tuple(_method_reach(prepared, name) for name in spec.candidates),
+        budgets=tuple(
+            BudgetReach(
+                target.name,
+                target.declared(),
+                {name: _obstacle(plan, target.budget) for name, plan in prepared.reach[target.name].items()},
+            )
+            for target in prepared.targets
+        ),
+        minutes=_minutes(prepared),
+    )
+
+
+def _obstacle(found: Plan | str, budget: Budget) -> str | None:
+    """Why a method has no plan that can win the budget, or None."""
+    if isinstance(found, str) or budget.allows(found.macs, found.params, found.macs_expected):
+        return found if isinstance(found, str) else None
+    return (
+        f"budget {budget.name!r} limits MACs, which {found.method} meets on average only: {found.macs_expected:,} are "
+        f"expected, {found.macs:,} with every channel; limit macs_expected instead to let it win"
+    )
+
+
+def _method_reach(prepared: Prepared, name: str) -> MethodReach:
+    if name in prepared.refused:
+        return MethodReach(name, prepared.refused[name], {})
+    least: dict[str, float] = {}
+    channels = prepared.targets[0].budget.channels
+    for cost in ("macs", "params"):
+        limit = {cost: 1}
+        nothing = Budget("nothing", limit.get("macs"), limit.get("params"), channels)
+        try:
+            plan = prepared.planner.plan(name, nothing, defaults(named(name)))
+            least[cost] = getattr(plan, cost)
+        except Infeasible as error:
+            least[cost] = error.least[cost]
+        except MethodError as error:
+            return MethodReach(name, str(error), {})
+    latency = _least_latency(prepared, name, Budget("least", macs=int(least["macs"]), channels=channels))
+    return MethodReach(name, None, least | latency)
+
+
+def _least_latency(prepared: Prepared, name: str, budget: Budget) -> dict[str, float]:
+    """The predicted latency of a method's plan for `budget`, as a cost, on every device where latency is limited."""
+    devices = list(dict.fromkeys(target.device for target in prepared.targets if target.latency_ms is not None))
+    if not devices:
+        return {}
+    try:
+        found = least_latency(name, budget, devices, prepared.planner, prepared.stopwatch, workload=prepared.workload)
+    except MethodError:  # a chain's links take other shares of this cut, and may miss it
+        return {}
+    return {f"{LATENCY}{device}": ms for device, ms in found.items()}
+
+
+def _minutes(prepared: Prepared) -> float:
+    """Trials x (steps + evaluations), from a few timed steps of the teacher's copy on one core's share, and timing."""
+    settings = prepared.spec.recovery
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every worker has
+    try:
+        step, look = _seconds(prepared.workload, settings)
+    finally:
+        torch.set_num_threads(threads)
+    trials = prepared.spec.search.trials * len(prepared.spec.budgets)
+    work = trials * (settings.steps * step + 8 * look + EXPORT_S) / (os.cpu_count() or 1)
+    return (work + _timing_seconds(prepared)) / 60
+
+
+def _timing_seconds(prepared: Prepared) -> float:
+    """What all trials wait for devices: a student is timed once on each, twice where its latency is limited."""
+    sessions = 0.0
+    for name, device in prepared.spec.devices.items():
+        if device.runtime == "profile":
+            continue
+        teacher_ms = prepared.teacher.latency_ms.get(name, {}).get("p50", 0.0)
+        limited = sum(one.device == name and one.latency_ms is not None for one in prepared.targets)
+        sessions += (len(prepared.targets) + limited) * max(SESSION_S, CALLS * teacher_ms / 1e3)
+    return prepared.spec.search.trials * sessions
+
+
+def _seconds(workload: Workload, settings: RecoverySpec) -> tuple[float, float]:
+    """What a training step and an evaluation take."""
+    model = copy.deepcopy(workload.teacher)
+    quick = Recipe(TIMED_STEPS, batch_size=settings.batch_size, learning_rate=1e-6, precision=settings.precision)
+    started = time.perf_counter()
+    for _ in train(model, workload.splits.train, quick, seed=0, teacher=workload.teacher):
+        pass
+    step = (time.perf_counter() - started) / TIMED_STEPS
+    started = time.perf_counter()
+    evaluate(model, workload.splits.validation, workload.metric)
+    return step, time.perf_counter() - started

@@ -1,0 +1,122 @@
+"""What is known before any training: the profile, every method's scores, and which budgets each can meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import Cluster
+from methods import named
+from methods.base import KnobValue, MethodError, Plan
+from methods.chain import AnyMethod, Chain
+from methods.network.profile import Profile, profile
+from methods.pipeline import size_bytes
+from methods.training.loop import Recipe, evaluate
+from search.base import Report
+from search.devices.stopwatch import Stopwatch
+from search.driver.fitting import reachable
+from search.driver.planner import Planner
+from search.frontier import Latency, Teacher
+from search.spec.schema import RecoverySpec, SearchSpec
+from search.spec.targets import Target
+from search.workload.loading import Workload
+
+RUNGS = 5
+"""How often recovery is looked at; a trial can be given up at each but the last."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the first trial: `reach` says per budget which methods can meet it, or why not."""
+
+    spec: SearchSpec
+    workload: Workload
+    profile: Profile
+    teacher: Teacher
+    targets: tuple[Target, ...]
+    planner: Planner
+    stopwatch: Stopwatch
+    refused: Mapping[str, str]
+    reach: Mapping[str, Mapping[str, Plan | str]]
+
+    def target(self, name: str) -> Target:
+        """The budget of that name, with all its limits."""
+        return next(target for target in self.targets if target.name == name)
+
+    def able(self, budget: str) -> list[AnyMethod]:
+        """The methods that can meet a budget, the baseline last."""
+        return [named(name) for name, found in self.reach[budget].items() if isinstance(found, Plan)]
+
+
+def prepare(
+    spec: SearchSpec,
+    workload: Workload,
+    cluster: Cluster,
+    report: Report,
+    *,
+    only: Sequence[str] | None = None,
+    known: Teacher | None = None,
+    timed: bool = True,
+) -> Prepared:
+    """Profile, scores and, per budget and method, whether a plan exists: all before any training.
+
+    Args:
+        only: the methods to look at; all that compete where it is None.
+        known: the teacher's figures where they are on record: limits stay what they were when the search began.
+        timed: whether the teacher's latency is measured; budgets that limit latency need it.
+    """
+    found = profile(workload.teacher, workload.example)
+    reference = None if known is None else known.latency_ms
+    stopwatch = Stopwatch(spec.devices, Path(spec.folder), workload, cluster, report, reference=reference)
+    latency_ms = stopwatch.teacher() if timed else {}
+    teacher = replace(known, latency_ms=latency_ms) if known else _teacher(workload, found, latency_ms)
+    targets = spec.targets(teacher)
+    names = spec.candidates if only is None else only
+    refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
+    able = [name for name in names if name not in refused]
+    planner = Planner(workload, found, cluster, report)
+    firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, able)]
+    planner.score(list({method.name: method for method in firsts}.values()))
+    reach = {
+        target.name: {name: _reach(name, target, planner, stopwatch, workload) for name in able} for target in targets
+    }
+    return Prepared(spec, workload, found, teacher, targets, planner, stopwatch, refused, reach)
+
+
+def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:
+    return Teacher(
+        top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
+        top1_test=None,
+        macs=found.macs,
+        params=found.params,
+        size_bytes=size_bytes(workload.teacher),
+        latency_ms=latency_ms,
+    )
+
+
+def _reach(name: str, target: Target, planner: Planner, stopwatch: Stopwatch, workload: Workload) -> Plan | str:
+    try:
+        return reachable(name, target, planner, stopwatch, workload)
+    except MethodError as error:
+        return str(error)
+
+
+def rung(steps: int) -> int:
+    """The steps between two looks at recovery."""
+    return max(1, -(-steps // RUNGS))
+
+
+def recipe(settings: RecoverySpec, knobs: Mapping[str, KnobValue]) -> Recipe:
+    """The recovery recipe: what the spec fixes, and the knobs' values."""
+    tuned: dict[str, Any] = {name: float(value) for name, value in knobs.items()}
+    return Recipe(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        labels=settings.labels,
+        images=settings.images,
+        precision=settings.precision,
+        report_every=rung(settings.steps),
+        **tuned,
+    )

@@ -1,0 +1,206 @@
+"""The end of a search: frontier members are stored as loadable programs, and each budget's winner is registered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from methods import named
+from methods.pipeline import rebuild
+from methods.training.loop import evaluate
+from search.base import Report, SpecError, TrackingError
+from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, frontier
+from search.record.logged_models import Models
+from search.record.registry import Registry, check_alias, of_a_budget
+from search.record.searches import find_search
+from search.record.store import FAULTS, connect, unwritable
+from search.record.tracker import Tracker
+from search.spec.schema import SearchSpec
+from search.workload.loading import Workload
+
+IMAGES = 16
+"""How many calibration images a stored program is compared with its student on."""
+
+TAG_BYTES = 65_535
+"""The longest tag: MLflow takes 100,000 characters, but the column of its MySQL stores holds this many bytes."""
+
+
+def check_model(spec: SearchSpec) -> None:
+    """Refuses a search that takes its registered model's name from its own where another has made a model of that name.
+
+    Raises:
+        SpecError: there is one.
+        TrackingError: the store cannot be reached.
+    """
+    if spec.tracking.registered_model is not None:
+        return
+    uri = spec.tracking.uri
+    try:
+        Registry(connect(uri), spec.registered_model).check_made_by(spec.name)
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def register(spec: SearchSpec, workload: Workload, tracker: Tracker, report: Report) -> None:
+    """Stores every frontier member and registers the winners; what is already there stays.
+
+    The test set is read here and nowhere else: once for the teacher, once per registered version.
+
+    Raises:
+        SpecError: the registered model is another's.
+        WorkloadError: a student's exported program does not do what the student does; it is not registered.
+    """
+    check_model(spec)
+    result = tracker.result()
+    if result.teacher.top1_test is None:
+        test = evaluate(workload.teacher.cpu(), workload.splits.test, workload.metric)
+        tracker.write_teacher(replace(result.teacher, top1_test=test))
+    uris = _store(workload, tracker, result, report)
+    trained = _trained(result)
+    for budget in result.budgets:
+        if budget.winner is None:
+            continue
+        run_id = budget.winner.run_id
+        known = tracker.registry.version_of(run_id, budget.name)
+        tags = known.tags if known else _tags(spec, workload, tracker, result, budget)
+        tracker.registry.register(budget.name, run_id, uris[trained[run_id]], tags, budget.limits)
+
+
+def promote(uri: str, name: str, budget: str, alias: str) -> dict[str, Any]:
+    """Points `alias` at the version that holds a budget of search `name` now; what was done, ready for JSON.
+
+    Returns:
+        `model`, `alias`, `version`, `budget`, `previous_version` (None where the alias is new), `run_id`, `model_uri`.
+
+    Raises:
+        SpecError: the search has no such budget, or `alias` cannot be an alias or is that of a budget.
+        TrackingError: there is no such search, or no winner is registered for the budget.
+    """
+    check_alias(alias)
+    tracker = find_search(uri, name)
+    known = [one.name for one in tracker.result().budgets]
+    if budget not in known:
+        raise SpecError(
+            f"search {name!r} has no budget {budget!r}; expected one of {', '.join(known)}; correct the budget"
+        )
+    if alias in known:
+        raise SpecError(of_a_budget(alias))
+    return tracker.registry.promote(budget, alias)
+
+
+def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
+    """The student of a trial whose weights were kept, in eval mode."""
+    plan = tracker.plan(run_id)
+    return rebuild(workload.teacher.cpu(), named(plan.method), plan, tracker.weights(run_id))
+
+
+def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: Report) -> dict[str, str]:
+    """The URI of the stored model of every run that trained a winner or a member of a frontier.
+
+    The teacher is stored with the search itself, so that a student can be measured beside it again.
+    """
+    images, models = workload.splits.calibration[:IMAGES], Models(tracker.client)
+    if models.stored(tracker.run_id) is None:
+        report("storing models", 0, 1, "the teacher")
+        models.store(tracker.run_id, workload.teacher.cpu(), images)
+    trained = _trained(result)
+    winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
+    members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
+    uris: dict[str, str] = {}
+    for done, run_id in enumerate(members):
+        report("storing models", done, len(members), "")
+        uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, tracker, run_id), images)
+    report("storing models", len(members), len(members), "")
+    return uris
+
+
+def _trained(result: SearchResult) -> dict[str, str]:
+    """The run that trained each run's student: itself, or the one whose plan and recipe it shares."""
+    return {one.run_id: one.same_as or one.run_id for one in result.candidates}
+
+
+def _frontier_runs(result: SearchResult) -> list[str]:
+    """The runs of every axis's frontier, each once, the teacher left out."""
+    points = [point for axis in result.axes for point in frontier(result.teacher, result.candidates, axis)]
+    return list(dict.fromkeys(point["run_id"] for point in points if point["run_id"] is not None))
+
+
+def _tags(
+    spec: SearchSpec, workload: Workload, tracker: Tracker, result: SearchResult, budget: BudgetResult
+) -> dict[str, object]:
+    """All that a version says of itself: where it is from, every limit and every measured value."""
+    winner = budget.winner
+    assert winner is not None
+    trained = _trained(result)[winner.run_id]
+    found, models = student(workload, tracker, trained), Models(tracker.client)
+    origin = {
+        "method": winner.method,
+        "knobs": _json(winner.knobs),
+        "spec_hash": tracker.spec_digest,
+        "teacher_hash": workload.fingerprint,
+        "teacher_uri": models.stored(tracker.run_id),
+        "git_commit": commit(spec.folder),
+        "onnx_uri": models.onnx_uri(trained),
+    }
+    limits = {f"limit_{cost}": limit for cost, limit in budget.limits.items()}
+    test = {"top1_test": evaluate(found, workload.splits.test, workload.metric)}
+    tags = origin | _plan(winner) | _device(spec, result, budget) | limits | _measured(winner, result) | test
+    return {key: value for key, value in tags.items() if value is not None}
+
+
+def _measured(winner: Candidate, result: SearchResult) -> dict[str, object]:
+    """Every measured value of a candidate by the name of its cost, latency as `latency_ms/DEVICE/p50`.
+
+    Beside it stands the teacher's when the search began, which it is scaled to.
+    """
+    names = ("top1_validation", "top1_drop", "macs", "macs_expected", "params", "size_bytes")
+    values = {name: getattr(winner, name) for name in names}
+    for device, times in winner.latency_ms.items():
+        values |= {f"{LATENCY}{device}/{key}": value for key, value in times.items()}
+        values[f"teacher_{LATENCY}{device}/p50"] = result.teacher.latency_ms[device]["p50"]
+        values[f"is_predicted/{device}"] = str(bool(result.devices.get(device, {}).get("is_predicted"))).lower()
+    return values | {f"noise/{device}": share for device, share in winner.noise.items()}
+
+
+def commit(folder: str) -> str | None:
+    """The commit that the files of `folder` are at, with `-dirty` where git knows of changes since.
+
+    None where there is no git, no repository or no commit yet.
+    """
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            ["git", "--no-optional-locks", "-C", folder, *describe],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _plan(winner: Candidate) -> dict[str, object]:
+    """The plan, or its digest where it is too long for a tag: then it is in the run's plan.json only."""
+    text = _json(winner.plan)
+    if len(text) <= TAG_BYTES:
+        return {"plan": text}
+    return {"plan_digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+
+
+def _device(spec: SearchSpec, result: SearchResult, budget: BudgetResult) -> dict[str, object]:
+    """The device the budget is meant for, the host that measured for it, and what every device was."""
+    name = next(spec.device_of(one) for one in spec.budgets if one.name == budget.name)
+    return {
+        "device": name,
+        "host": result.devices.get(name, {}).get("host"),
+        **{f"device_spec/{one}": device.model_dump_json() for one, device in spec.devices.items()},
+    }
+
+
+def _json(value: object) -> str:
+    """JSON in ASCII and without spaces, keys in order."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,102 @@
+"""A teacher and a trial as MLflow keeps them, by the names of metrics, params and tags; and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+from search.frontier import Candidate, State, Teacher
+
+if TYPE_CHECKING:
+    from search.driver.fitting import Fitted
+
+COUNTS = ("macs", "macs_expected", "params", "size_bytes")
+
+FIGURES = (
+    *("top1_surgery", "top1_bn", "top1_validation"),
+    *("macs", "macs_expected", "macs_expected_validation", "macs_worst", "params", "size_bytes"),
+)
+"""What is recorded of an outcome as MLflow metrics; those of a gated model only where it is one."""
+
+
+def of_teacher(teacher: Teacher) -> dict[str, float]:
+    """The metrics of a search's run that `teacher_of` reads."""
+    values = {key: value for key, value in asdict(teacher).items() if value is not None}
+    latency = values.pop("latency_ms")
+    return {f"teacher/{key}": value for key, value in (values | _flat("latency_ms", latency)).items()}
+
+
+def teacher_of(figures: Mapping[str, float]) -> Teacher:
+    """The teacher that these metrics of a search's run are of."""
+    return Teacher(
+        top1_validation=figures["teacher/top1_validation"],
+        top1_test=figures.get("teacher/top1_test"),
+        macs=int(figures["teacher/macs"]),
+        params=int(figures["teacher/params"]),
+        size_bytes=int(figures["teacher/size_bytes"]),
+        latency_ms=_nested("teacher/latency_ms", figures),
+    )
+
+
+def of_fitted(fitted: Fitted) -> dict[str, float]:
+    """The metrics of a trial's run that are known before it is trained."""
+    costs = {key: float(value) for key in COUNTS if (value := getattr(fitted.plan, key, None)) is not None}
+    for device, timing in fitted.timings.items():
+        costs |= _flat("latency_ms", {device: timing.latency_ms})
+        costs |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
+        costs |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
+    return costs | {"latency_rounds": fitted.rounds}
+
+
+def candidate_of(
+    figures: Mapping[str, float], params: Mapping[str, str], tags: Mapping[str, str], *, run_id: str, ended: float
+) -> Candidate:
+    """The trial, without its plan, that these metrics, params and tags of an ended run are of.
+
+    Args:
+        ended: when the run did, in Unix seconds.
+    """
+    shares = ("top1_surgery", "top1_bn", "top1_validation", "top1_drop", "top1_last")
+    known: dict[str, Any] = {key: int(figures[key]) for key in (*COUNTS, "stopped_at") if key in figures}
+    known |= {key: figures[key] for key in shares if key in figures}
+    return Candidate(
+        run_id=run_id,
+        trial=int(params["trial"]),
+        budget=params["budget"],
+        method=params["method"],
+        knobs=json.loads(tags["paredown.knobs"]),
+        state=cast(State, tags["paredown.state"]),
+        latency_ms=_nested("latency_ms", figures),
+        teacher_latency_ms=_nested("teacher_latency_ms", figures),
+        noise={key.removeprefix("noise/"): value for key, value in figures.items() if key.startswith("noise/")},
+        same_as=tags.get("paredown.same_as"),
+        seconds=figures.get("seconds", 0.0),
+        device_s=figures.get("device_s", 0.0),
+        ended=ended,
+        error=tags.get("paredown.error"),
+        **known,
+    )
+
+
+def prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under dotted names.
+
+    >>> prefixed("recovery", {"distill": 0.5})
+    {'recovery.distill': 0.5}
+    """
+    return {f"{prefix}.{key}": value for key, value in values.items()}
+
+
+def _flat(prefix: str, table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{prefix}/{row}/{key}": value for row, values in table.items() for key, value in values.items()}
+
+
+def _nested(prefix: str, figures: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = {}
+    for key, value in figures.items():
+        if key.startswith(f"{prefix}/"):
+            row, column = key.removeprefix(f"{prefix}/").rsplit("/", 1)
+            table.setdefault(row, {})[column] = value
+    return table

@@ -1,0 +1,143 @@
+"""MLflow's logged models: the programs stored with trials, a pt2 file and ONNX, which load without this project.
+
+Every step may be cut short by a kill and taken again: what is there already is found and used.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnx
+import torch
+from mlflow.entities import LoggedModelStatus
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.tracking import MlflowClient
+from torch import nn
+from torch.export import ExportedProgram
+
+from search.base import WorkloadError
+from search.devices.programs import ExportError, onnx_program, parity
+from search.record.store import connect, whole
+from search.workload.loading import exported
+from search.workload.usercode import first_line
+
+TOLERANCE = 1e-4
+"""How far the outputs of a stored program may lie from the student's, as a share of the largest one or of 1."""
+
+
+class Models:
+    """The models stored with runs of the store that `client`, made by `search.record.store.connect`, talks to."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def stored(self, run_id: str) -> str | None:
+        """The URI of the model stored with a trial, if that is done."""
+        uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.model_uri")
+        return uri
+
+    def onnx_uri(self, run_id: str) -> str | None:
+        """The URI of the ONNX model beside it; None where the student could not be exported so."""
+        uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_uri")
+        return uri
+
+    def store(self, run_id: str, student: nn.Module, images: np.ndarray) -> str:
+        """Stores `student` with its trial, as a pt2 program and where that works as ONNX too; the pt2 program's URI.
+
+        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX.
+
+        Args:
+            student: in eval mode, on the CPU.
+            images: `(n, c, h, w)` float32, n at least 2: both programs are compared with the student on them, and the
+                first two are stored as an example.
+
+        Raises:
+            WorkloadError: the exported program gives other outputs than the student; nothing was stored.
+        """
+        program = exported(student, torch.from_numpy(images[:2]))
+        _check_program(run_id, student, program, images)
+        try:
+            file = _onnx(student, program, images)
+        except ExportError as error:
+            self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
+            file = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            uri = self._log_pt2(run_id, student, images[:2])
+            if file is not None:
+                signature = infer_signature(images[:2], _outputs(student, images[:2]))
+                self._client.set_tag(run_id, "paredown.onnx_uri", self._log_onnx(run_id, file, signature))
+        self._client.set_tag(run_id, "paredown.model_uri", uri)
+        return uri
+
+    def _log_pt2(self, run_id: str, student: nn.Module, example: np.ndarray) -> str:
+        model = {"pytorch_model": student, "input_example": example, "serialization_format": "pt2"}
+        return self._log(run_id, "model", mlflow.pytorch, ("torch", "mlflow", "numpy"), model)
+
+    def _log_onnx(self, run_id: str, file: bytes, signature: ModelSignature) -> str:
+        model = {"onnx_model": onnx.load_from_string(file), "signature": signature, "save_as_external_data": False}
+        return self._log(run_id, "onnx", mlflow.onnx, ("onnx", "onnxruntime", "mlflow", "numpy"), model)
+
+    def _log(
+        self, run_id: str, name: str, flavor: ModuleType, packages: tuple[str, ...], model: Mapping[str, Any]
+    ) -> str:
+        """The URI of a run's model of that name: the one a killed driver left whole, or a new one.
+
+        The run itself stays ended: `log_model` of a flavor would open it again, and a kill would leave it open.
+        """
+        run = self._client.get_run(run_id)
+        experiment: str = run.info.experiment_id
+        for left in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}' AND name = '{name}'"):
+            if left.status == LoggedModelStatus.READY:
+                return str(left.model_uri)
+            self._client.delete_logged_model(left.model_id)
+        made = self._client.create_logged_model(experiment, name, source_run_id=run_id, params=run.data.params)
+        requirements = [f"{package}=={version(package)}" for package in packages]
+        with whole():
+            Model.log(None, flavor, run_id=run_id, model_id=made.model_id, pip_requirements=requirements, **model)
+        return str(made.model_uri)
+
+
+def load_model(uri: str, name: str) -> object:
+    """The PyTorch model at `name`, such as `models:/x/1`, in the store at `uri`."""
+    connect(uri)
+    return mlflow.pytorch.load_model(name)
+
+
+def _check_program(run_id: str, student: nn.Module, program: ExportedProgram, images: np.ndarray) -> None:
+    """Refuses a student whose exported program gives other outputs than it does."""
+    expected, found = _outputs(student, images), _outputs(program.module(), images)
+    deviation = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+    if not deviation <= TOLERANCE:  # NaN too
+        raise WorkloadError(
+            f"the exported program of run {run_id} differs from the student by {deviation:.1e} of its largest output; "
+            f"expected at most {TOLERANCE}, because the program is what is registered; look in the network's forward "
+            "for randomness, and for decisions that an export takes once and for all"
+        )
+
+
+def _onnx(student: nn.Module, program: ExportedProgram, images: np.ndarray) -> bytes:
+    """The student's program as ONNX; raises `ExportError` where that cannot be done or gives other outputs."""
+    given = torch.from_numpy(images)
+    file = onnx_program(program, given[:2])
+    try:
+        deviation = parity(student, file, given)
+    except Exception as error:  # onnxruntime's errors share no class of their own
+        raise ExportError(f"onnxruntime cannot run the ONNX model: {first_line(error)}") from error
+    if not deviation <= TOLERANCE:
+        raise ExportError(f"the ONNX model differs by {deviation:.1e} of the largest output; expected {TOLERANCE}")
+    return file
+
+
+def _outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    """What `model` gives for the images, `(n, classes)`."""
+    with torch.no_grad():
+        found: np.ndarray = model(torch.from_numpy(images)).numpy()
+    return found

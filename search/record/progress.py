@@ -1,0 +1,70 @@
+"""How far a search is, read from its record by anybody who can reach the store; the driver is not asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from search.base import TrackingError
+from search.frontier import BudgetResult, Candidate, winner
+from search.record.searches import find_begun
+from search.record.store import FAULTS, unwritable
+from search.record.tracker import Phase, Tracker
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A search as it stands: `trials` have ended of `expected` (0 while that is not known), `stopped` of them early.
+
+    `phase` is the driver's own word, so that of a killed one stays what it was. `best` holds per budget the best model
+    within its limits so far, if there is one; nothing in it is registered before the search is done. `wall_s` are
+    seconds over all sittings.
+    """
+
+    name: str
+    phase: Phase
+    trials: int
+    expected: int
+    stopped: int
+    wall_s: float
+    best: Mapping[str, BudgetResult | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; each of `best` is None or has the keys of a winner in `paredown frontier --json`."""
+        best = {name: None if found is None else found.to_json()["winner"] for name, found in self.best.items()}
+        return vars(self) | {"best": best}
+
+
+def progress(uri: str, name: str) -> Progress:
+    """How far search `name` of the MLflow store at `uri` is.
+
+    Raises:
+        TrackingError: the store cannot be reached, or holds no such search.
+    """
+    try:
+        tracker = find_begun(uri, name)
+        return so_far(tracker, name, tracker.trials())
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def so_far(tracker: Tracker, name: str, trials: Sequence[Candidate]) -> Progress:
+    """How far the search is that `tracker` found under this name, of which these trials have ended."""
+    run = tracker.client.get_run(tracker.run_id)
+    tags = run.data.tags
+    limits: dict[str, dict[str, float]] = json.loads(tags["paredown.limits"])
+    winners = {budget: winner(trials, limit) for budget, limit in limits.items()}
+    return Progress(
+        name=name,
+        phase=cast(Phase, tags.get("paredown.phase", "starting")),
+        trials=len(trials),
+        expected=int(tags.get("paredown.expected", 0)),
+        stopped=sum(trial.state == "stopped" for trial in trials),
+        wall_s=run.data.metrics.get("wall_s", 0.0),
+        best={
+            budget: None if best is None else BudgetResult(budget, limits[budget], best)
+            for budget, best in winners.items()
+        },
+    )

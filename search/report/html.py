@@ -1,0 +1,250 @@
+"""The report: a finished search as one HTML file that opens anywhere, offline, in light and dark.
+
+`html` turns a `SearchResult` into views (marks, figures, plans) and hands them to `templates/report.html`, which
+escapes every text and holds the style, the script and plotly.js inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, Teacher, volume
+from search.report import costs
+from search.report.costs import Row
+from search.report.figures import TEACHER_MARK, figure, history_figures, method_label, method_marks
+from search.units import count, duration, knobs, lost, milliseconds, percent, plain, points, size
+
+LEAST_SHARE = 0.005
+"""Knobs that decided less than this of top-1 are left out of the report."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a plan keeps of one channel group."""
+
+    name: str
+    kept: int
+    base: int
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """A plan made ready to be shown: bars for widths, tables for rows of equal shape, facts for the rest.
+
+    `cost` says what the network costs after it, where it is a link of a chain.
+    """
+
+    title: str
+    bars: Sequence[Bar] = ()
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    links: Sequence[PlanView] = ()
+    cost: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One frontier chart: the element it is drawn in, its cost, the cost's name, and the hypervolume over it."""
+
+    id: str
+    axis: str
+    name: str
+    hypervolume: float
+
+
+def html(result: SearchResult) -> str:
+    """The report of `result`: a complete HTML document with its style, script, charts and plotly.js inside.
+
+    It loads nothing from elsewhere. Every text that came from a user is escaped.
+    """
+    environment = Environment(loader=PackageLoader("search.report"), autoescape=True, undefined=StrictUndefined)
+    filters = (percent, points, lost, count, size, duration, milliseconds, knobs)
+    environment.filters |= {function.__name__: function for function in filters} | {"quoted": json.dumps}
+    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value), "title": _title}
+    winners = [budget.winner for budget in result.budgets if budget.winner]
+    marks = method_marks([candidate.method for candidate in [*result.candidates, *winners]])
+    charts = _charts(result)
+    drawn = {chart.id: figure(result, chart.axis, marks) for chart in charts}
+    drawn |= {f"history-{key}": value for key, value in history_figures(result).items()}
+    return environment.get_template("report.html").render(
+        result=result,
+        teacher=result.teacher,
+        marks=marks,
+        teacher_mark=TEACHER_MARK,
+        charts=charts,
+        **_tables(result),
+        figures=_script_json(drawn),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _charts(result: SearchResult) -> list[Chart]:
+    volumes = {axis: volume(result.teacher, result.candidates, axis) for axis in result.axes}
+    return [
+        Chart(f"frontier-{place}", axis, costs.name(axis, result.devices), volumes[axis])
+        for place, axis in enumerate(result.axes)
+    ]
+
+
+def _tables(result: SearchResult) -> dict[str, Any]:
+    """What the template lays out beside the charts, by the names it has there."""
+    columns = [cost for cost in costs.columns(result) if cost != "top1_drop"]
+    timed = [cost.removeprefix(LATENCY) for cost in columns if cost.startswith(LATENCY)]
+    others = [device for device in timed if device not in result.devices]
+    facts = dict.fromkeys(("runtime", "threads", "batch", "host", "processor", "is_predicted"))
+    own = {budget.name: [one for one in result.candidates if one.budget == budget.name] for budget in result.budgets}
+    plans = {budget.name: budget.winner.plan for budget in result.budgets if budget.winner and budget.winner.plan}
+    return {
+        "headlines": [headline(result, budget) for budget in result.budgets],
+        "reasons": _reasons(result),
+        "registered": [budget for budget in result.budgets if budget.model_uri],
+        "plans": {name: plan_view(plan, result.teacher) for name, plan in plans.items()},
+        "rows": {budget.name: costs.rows(result, budget) for budget in result.budgets},
+        "meters": {budget.name: _meters(result, budget) for budget in result.budgets},
+        "columns": {cost: costs.name(cost, result.devices) for cost in columns},
+        "whole": {cost: costs.of_teacher(result, cost) for cost in columns},
+        "effort": costs.effort(result.candidates),
+        "efforts": {name: costs.effort(candidates) for name, candidates in own.items()},
+        "importance": {name: _ranked(shares) for name, shares in result.importance.items() if shares},
+        "wins": _wins(result),
+        "trials": _in_order(result),
+        "origins": {candidate.run_id: candidate for candidate in result.candidates},
+        "failures": _failures(result),
+        "has_expected": "macs_expected" in result.axes,
+        "devices": {device: facts | dict(result.devices.get(device, {})) for device in [*result.devices, *others]},
+        "timed": {device: f"{LATENCY}{device}" for device in timed},
+    }
+
+
+def _title(text: str) -> str:
+    """`text` with its first letter large, where it is not a name of its own."""
+    return text[:1].upper() + text[1:]
+
+
+def headline(result: SearchResult, budget: BudgetResult) -> str:
+    """The one-line result of a budget: its limited costs as shares of the teacher's, and the change of top-1.
+
+    Example: `half: 49.8 % MACs at -0.3 points`.
+    """
+    best = budget.winner
+    if best is None:
+        return f"{budget.name}: no model fits"
+    limited = [row for row in costs.rows(result, budget).values() if row.limit is not None]
+    shares = [f"{percent(row.share)} {row.name}" for row in limited if row.cost != "top1_drop"]
+    assert best.top1_validation is not None
+    change = points(best.top1_validation - result.teacher.top1_validation)
+    return f"{budget.name}: {_listed(shares)} at {change}" if shares else f"{budget.name}: {change}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The parts as a sentence lists them: commas, and a last 'and'."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _meters(result: SearchResult, budget: BudgetResult) -> list[Row]:
+    """The costs a budget's tile shows: limited ones, MACs and params, expected MACs of a gated winner, one latency."""
+    rows = {cost: row for cost, row in costs.rows(result, budget).items() if cost != "top1_drop"}
+    always = {"macs", "params"} | ({"macs_expected"} if budget.winner and budget.winner.macs_expected else set())
+    latencies = [row for row in rows.values() if row.cost.startswith(LATENCY)]
+    if not any(row.limit is not None for row in latencies):
+        always |= {row.cost for row in latencies[:1]}
+    return [row for row in rows.values() if row.limit is not None or row.cost in always]
+
+
+def _ranked(shares: Mapping[str, float]) -> dict[str, float]:
+    """The knobs that decided anything, the most important first."""
+    return {name: share for name, share in sorted(shares.items(), key=lambda one: -one[1]) if share >= LEAST_SHARE}
+
+
+def plan_view(plan: Mapping[str, Any], teacher: Teacher) -> PlanView:
+    """A plan as bars, tables and facts, by the shapes of its choices; a shape not known here becomes a fact.
+
+    Bars come from rows as `methods.network.widths.to_choices` writes them, links from the plans inside a chain's plan.
+    """
+    bars: list[Bar] = []
+    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = []
+    facts: list[tuple[str, str]] = []
+    links: list[PlanView] = []
+    for name, value in plan.get("choices", {}).items():
+        rows = value if isinstance(value, list) and value else []
+        records = _records(name, value)
+        if rows and all(_is_width(row) for row in rows):
+            bars += [Bar(*row[:3]) for row in rows]
+        elif records and all("choices" in record for record in records):
+            links += [replace(plan_view(record, teacher), cost=_link_cost(record, teacher)) for record in records]
+        elif records:
+            columns = list(dict.fromkeys(column for record in records for column in record))
+            tables.append((columns, [[plain(record.get(column, "")) for column in columns] for record in records]))
+        else:
+            facts.append((name, plain(value)))
+    facts += [("note", note) for note in plan.get("notes", [])]
+    return PlanView(method_label(str(plan.get("method", ""))), bars, tables, facts, links)
+
+
+def _link_cost(plan: Mapping[str, Any], teacher: Teacher) -> str:
+    shares = [f"{percent(plan[cost] / getattr(teacher, cost))} {costs.NAMES[cost]}" for cost in ("macs", "params")]
+    return f"leaves {' and '.join(shares)}"
+
+
+def _is_width(row: object) -> bool:
+    """Whether `row` starts with a channel group's name, kept width and base width."""
+    if not isinstance(row, list | tuple) or len(row) < 3 or not isinstance(row[0], str):
+        return False
+    return isinstance(row[1], int) and isinstance(row[2], int) and 0 <= row[1] <= row[2] and row[2] > 0
+
+
+def _records(name: str, value: object) -> list[dict[str, Any]]:
+    """`value` as rows with named columns: a list of mappings, a mapping of mappings or of equally long lists."""
+    if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
+        return [{name: key, **row} for key, row in value.items()]
+    columns: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {}
+    if all(isinstance(column, list) for column in columns.values()) and len(set(map(len, columns.values()))) == 1:
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+        return [dict(row) for row in value]
+    return []
+
+
+def _in_order(result: SearchResult) -> list[Candidate]:
+    """All candidates, budget by budget as the spec lists them, then by trial."""
+    order = {budget.name: index for index, budget in enumerate(result.budgets)}
+    return sorted(result.candidates, key=lambda c: (order.get(c.budget, len(order)), c.trial, c.run_id))
+
+
+def _reasons(result: SearchResult) -> dict[str, list[str]]:
+    """Per budget why methods have no plan, each naming its least reachable cost, and what the first such trial told."""
+    reasons = {budget.name: list(result.beyond.get(budget.name, {}).values()) for budget in result.budgets}
+    for candidate in _in_order(result):
+        if candidate.state == "infeasible" and candidate.error and not reasons[candidate.budget]:
+            reasons[candidate.budget].append(candidate.error)
+    return reasons
+
+
+def _failures(result: SearchResult) -> dict[str, list[Candidate]]:
+    """The failed and infeasible candidates by message, because many trials often end with the same one."""
+    failures: dict[str, list[Candidate]] = {}
+    for candidate in _in_order(result):
+        if candidate.state in ("failed", "infeasible"):
+            failures.setdefault(candidate.error or "no message was recorded", []).append(candidate)
+    return failures
+
+
+def _wins(result: SearchResult) -> dict[str, list[str]]:
+    """The names of the budgets each winning run won."""
+    wins: dict[str, list[str]] = {}
+    for budget in result.budgets:
+        if budget.winner:
+            wins.setdefault(budget.winner.run_id, []).append(budget.name)
+    return wins
+
+
+def _script_json(value: object) -> Markup:
+    """`value` as JSON that may stand inside a script element: no `<` of a user's text can close it."""
+    return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))

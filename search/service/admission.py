@@ -1,0 +1,223 @@
+"""Which specs the HTTP service takes: those that name nothing but what its operator allowed.
+
+Who may submit over HTTP need not be trusted as far as who runs a command: a factory is code, a path is a file of this
+machine, and YAML can be a bomb. What is judged here is also what runs: the spec is written out anew from what was read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from search.base import SpecError
+from search.service.guard import Refused
+from search.spec.documents import read
+from search.spec.schema import DataSpec, SearchSpec, parse
+
+JSON = ("application/json",)
+YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
+SOURCES = ("zoo", "torchvision")
+"""What `model.source` may be where the operator says nothing else."""
+
+DEEPEST = 16
+MOST_EVENTS = 20_000
+MOST_PARALLEL = 1024
+LONGEST_SCALAR = 1000
+FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a spec may name: the sources and factories `allowed`, and files inside the folder `root`, if there is one.
+
+    Raises:
+        SpecError: something allowed is neither a source nor `pkg.mod:fn`, or the root is no folder.
+    """
+
+    allowed: tuple[str, ...] = SOURCES
+    root: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.allowed:
+            if name not in SOURCES and not re.fullmatch(FACTORY, name, re.ASCII):
+                raise SpecError(
+                    f"--allow is {name!r}; expected {', '.join(SOURCES)} or a factory by its whole name, pkg.mod:fn; "
+                    "correct it"
+                )
+        if self.root is not None and not self.root.is_dir():
+            raise SpecError(f"--root is {str(self.root)!r}; expected a folder; create it, or name another")
+
+
+def admitted(body: bytes, media: str, rules: Rules) -> SearchSpec:
+    """The spec in a request's body; its `text` is the document that is to run.
+
+    Raises:
+        Refused: 415 for what is neither YAML nor JSON, 400 where it cannot be read, 422 where it is no spec, 403 where
+            it names what is not allowed; all mistakes of a kind are told at once.
+    """
+    raw = _document(_text(body, media))
+    spec = _parsed(raw)
+    refusals = [*_foreign_code(spec, rules.allowed), *_not_for_specs(raw), *_too_many(spec)]
+    paths = _paths(spec)
+    for place, path in paths.items():
+        try:
+            _put(raw, place, str(_inside(path, rules.root)))
+        except ValueError as error:
+            refusals.append(f"{place} is {path!r}: {error}")
+    if refusals:
+        raise Refused(403, "; ".join(refusals) + "; leave it out, or ask the operator of this service to allow it")
+    return _parsed(raw)
+
+
+def _text(body: bytes, media: str) -> str:
+    """The body as one YAML document."""
+    kind = media.partition(";")[0].strip().lower()
+    if kind not in (*JSON, *YAML):
+        raise Refused(
+            415, f"the content type is {media[:100]!r}; expected {YAML[0]} or {JSON[0]}; set the header Content-Type"
+        )
+    try:
+        text = body.decode()
+        return _written(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)) if kind in JSON else text
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"byte {error.start} is no UTF-8; expected a spec as UTF-8 text; encode it so") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(
+            400, f"the body is not valid JSON: {error}; expected one object, with each key once; correct it"
+        ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} given twice")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
+
+
+def _written(document: object) -> str:
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def _document(text: str) -> dict[Any, Any]:
+    """The mapping in a YAML text that is no larger, when read, than it looks."""
+    try:
+        _check_plain(text)
+        raw, mistakes = read(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Refused(400, f"the spec is not valid YAML: {error}; expected one plain document; correct it") from error
+    if mistakes:
+        raise Refused(422, "; ".join(mistakes))
+    if not isinstance(raw, dict):
+        raise Refused(422, f"the spec is {type(raw).__name__}; expected keys such as name, model, data and budgets")
+    return raw
+
+
+def _check_plain(text: str) -> None:
+    """Refuses what makes YAML dear to read: anchors, tags, deep nesting, and very many or very long values."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+            raise ValueError(f"line {line} has an anchor, an alias or a tag, which are not read here; write it out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or number > MOST_EVENTS:
+            raise ValueError(f"at line {line} it is more than {DEEPEST} levels deep or {MOST_EVENTS:,} parts long")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
+            raise ValueError(
+                f"line {line} has a value of {len(event.value):,} characters, of {LONGEST_SCALAR:,} at most"
+            )
+
+
+def _parsed(raw: dict[Any, Any]) -> SearchSpec:
+    try:
+        return parse(_written(raw), folder=Path("/"))
+    except SpecError as error:
+        raise Refused(422, str(error)) from error
+
+
+def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
+    """What the spec would run that is not allowed."""
+    named = {} if spec.metric == "top1" else {"metric": spec.metric}
+    if spec.model.source in (*SOURCES, "mlflow"):
+        named["model.source"] = spec.model.source
+    else:
+        named["model.name"] = spec.model.name
+    named |= {f"{place}.name": data.name or "" for place, data in _data(spec).items() if data.source == "factory"}
+    sources = [one for one in allowed if one in SOURCES]
+    functions = [one for one in allowed if one not in SOURCES]
+    expected = {place: sources if place == "model.source" else functions for place in named}
+    return [
+        f"{place} is {name!r}, which is not allowed over HTTP; expected one of {', '.join(expected[place]) or 'none'}"
+        for place, name in named.items()
+        if name not in expected[place]
+    ]
+
+
+def _not_for_specs(raw: Mapping[str, Any]) -> list[str]:
+    """What only the operator decides: where searches run and where they are recorded."""
+    given = ["tracking"] if raw.get("tracking") else []
+    given += ["cluster.address"] if "address" in (raw.get("cluster") or {}) else []
+    return [f"{place} is set by the service; expected a spec without it" for place in given]
+
+
+def _too_many(spec: SearchSpec) -> list[str]:
+    """Workers that one request may not ask for."""
+    most = spec.cluster.max_parallel
+    if most == "auto" or most <= MOST_PARALLEL:
+        return []
+    return [f"cluster.max_parallel is {most}; expected {MOST_PARALLEL:,} at most, or auto"]
+
+
+def _data(spec: SearchSpec) -> dict[str, DataSpec]:
+    return {"data": spec.data} | ({"recovery.data": spec.recovery.data} if spec.recovery.data else {})
+
+
+def _paths(spec: SearchSpec) -> dict[str, str]:
+    """Every file and folder that the spec names, by its place."""
+    found = {f"{place}.root": data.root for place, data in _data(spec).items()}
+    found |= {f"devices.{name}.file": device.file for name, device in spec.devices.items()}
+    weights = spec.model.weights
+    is_enum = spec.model.source == "torchvision" and re.fullmatch(r"\w+(\.\w+)?", weights or "") is not None
+    if weights != "train" and not (is_enum and Path(weights or "").suffix not in (".safetensors", ".pt", ".pth")):
+        found["model.weights"] = weights
+    return {place: path for place, path in found.items() if path is not None}
+
+
+def _inside(path: str, root: Path | None) -> Path:
+    """The file itself, links followed.
+
+    Raises:
+        ValueError: it does not lie in `root`, or holds pickles.
+    """
+    if root is None:
+        raise ValueError("this service reads no files that a spec names")
+    try:
+        found = (root / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError("it is no path") from error
+    if not found.is_relative_to(root.resolve()):
+        raise ValueError("it does not lie in the folder that this service reads from")
+    if found.suffix in (".pt", ".pth"):
+        raise ValueError("over HTTP weights are read from .safetensors files only")
+    if not found.exists():
+        raise ValueError("there is no such file or folder")
+    return found
+
+
+def _put(raw: dict[Any, Any], place: str, value: str) -> None:
+    """Sets what stands at a dotted place."""
+    *parents, last = place.split(".")
+    for name in parents:
+        raw = raw[name]
+    raw[last] = value

@@ -1,0 +1,326 @@
+"""A search as a job on a Ray cluster: what cannot work is refused here, at once, and not by the job in minute 40.
+
+The job is the same `paredown search`, run on the head by the code this process has imported. What it is given, Ray logs
+and shows to every user of the cluster, so no secret is: those for the stores are the head's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import secrets
+import shlex
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import cluster
+import methods
+import search
+from cluster import ClusterError, Job, Jobs
+from cluster.jobs import INSTALL_S
+from search.base import SearchError, masked
+from search.record.store import sqlite_path
+from search.service.metadata import DIGEST, NAME, URI, search_of
+from search.service.probe import MARK, VARIABLE, Sought
+from search.spec.schema import SearchSpec, load, tracked
+
+log = logging.getLogger(__name__)
+
+PROBE_S = 300
+"""How long the head has for its answer, beside what it takes to install packages."""
+
+AGAIN = "PAREDOWN_AGAIN"
+"""The variable that tells a job by which command it was begun, so that a stopped one can say how to go on."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where results go, as the head is to open it; `marked` are the folders of this machine that it has to see."""
+
+    uri: str
+    studies: str
+    marked: Sequence[Path]
+
+
+def submit(
+    jobs: Jobs,
+    spec: Path,
+    *,
+    uri: str | None = None,
+    studies: str | None = None,
+    install: bool = False,
+    again: str | None = None,
+) -> Job:
+    """Submits the search of a spec, or goes on with one that was stopped: the record decides, as for `paredown search`.
+
+    The spec's folder goes along, without what its .gitignore and .rayignore name.
+
+    Args:
+        uri: an MLflow store instead of the spec's.
+        studies: Optuna's storage instead of the spec's.
+        install: has Ray install this project's locked requirements on every node.
+        again: how to go on with the search where it is stopped; else the same `paredown submit`.
+
+    Raises:
+        SpecError: the spec is wrong.
+        SearchError: it runs already, or the cluster cannot run it, or its stores or files cannot be had there.
+        ClusterError: the cluster does not answer.
+    """
+    settings = tracked(load(spec), uri, studies)
+    file = spec.resolve()
+    check_secrets(settings.tracking.uri, settings.tracking.studies)
+    number = _number(jobs, settings.name)
+    _check_resources(jobs, settings)
+    places = stores(settings)
+    check_loopback(jobs.address, places)
+    packages = _requirements() if install else ()
+    environment = {"PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
+    id = f"{settings.name}-{number}"
+    _probe(jobs, id, file, settings, places, environment=environment, packages=packages)
+    again = again or _command(spec, {"--address": jobs.address, "--uri": uri, "--studies": studies}, install=install)
+    return jobs.submit(
+        f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
+        id=id,
+        folder=file.parent,
+        modules=_modules(),
+        environment=environment | {AGAIN: again},
+        packages=packages,
+        metadata={NAME: settings.name, DIGEST: _digest(settings), URI: places.uri},
+    )
+
+
+def _command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
+    """The command line that submits a spec with the options that were given."""
+    options = [word for key, value in given.items() if value for word in (key, value)]
+    return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
+
+
+def _number(jobs: Jobs, name: str) -> int:
+    """The number of a search's next job.
+
+    Raises:
+        SearchError: it has one that has not ended.
+    """
+    of_it = [job for job in jobs.all() if search_of(job) == name]
+    if running := [job for job in of_it if not job.is_over]:
+        raise SearchError(
+            f"search {name!r} is {running[-1].status} as job {running[-1].id}; expected one job at a time of a name, "
+            "which all users of a cluster share; wait for it, stop it, or give the spec another name"
+        )
+    numbers = [int(found[1]) for job in of_it if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id))]
+    return max(numbers, default=0) + 1
+
+
+def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
+    """Compares what trials and devices need with what the nodes have.
+
+    Only trials can wait for nodes that come with demand, and only where the spec says how many at once.
+    """
+    gpus, workers = settings.cluster.gpus_per_trial, settings.recovery.workers
+    needed: dict[str, Mapping[str, float]] = {
+        f"device {name!r}": device.resources for name, device in settings.devices.items() if device.resources
+    }
+    needed["a trial"] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    times = {"a trial": workers}
+    nodes = jobs.nodes()
+    lacking = [what for what, wanted in needed.items() if _places(nodes, wanted) < times.get(what, 1)]
+    if not lacking:
+        return
+    each = f" for each of its {workers} workers" if workers > 1 else ""
+    wants = ", ".join(
+        f"{what} needs {_listed(needed[what])} of one node{each if what in times else ''}" for what in lacking
+    )
+    have = "; ".join(_listed({key: node[key] for key in node if not _is_of_all(key)}) or "nothing" for node in nodes)
+    message = f"{wants}, but the nodes of {jobs.address} have {have}"
+    if settings.cluster.max_parallel == "auto" or lacking != ["a trial"] or not jobs.may_grow():
+        raise SearchError(
+            f"{message}; expected nodes with all of it; add some, or correct the spec; where nodes for trials come "
+            "with demand, give cluster.max_parallel as a number"
+        )
+    log.warning("%s; expected the cluster to grow when trials ask for more", message)
+
+
+def _places(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
+    """How many times over the nodes have what is wanted, none of it split."""
+    return sum(min(math.floor(node.get(key, 0) / amount) for key, amount in wanted.items()) for node in nodes)
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _is_of_all(resource: str) -> bool:
+    """Whether Ray gives it to every node."""
+    return ":" in resource or resource in ("memory", "object_store_memory")
+
+
+def stores(settings: SearchSpec) -> Stores:
+    """The spec's stores, those with relative paths in this process's folder."""
+    uri, studies, marked = settings.tracking.uri, settings.tracking.studies, list[Path]()
+    path = sqlite_path(uri)
+    if path is not None and not path.is_absolute():
+        uri = f"sqlite:///{path.resolve()}"
+        marked.append(path.resolve().parent)
+    if (path := sqlite_path(studies)) is not None and not path.is_absolute():
+        studies = f"sqlite:///{path.resolve()}"
+        marked.append(path.resolve().parent)
+    elif "://" not in studies and not Path(studies).is_absolute():
+        studies = str(Path(studies).resolve())
+        marked.append(Path(studies).parent)
+    return Stores(uri, studies, marked)
+
+
+def check_secrets(uri: str, studies: str) -> None:
+    """Refuses stores whose addresses hold a password.
+
+    Raises:
+        SearchError: one does.
+    """
+    for key, place in (("tracking.uri", uri), ("tracking.studies", studies)):
+        if masked(place) != place:
+            raise SearchError(
+                f"{key} is {masked(place)}: Ray would log its password on every node; expected that in the environment "
+                "of `ray start` on the head, such as MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, or as "
+                "PGPASSWORD; set it there, and leave it out here"
+            )
+
+
+def check_loopback(address: str, places: Stores) -> None:
+    """Refuses servers on this machine's loopback where the head, by its address, is another machine."""
+    if _is_this_machine(urlsplit(address).hostname or ""):
+        return  # or the end of a tunnel: then the head itself says what it can reach
+    for key, place in (("tracking.uri", places.uri), ("tracking.studies", places.studies)):
+        if "://" in place and _is_loopback(urlsplit(place).hostname or ""):
+            raise SearchError(
+                f"{key} is {place}, which is this machine's own, but the head is {address}; expected a server "
+                "that the head can reach; give its address there"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a socket of this process can have that address."""
+    try:
+        family, kind, *_, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as here:
+            here.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+def _requirements() -> list[str]:
+    """The locked requirements of this project.
+
+    Raises:
+        SearchError: they are not beside it.
+    """
+    path = Path(methods.__file__).parent.parent / "requirements.lock"
+    if not path.is_file():
+        raise SearchError(
+            f"--install needs {path}, which an installed package does not have; expected a checkout; install the "
+            "packages on the nodes, as in their image, and leave --install out"
+        )
+    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def _modules() -> list[Path]:
+    """The packages as this process has imported them."""
+    return [Path(str(package.__file__)).resolve().parent for package in (cluster, search, methods)]
+
+
+def _digest(settings: SearchSpec) -> str:
+    text = json.dumps(settings.decisive(), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _named(settings: SearchSpec) -> list[str]:
+    """The files and folders that the spec names; relative ones only where they are there."""
+    other = settings.recovery.data
+    places = [settings.model.weights, settings.data.root, other.root if other else None]
+    places += [device.file for device in settings.devices.values()]
+    functions = [settings.model.name, settings.data.name, other.name if other else None, settings.metric]
+    places += [name.rpartition(":")[0] for name in functions if name and ".py:" in name]
+    known = {place for place in places if place}
+    return sorted(place for place in known if place[0] in "/~" or Path(settings.folder, place).exists())
+
+
+def _probe(
+    jobs: Jobs,
+    id: str,
+    file: Path,
+    settings: SearchSpec,
+    places: Stores,
+    *,
+    environment: Mapping[str, str],
+    packages: Sequence[str],
+) -> None:
+    """Has the head open the stores and look for the spec's files, by a job of its own before the one of that `id`.
+
+    Ray keeps it in its list, where it is no search: one that is deleted as soon as it has ended comes back as failed.
+
+    Raises:
+        SearchError: something is wrong; the message is the head's.
+    """
+    check = f"check-{id}-{secrets.token_hex(4)}"
+    with ExitStack() as marks:
+        sought = Sought(
+            settings.name, [marks.enter_context(mark(folder)) for folder in places.marked], _named(settings)
+        )
+        patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+        jobs.submit(
+            "exec python -P -m search.service.probe",
+            id=check,
+            folder=file.parent,
+            modules=_modules(),
+            environment={**environment, **patience, VARIABLE: sought.to_text()},
+            packages=packages,
+        )
+        try:
+            job = jobs.wait(check, PROBE_S + (INSTALL_S if packages else 0))
+        except BaseException:
+            with suppress(ClusterError):  # what led here is told, not this
+                jobs.stop(check)
+            raise
+        if job.status != "succeeded":
+            raise SearchError(_refusal(job, jobs.logs(check)))
+
+
+def _refusal(job: Job, log_text: str) -> str:
+    """What the head said against the search; where it never came to that, the end of what it did say."""
+    lines = [line for line in log_text.splitlines() if line.strip() and not line.startswith("Running entrypoint")]
+    reason = "\n".join(lines).partition(MARK)[2]
+    if reason:
+        return f"on the cluster's head: {reason}"
+    last = job.reason if job.exit_code is None or not lines else lines[-1]
+    return (
+        f"the head cannot run Paredown: {masked(last)}; expected its `python` to have this project's requirements; "
+        "start Ray with that environment's bin folder first on PATH, or submit with --install"
+    )
+
+
+@contextmanager
+def mark(folder: Path) -> Iterator[str]:
+    """A file in a folder of this machine, by which the head shows that it sees the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".paredown.{secrets.token_hex(8)}"
+    path.touch()
+    try:
+        yield str(path)
+    finally:
+        path.unlink(missing_ok=True)

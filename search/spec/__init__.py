@@ -1,0 +1,5 @@
+"""The YAML file, read and checked.
+
+Read `schema` first (every key), then `reading` (a file becomes a `SearchSpec`, or all its mistakes), `amounts` (`50%`,
+`12ms`), `contradictions` (between keys), `documents` (YAML with places) and `targets` (budgets in absolute units).
+"""

@@ -1,0 +1,364 @@
+"""The spec file: one YAML document, read once, strictly, into frozen models; all its mistakes are told at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from methods import METHODS, named
+from methods.base import Budget
+from search.base import SpecError
+from search.frontier import Teacher
+from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
+from search.spec.contradictions import contradictions
+from search.spec.documents import nearest, read
+from search.spec.targets import Target
+
+
+def _unique(values: tuple[Any, ...], what: str) -> None:
+    twice = sorted({str(v) for v in values if values.count(v) > 1})
+    if twice:
+        raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
+
+
+def _method(entry: object) -> str:
+    """The name of a method, or `first+second` for a list of methods, which is a chain."""
+    links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
+    known = [name for name in METHODS if name != "uniform"]
+    for name in links:
+        if name == "uniform":
+            raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
+        if name not in known:
+            raise ValueError(f"{name!r} is not a method{nearest(name, known)}")
+    if isinstance(entry, list) and len(entry) < 2:
+        raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
+    return named("+".join(links)).name
+
+
+def _sorted_out(value: object) -> tuple[list[str], list[str]]:
+    """The names of the methods in the list `value`, and what is wrong with its other entries."""
+    names, refusals = [], []
+    for entry in value if isinstance(value, list) else ():
+        try:
+            names.append(_method(entry))
+        except ValueError as error:
+            refusals.append(str(error))
+    return names, refusals
+
+
+def _methods(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list with at least one method, such as [itpruner, alds, [practise, alds]]")
+    names, refusals = _sorted_out(value)
+    if refusals:
+        raise ValueError("; ".join(refusals))
+    _unique(tuple(names), "method")
+    return tuple(names)
+
+
+def _budgets(value: object) -> object:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list with at least one budget, such as [{name: half, macs: 50%}]")
+    _unique(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
+    return tuple(value)
+
+
+def _alias(value: object) -> object:
+    if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
+        raise ValueError(f"{value!r} is reserved by the model registry; choose another name, such as edge")
+    return value
+
+
+def _gpus(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
+    return value
+
+
+def _registered(value: object) -> object:
+    if isinstance(value, str) and (not value.strip() or set(value) & set("/:")):
+        raise ValueError(f"{value!r} is no name for MLflow; write one that is not empty and has no '/' and no ':'")
+    return value
+
+
+def _resources(value: dict[str, float]) -> dict[str, float]:
+    if taken := sorted(set(value) & {"CPU", "GPU", "memory", "object_store_memory"}):
+        raise ValueError(f"{taken[0]!r} is what workers take; name a resource of the node's own, such as board: 1")
+    return value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+Limit = Annotated[Amount, BeforeValidator(amount), PlainSerializer(str, when_used="json")]
+Latency = Annotated[Time, BeforeValidator(latency), PlainSerializer(str, when_used="json")]
+Drop = Annotated[float, BeforeValidator(drop)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
+Name = Annotated[str, Field(pattern=NAME)]
+Positive = Annotated[int, Field(gt=0)]
+Held = Annotated[float, Field(gt=0, strict=False)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class ModelSpec(_Strict):
+    """Where the teacher comes from. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
+
+    source: Literal["zoo", "torchvision", "factory", "mlflow"]
+    name: str
+    weights: str | None = None
+    args: dict[str, Any] = {}
+
+
+class DataSpec(_Strict):
+    """Where images come from and how they are split. `seed` is the split's own, so it outlives a change of search."""
+
+    source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
+    name: str | None = None
+    root: str | None = None
+    args: dict[str, Any] = {}
+    size: Positive = 224
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    calibration: Annotated[int, Field(ge=4)] = 512
+    seed: Seed = 0
+
+
+class DeviceSpec(_Strict):
+    """A device latency is measured on, and the channel multiple it likes.
+
+    `resources` are Ray's: they pin the meter to a node that has them, and it holds them alone. `file` is the roofline
+    of a device that is not there; what it predicts is never called measured.
+    """
+
+    runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
+    threads: Positive = 1
+    batch: Positive = 1
+    channels: Positive = 8
+    resources: Annotated[dict[str, Held], AfterValidator(_resources)] = {}
+    file: str | None = None
+
+
+class BudgetSpec(_Strict):
+    """Limits one winner must meet all at once, and the device they are meant for (the first one where none is named).
+
+    `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too. `size_bytes`
+    are those of the stored weights, `latency` is the median on the device, and `top1_drop` how much validation top-1
+    may be lost.
+    """
+
+    name: Annotated[Name, BeforeValidator(_alias)]
+    device: str | None = None
+    macs: Limit | None = None
+    macs_expected: Limit | None = None
+    params: Limit | None = None
+    size_bytes: Limit | None = None
+    latency: Latency | None = None
+    top1_drop: Drop | None = None
+
+
+class SearchSettings(_Strict):
+    """`trials` per budget; no new round of trials starts once `timeout` seconds have passed.
+
+    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but what it
+    proposes then depends on which trial ended first, so it cannot be repeated.
+    """
+
+    trials: Positive = 8
+    timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
+    seed: Seed = 0
+    asynchronous: bool = False
+
+
+class RecoverySpec(_Strict):
+    """How students are trained after the cut; without `labels` they mimic the teacher.
+
+    `images` is how many of the training images they may see. Those of `data`, another source, take their place: any
+    pictures will do for mimicking. As many `workers` share each student's batches.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 400
+    labels: bool = True
+    images: Annotated[int | None, Field(ge=8)] = None
+    data: DataSpec | None = None
+    batch_size: Positive = 128
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: Positive = 1
+
+
+class ClusterSpec(_Strict):
+    """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers.
+
+    Work that has told nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
+    """
+
+    address: str = "auto"
+    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_gpus)] = 0
+    max_parallel: Literal["auto"] | Positive = "auto"
+    stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
+
+
+class TrackingSpec(_Strict):
+    """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
+
+    uri: str = "sqlite:///paredown.db"
+    registered_model: Annotated[str | None, BeforeValidator(_registered)] = None
+    studies: str = "paredown.studies"
+
+
+class SearchSpec(_Strict):
+    """A whole search, as the user asked for it. `folder` is where relative files are looked for."""
+
+    name: Name
+    model: ModelSpec
+    data: DataSpec
+    metric: str = "top1"
+    methods: Annotated[tuple[str, ...], BeforeValidator(_methods)]
+    devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
+    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_budgets)]
+    search: SearchSettings = SearchSettings()
+    recovery: RecoverySpec = RecoverySpec()
+    cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    text: Annotated[str, Field(exclude=True, repr=False)] = ""
+    folder: Annotated[str, Field(exclude=True, repr=False)] = "."
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Every method that competes: those asked for, and the baseline."""
+        return (*self.methods, "uniform")
+
+    @property
+    def registered_model(self) -> str:
+        """The registered model's name: the search's own unless told otherwise."""
+        return self.tracking.registered_model or self.name
+
+    def decisive(self) -> dict[str, Any]:
+        """All that decides what is proposed and what comes of it: not where it runs or is recorded, nor how long.
+
+        Budgets and devices are by name: a search may be given more of them, as it may be given more trials or time.
+        """
+        found = self.model_dump(
+            mode="json",
+            exclude={
+                **dict.fromkeys(("cluster", "tracking", "budgets", "name"), True),
+                "search": {"trials", "timeout"},
+                "recovery": {"workers"},
+            },
+        )
+        budgets = {one.name: one.model_dump(mode="json", exclude={"name"}) for one in self.budgets}
+        return found | {
+            "budgets": {one.name: budgets[one.name] | {"device": self.device_of(one)} for one in self.budgets}
+        }
+
+    def device_of(self, budget: BudgetSpec) -> str:
+        """The name of the device a budget is meant for."""
+        return budget.device or next(iter(self.devices))
+
+    def needs_latency(self) -> bool:
+        """Whether some budget limits latency."""
+        return any(budget.latency is not None for budget in self.budgets)
+
+    def targets(self, teacher: Teacher) -> tuple[Target, ...]:
+        """Every budget in absolute units of this teacher; its latency is needed where a budget limits that."""
+        return tuple(self._target(budget, teacher) for budget in self.budgets)
+
+    def _target(self, budget: BudgetSpec, teacher: Teacher) -> Target:
+        device = self.device_of(budget)
+        units = {
+            name: limit.of(getattr(teacher, "macs" if name == "macs_expected" else name))
+            for name in ("macs", "params", "macs_expected", "size_bytes")
+            if (limit := getattr(budget, name)) is not None
+        }
+        size = units.pop("size_bytes", None)
+        return Target(
+            budget=Budget(budget.name, channels=self.devices[device].channels, **units),
+            device=device,
+            size_bytes=size,
+            latency_ms=budget.latency.of(teacher.latency_ms[device]["p50"]) if budget.latency else None,
+            top1_drop=budget.top1_drop,
+        )
+
+
+def load(path: Path) -> SearchSpec:
+    """The spec in the file at `path`.
+
+    Raises:
+        SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the spec {path}: {error}; expected a YAML file; check the path") from error
+    return parse(text, folder=path.resolve().parent)
+
+
+def parse(text: str, *, folder: Path) -> SearchSpec:
+    """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
+    try:
+        raw, mistakes = read(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the spec is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SpecError(f"the spec is {type(raw).__name__}; expected keys such as name, model, data and budgets")
+    mistakes += [f"unknown key {key!r}; it is set from outside" for key in ("text", "folder") if key in raw]
+    spec = None
+    try:
+        spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
+    except ValidationError as error:
+        mistakes += [_told(mistake) for mistake in error.errors()]
+    mistakes += contradictions(raw, set(_sorted_out(raw.get("methods"))[0]))
+    if mistakes or spec is None:
+        raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
+    return spec
+
+
+def renamed(spec: SearchSpec, name: str) -> SearchSpec:
+    """The same spec under another name.
+
+    Raises:
+        SpecError: it is no name.
+    """
+    if not re.fullmatch(NAME, name):
+        raise SpecError(
+            f"--fork is {name!r}; expected up to 100 letters, digits, '-' and '_', such as digits-2; correct it"
+        )
+    return spec.model_copy(update={"name": name})
+
+
+def tracked(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
+    """The same spec with its results in the MLflow store at `uri` and its studies there, where they are given."""
+    given = {key: value for key, value in {"uri": uri, "studies": studies}.items() if value is not None}
+    return spec.model_copy(update={"tracking": spec.tracking.model_copy(update=given)})
+
+
+def _count(mistakes: list[str]) -> str:
+    return "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+
+
+def _told(mistake: Any) -> str:
+    """One of pydantic's errors as a sentence that says where, what and what instead."""
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])
+        return f"{place}: unknown key{nearest(key, _keys(parent))}"
+    if mistake["type"] == "missing":
+        return f"{place}: missing; it has to be given"
+    reason = str(mistake["msg"]).removeprefix("Value error, ")
+    given = "" if mistake["type"] == "value_error" else f", but it is {mistake['input']!r}"
+    return f"{place}: {reason}{given}"
+
+
+def _keys(parent: Iterable[object]) -> list[str]:
+    """The valid keys at a place in the spec."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
+        "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
+    }  # fmt: skip
+    section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)
+    fields = (sections[section] if section else SearchSpec).model_fields
+    return [key for key in fields if key not in ("text", "folder")]

@@ -1,0 +1,5 @@
+"""The teacher, the data and the user's own code.
+
+Read `loading` first (a spec becomes a `Workload`), then `teacher`, `sources` (where images come from), `samples`,
+`splits`, `zoo` and `usercode`.
+"""

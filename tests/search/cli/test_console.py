@@ -1,0 +1,184 @@
+"""What a person reads in the terminal: every limit beside its value, and no line wider than 100 columns."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from search.cli import console
+from search.driver.preflight import BudgetReach, MethodReach, Preflight
+from tests.support import results
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed, as a terminal of 100 columns shows it."""
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=screen, width=100))
+    return screen
+
+
+def rows(screen: io.StringIO) -> dict[str, list[list[str]]]:
+    """A table's rows by their first cell, each as its lines, each line as its cells that are not empty."""
+    blocks = re.split(r"\n *\n", screen.getvalue())
+    tables = [[re.split(r" {2,}", line.strip()) for line in block.splitlines()] for block in blocks]
+    return {cells[0][0]: cells for cells in tables if cells}
+
+
+def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> None:
+    console.show_result(results.search(), Path("paredown.reports/digits.html"))
+    text = terminal.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    found = rows(terminal)
+    assert found["half"][0][1:] == ["practise", "95.7 %", "95.1 %", "49.0 %", "44.1 %", "45.1 %", "54.2 %", "49.1 %"]
+    assert found["half"][1:] == [["+ alds", "≤ 50.0 %", "143.1 kB", "0.223 ms", "1.52 ms"], ["noisy"]]
+    assert found["tiny"][1] == ["≤ 25.0 %", "≤ 40.0 %", "72.7 kB", "0.144 ms", "0.850 ms"]
+    assert found["edge"][1] == ["+ alds", "≥ 95.2 %", "≤ 50.0 %", "143.1 kB", "≤ 60.0 %", "1.52 ms"]
+    assert found["nano"][1:] == [["≤ 63.0 %", "0.180 ms", "≤ 40.0 %"], ["105.1 kB", "1.16 ms"]]
+    assert found["dust"][1] == ["≥ 96.7 %", "≤ 1,000"]
+    assert "predicted" in text
+    assert 'mlflow.pytorch.load_model("models:/digits@edge")' in text
+    assert "Report: paredown.reports/digits.html" in text
+
+
+def test_result_says_what_the_search_took(terminal: io.StringIO) -> None:
+    console.show_result(results.search(), None)
+    text = " ".join(terminal.getvalue().split())
+    assert (
+        "17 trials (13 complete, 2 stopped early after 7 device-seconds, 1 reused another's training, 1 infeasible, "
+        "1 failed) in 104 s, 164 device-seconds (scoring 0, measuring 0)." in text
+    )
+    assert "latency on cpu-1 0.641, predicted latency on nano 0.716." in text
+
+
+def test_result_of_a_search_without_latency(terminal: io.StringIO) -> None:
+    full = results.search()
+    found = [replace(one, latency_ms={}, teacher_latency_ms={}, noise={}) for one in full.candidates[:6]]
+    teacher = replace(full.teacher, latency_ms={})
+    budgets = [replace(full.budgets[0], winner=found[0])]
+    console.show_result(replace(full, candidates=found, teacher=teacher, budgets=budgets, devices={}), None)
+    assert "latency" not in terminal.getvalue()
+    assert rows(terminal)["half"] == [
+        ["half", "itpruner", "95.1 %", "95.1 %", "49.8 %", "44.8 %", "45.8 %"],
+        ["≤ 50.0 %", "145.4 kB"],
+    ]
+
+
+def test_only_the_first_device_is_shown_where_no_budget_limits_latency(terminal: io.StringIO) -> None:
+    full = results.search()
+    console.show_result(replace(full, budgets=full.budgets[:2]), None)
+    table = terminal.getvalue().split("17 trials")[0]
+    assert "cpu-1" in table
+    assert "nano" not in table
+
+
+FIGURES: dict[str, Any] = {
+    "method": "alds",
+    "budget": "edge",
+    "limits": {"macs": 6_250_000, "latency_ms/cpu-1": 0.25, "top1_drop": 0.02},
+    "macs": 6_000_000,
+    "macs_expected": None,
+    "macs_expected_validation": None,
+    "macs_worst": None,
+    "params": 40_000,
+    "size_bytes": 161_000,
+    "top1_surgery": 0.5,
+    "top1_bn": 0.8,
+    "top1_validation": 0.955,
+    "top1_test": 0.95,
+    "top1_drop": 0.017,
+    "seconds": 12.0,
+    "teacher": vars(results.TEACHER),
+    "latency_ms": results.times(0.206, 1.5),
+    "teacher_latency_ms": results.times(0.43, 3.1),
+    "devices": results.DEVICES,
+    "noise": {},
+}
+
+
+def test_figures_of_a_compression_stand_beside_their_limits(terminal: io.StringIO) -> None:
+    console.show_figures(FIGURES)
+    text = terminal.getvalue()
+    for piece in (
+        "6.00M (48.0 %), limit 6.25M",
+        "1.7 points, limit 2.0 points",
+        "0.206 ms (50.0 % of 0.412 ms), limit 0.250 ms",
+        "predicted latency on nano",
+        "95.5 % (teacher 97.2 %)",
+    ):
+        assert piece in text, piece
+    assert "expected MACs" not in text
+
+
+def test_figures_of_a_gated_model_hold_expected_macs_to_their_own_limit(terminal: io.StringIO) -> None:
+    gated = {"macs_expected": 5_000_000, "macs_expected_validation": 5_100_000, "macs_worst": 6_000_000}
+    console.show_figures(FIGURES | gated | {"limits": {"macs_expected": 5_500_000}})
+    assert "5.00M (40.0 %), limit 5.50M" in terminal.getvalue()
+    assert "6.00M (48.0 %) " in terminal.getvalue()
+
+
+MEASURED: dict[str, Any] = {
+    "model": "models:/digits@edge",
+    "device": "cpu-1",
+    **results.DEVICES["cpu-1"],
+    "latency_ms": {"min": 0.2, "p50": 0.215, "p95": 0.31},
+    "noise": 0.12,
+    "teacher_latency_ms": {"min": 0.38, "p50": 0.4, "p95": 0.42},
+    "searched": {"latency_ms": {"min": 0.19, "p50": 0.206, "p95": 0.22}, "noise": None, "host": "bench-3"}
+    | {"ratio": 0.215 / 0.206},
+}
+
+
+def test_measured_latency_stands_beside_what_the_search_wrote_down(terminal: io.StringIO) -> None:
+    console.show_measured(MEASURED)
+    text = terminal.getvalue()
+    assert "models:/digits@edge: latency on cpu-1 (onnxruntime, threads: 1, batch: 1 on bench-3)" in text
+    lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+    assert ["now", "0.200 ms", "0.215 ms", "0.310 ms"] in lines
+    assert ["in the search", "0.190 ms", "0.206 ms", "0.220 ms"] in lines
+    assert "The median now is 104.4 % of the search's, at the speed the teacher had then." in text
+    assert ["its teacher now", "0.380 ms", "0.400 ms", "0.420 ms"] in lines
+    assert text.count("Noisy") == 1
+    assert "Noisy now: after all repeats the median lay 12.0 % above the fastest call." in text
+
+
+def test_predicted_latency_of_a_file_is_called_so(terminal: io.StringIO) -> None:
+    console.show_measured(
+        MEASURED
+        | results.DEVICES["nano"]
+        | {"model": "student.pt2", "noise": None, "searched": None, "teacher_latency_ms": None}
+    )
+    text = terminal.getvalue()
+    assert "student.pt2: predicted latency on cpu-1 (profile, threads: 1, batch: 1)" in text
+    assert "search" not in text
+
+
+def test_preflight_shows_least_costs_and_why_a_budget_is_out_of_reach(terminal: io.StringIO) -> None:
+    methods = (
+        MethodReach("itpruner", None, {"macs": 911_362, "params": 5_100, "latency_ms/cpu-1": 0.081}),
+        MethodReach("practise+alds", None, {"macs": 800_000, "params": 4_000}),
+        MethodReach("manidp", "manidp needs batch norms, but this network has none; leave it out", {}),
+    )
+    reason = "budget 'edge' allows 0.0500 ms on cpu-1, but itpruner needs 0.0810 ms; raise it"
+    limits = {"macs": 6_250_000.0, "latency_ms/cpu-1": 0.05, "top1_drop": 0.02}
+    budgets = (
+        BudgetReach("half", {"macs": 6_250_000}, {"itpruner": None, "practise+alds": None}),
+        BudgetReach("edge", limits, {"itpruner": reason, "practise+alds": None}),
+    )
+    console.show_preflight(Preflight("digits", 12_500_000, 78_042, 9, methods, budgets, 3.2))
+    text = terminal.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+    assert ["itpruner", "0.91M (7.3 %)", "5,100 (6.5 %)", "0.0810 ms", "yes", "no"] in lines
+    assert ["practise+alds", "0.80M (6.4 %)", "4,000 (5.1 %)", "—", "yes", "yes"] in lines
+    assert ["manidp", "cannot"] in lines
+    assert "edge: MACs ≤ 6.25M, latency on cpu-1 ≤ 0.0500 ms, top-1 lost ≤ 2.0 points" in text
+    assert reason in text
+    assert "manidp: manidp needs batch norms" in text
+    assert "about 3 min" in text

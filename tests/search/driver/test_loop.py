@@ -1,0 +1,119 @@
+"""How a search spends its seconds: nothing is scored or trained twice, and what falls behind is given up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from search.driver import loop
+from search.driver.study import storage
+from search.frontier import SearchResult
+from search.record.changes import SpecChanged
+from search.record.searches import find_search
+from search.record.tracker import Tracker
+from search.spec.schema import renamed
+from tests.support.searches import SPEC, inline, parsed, place, quiet
+
+SHORT = SPEC.replace("[itpruner, alds]", "[itpruner]").replace("trials: 3", "trials: 2")
+MORE = """
+  - {name: twin, macs: 50%}
+  - {name: small, params: 30%}
+  - {name: edge, latency: 60%, size_bytes: 60%, top1_drop: 0.5}
+search:"""
+
+
+@pytest.fixture
+def here(teacher: Path, tmp_path: Path) -> Path:
+    return place(tmp_path, teacher)
+
+
+def search(folder: Path, text: str = SPEC) -> SearchResult:
+    return loop.search(parsed(folder, text), inline, quiet)
+
+
+def record(name: str = "digits") -> Tracker:
+    return find_search("sqlite:///paredown.db", name)
+
+
+def shards(tracker: Tracker) -> float:
+    """How many scoring shards have run for this search."""
+    found: float = tracker.client.get_run(tracker.run_id).data.metrics["scoring_shards"]
+    return found
+
+
+def test_budgets_and_trials_added_to_a_finished_search_reuse_every_score(here: Path) -> None:
+    first = search(here, SHORT)
+    ran = shards(record())
+    assert ran > 0
+    more = search(here, SHORT.replace("\nsearch:", MORE).replace("trials: 2", "trials: 3"))
+    assert shards(record()) == ran
+    assert [budget.name for budget in more.budgets] == ["half", "twin", "small", "edge"]
+    assert [one for one in more.candidates if one.budget == "half"][:2] == list(first.candidates)
+    assert len(more.candidates) == 12
+    edge = more.budgets[3]
+    assert edge.limits.keys() == {"latency_ms/rock", "size_bytes", "top1_drop"}
+    for one in more.candidates:
+        if one.budget == "edge" and one.state == "complete":
+            assert one.excess(edge.limits)["latency_ms/rock"] <= 0
+            assert one.excess(edge.limits)["size_bytes"] <= 0
+    with pytest.raises(SpecChanged, match=r"budgets.edge: .*, now gone"):
+        search(here, SHORT)
+
+
+def test_a_plan_and_recipe_are_trained_once(here: Path) -> None:
+    """Two budgets that ask the same plan the same twice; whoever comes later takes what came of it."""
+    text = SPEC.replace("\nsearch:", "\n  - {name: twin, macs: 50%}\n  - {name: other, macs: 50%}\nsearch:")
+    result = search(here, text)
+    trained = {one.run_id: one for one in result.candidates if one.same_as is None}
+    assert {one.method for one in trained.values()} == {"itpruner", "alds", "uniform"}
+    assert len(trained) == 3
+    for one in result.candidates:
+        if one.same_as is not None:
+            source = trained[one.same_as]
+            assert one.device_s == 0 < source.device_s
+            assert (one.method, one.macs, one.top1_validation) == (source.method, source.macs, source.top1_validation)
+    uris = {budget.model_uri for budget in result.budgets}
+    assert uris == {"models:/digits@half", "models:/digits@twin", "models:/digits@other"}
+    assert len({budget.top1_test for budget in result.budgets}) == 1
+
+
+def test_a_changed_spec_is_refused_and_forked(here: Path) -> None:
+    first = search(here, SHORT)
+    changed = SHORT.replace("steps: 5", "steps: 6")
+    with pytest.raises(SpecChanged, match=r"(?s)recovery.steps: 5, now 6.*--fork"):
+        search(here, changed)
+    assert record().result() == first
+    forked = loop.search(renamed(parsed(here, changed), "digits-2"), inline, quiet)
+    assert forked.name == "digits-2"
+    assert forked.budgets[0].model_uri == "models:/digits-2@half"
+    assert record().result() == first
+
+
+def test_what_falls_behind_is_given_up_and_costs_are_told(here: Path) -> None:
+    result = search(here, SPEC.replace("trials: 3", "trials: 18").replace("steps: 5", "steps: 20"))
+    stopped = [one for one in result.candidates if one.state == "stopped"]
+    assert stopped
+    assert result.cost.stopped == len(stopped)
+    for one in stopped:
+        assert one.stopped_at in (8, 12, 16)
+        assert one.top1_last is not None
+        assert one.top1_validation is None
+        assert one.device_s > 0
+        assert one.macs is not None
+    told = optuna.load_study(study_name=f"{record().run_id}/half", storage=storage("paredown.studies")).trials
+    assert {trial.number for trial in told if trial.state == TrialState.PRUNED} == {one.trial for one in stopped}
+    for trial, one in zip(told, result.candidates, strict=True):
+        rungs = record().client.get_metric_history(one.run_id, "top1")
+        assert {rung.step: rung.value for rung in rungs if rung.step < 20} == trial.intermediate_values
+    assert result.importance["half"]
+
+
+def test_an_asynchronous_search_ends_every_trial_once(here: Path) -> None:
+    text = SPEC.replace("\nsearch:", MORE).replace("trials: 3", "trials: 4, asynchronous: true")
+    result = search(here, text)
+    for budget in ("half", "twin", "small", "edge"):
+        assert [one.trial for one in result.candidates if one.budget == budget] == [0, 1, 2, 3]
+    assert search(here, text) == result

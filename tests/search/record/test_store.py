@@ -1,0 +1,134 @@
+"""The MLflow store: what cannot be used is told before anything costs time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, event
+
+from methods.base import Plan
+from methods.pipeline import Outcome
+from search.base import TrackingError
+from search.driver.fitting import Fitted
+from search.driver.study import Proposal
+from search.record.searches import find_begun, find_search, open_search
+from search.record.store import check_store
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    Path("notes.txt").write_text("not a database, but long enough to be looked at as one. " * 50)
+    with pytest.raises(TrackingError, match="cannot use the MLflow store"):
+        check_store("sqlite:///notes.txt")
+
+
+def test_a_missing_driver_is_told_without_the_password() -> None:
+    with pytest.raises(TrackingError) as caught:
+        check_store("nosuchdatabase://user:secret@localhost/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
+    """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
+    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    proposal = Proposal("half", 0, "alds", {}, {"learning_rate": 0.1})
+    fallen: list[str] = []
+
+    def interrupt(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("INSERT") and not fallen:
+            fallen.append(statement)
+            signal.raise_signal(signal.SIGINT)
+
+    event.listen(Engine, "before_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tracker.start_trial(proposal)
+    finally:
+        event.remove(Engine, "before_cursor_execute", interrupt)
+    assert "INTO runs" in fallen[0]
+    tracker.halt("KILLED")
+    runs = tracker.client.search_runs([tracker.client.get_experiment_by_name("digits").experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_trial_is_written_in_few_transactions() -> None:
+    """Each waits for the disk; a driver with many workers is held up by nothing else as long."""
+    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    plan = Plan("uniform", macs=9, params=9, choices={}, loss=0.1)
+    outcome = Outcome(0.1, 0.2, 0.9, macs=9, params=9, size_bytes=36, seconds=60.0, state={"weights": np.zeros(9)})
+    commits: list[object] = []
+
+    def count(connection: object) -> None:
+        commits.append(connection)
+
+    event.listen(Engine, "commit", count)
+    try:
+        run_id = tracker.start_trial(Proposal("half", 0, "uniform", {"criterion": "l1"}, {"learning_rate": 0.1}))
+        tracker.planned(run_id, Fitted(plan, {}, 0), "work")
+        for step in range(1, 6):
+            tracker.progress(run_id, step, step / 10)
+        assert not tracker.client.get_metric_history(run_id, "top1")
+        found = tracker.complete(run_id, outcome, 60.0, top1_drop=0.05, keep_weights=True)
+    finally:
+        event.remove(Engine, "commit", count)
+    assert len(commits) <= 9
+    assert tracker.trials() == [found]
+    assert (found.state, found.top1_validation, found.device_s) == ("complete", 0.9, 60.0)
+    rungs = tracker.client.get_metric_history(run_id, "top1")
+    assert {rung.step: rung.value for rung in rungs} == {step: step / 10 for step in range(1, 6)}
+
+
+def test_what_was_taken_adds_up_over_sittings() -> None:
+    open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    for wall_s in (1.5, 2.0):
+        tracker = find_begun("sqlite:///paredown.db", "digits")
+        tracker.add(wall_s=wall_s, scoring_shards=3.0)
+        tracker.add(wall_s=1.0)
+    taken = tracker.client.get_run(tracker.run_id).data.metrics
+    assert (taken["wall_s"], taken["scoring_shards"]) == (5.5, 6.0)
+
+
+def test_a_search_nobody_ran() -> None:
+    with pytest.raises(TrackingError, match="run a search first"):
+        find_search("sqlite:///paredown.db", "digits")
+    check_store("sqlite:///paredown.db")
+    with pytest.raises(TrackingError, match="no search 'digits'"):
+        find_search("sqlite:///paredown.db", "digits")
+
+
+def make_store(folder: Path) -> None:
+    """Makes a store in `folder`, in a process of its own."""
+    os.chdir(folder)
+    check_store("sqlite:///paredown.db")
+
+
+def test_a_process_killed_while_it_makes_the_store(tmp_path: Path) -> None:
+    """MLflow could not use a database that a kill left half made; here none is left."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["search.record.store"])
+    process = context.Process(target=make_store, args=(tmp_path,))
+    process.start()
+    while not any(file.stat().st_size for file in tmp_path.glob("*.db")):
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert not Path("paredown.db").exists()
+    check_store("sqlite:///paredown.db")
+
+
+def test_nothing_reports_home() -> None:
+    """MLflow makes its telemetry client while it is imported, whoever imports it first."""
+    program = "import search.driver.loop; from mlflow.telemetry import get_telemetry_client as get; print(get())"
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_DISABLE_TELEMETRY"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "None"

@@ -1,0 +1,45 @@
+"""Small real searches that several test files run: resnet8 on digits, latency from a roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster import Cluster, InlineCluster
+from search.spec import schema
+from search.workload.loading import Workload
+
+SPEC = """
+name: digits
+model: {source: zoo, name: resnet8, weights: teacher.safetensors}
+data: {source: digits, validation: 0.2, calibration: 128}
+methods: [itpruner, alds]
+devices: {rock: {runtime: profile, file: rock.yaml}}
+budgets:
+  - {name: half, macs: 50%}
+search: {trials: 3}
+recovery: {steps: 5, batch_size: 64}
+"""
+ROCK = "{macs_per_s: 2.0e+9, bytes_per_s: 1.0e+9, overhead_us: 5}"
+
+
+def place(folder: Path, teacher: Path, text: str = SPEC) -> Path:
+    """A folder with a spec, its teacher and its device, where a search can run."""
+    folder.mkdir(exist_ok=True)
+    (folder / "teacher.safetensors").write_bytes(teacher.read_bytes())
+    (folder / "rock.yaml").write_text(ROCK)
+    (folder / "spec.yaml").write_text(text)
+    return folder
+
+
+def parsed(folder: Path, text: str = SPEC) -> schema.SearchSpec:
+    """A spec whose files lie in `folder`."""
+    return schema.parse(text, folder=folder)
+
+
+def inline(made: Workload) -> Cluster:
+    """This process as the cluster."""
+    return InlineCluster(made.bench())
+
+
+def quiet(stage: str, done: int, total: int, note: str) -> None:
+    """A report nobody reads."""

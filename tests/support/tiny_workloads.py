@@ -1,0 +1,149 @@
+"""Workloads of a user's own code: a network of one convolution, and a few images to go with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.base import WorkloadError
+from search.spec import schema
+from search.spec.schema import SearchSpec
+from search.workload import loading
+from search.workload.loading import Workload
+
+THINGS = """
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def images(count=60, channels=1, side=8):
+    random = np.random.default_rng(0)
+    return {
+        "images": random.random((count, channels, side, side), dtype=np.float32),
+        "labels": np.arange(count) % 3,
+    }
+
+
+def network(width=4, classes=3, channels=1):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, classes),
+    )
+
+
+def broken():
+    raise ValueError("out of luck,\\nand out of lines")
+
+
+def leaving():
+    sys.exit(0)
+
+
+def number():
+    return 3
+
+
+def agreement(logits, labels):
+    return torch.tensor(0.25)
+
+
+def nothing(logits, labels):
+    return float("nan")
+
+
+class Maps(nn.Module):
+    def forward(self, x):
+        return x.reshape(len(x), -1, 1)
+
+
+class Auxiliary(nn.Flatten):
+    def forward(self, x):
+        return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+
+class Summed(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x).sum(0, keepdim=True)
+
+
+class Untrainable(nn.Flatten):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("no training")
+        return super().forward(x)
+
+
+class Branching(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.sum() > 0 else 2)
+
+
+def lazily():
+    from late import network
+
+    return network()
+"""
+
+
+class Told:
+    """A report that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        self.stages.append(stage)
+
+
+@contextmanager
+def users_code(folder: Path) -> Iterator[None]:
+    """Puts `THINGS` into a folder; what was imported from it is forgotten in the end."""
+    before, path = set(sys.modules), list(sys.path)
+    (folder / "things.py").write_text(THINGS)
+    yield
+    assert sys.path == path
+    for name in set(sys.modules) - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
+
+def spec(folder: Path, model: dict[str, Any], **changes: Any) -> SearchSpec:
+    document = {
+        "name": "tiny",
+        "model": model,
+        "data": {"source": "factory", "name": "./things.py:images"},
+        "methods": ["itpruner"],
+        "budgets": [{"name": "half", "macs": "50%"}],
+    }
+    return schema.parse(repr(document | changes), folder=folder)
+
+
+def load(folder: Path, model: dict[str, Any], **changes: Any) -> Workload:
+    return loading.load(spec(folder, model, **changes), Told())
+
+
+def refused(folder: Path, model: dict[str, Any], **changes: Any) -> str:
+    """The message, which has three parts on one line."""
+    with pytest.raises(WorkloadError) as caught:
+        load(folder, model, **changes)
+    message = str(caught.value)
+    assert "expected" in message
+    assert message.count(";") >= 2
+    assert "\n" not in message
+    return message
+
+
+def factory(name: str = "./things.py:network", **more: Any) -> dict[str, Any]:
+    return {"source": "factory", "name": name} | more
