@@ -1,11 +1,11 @@
 """The compression methods: tensors, modules and numbers in, new ones out. A method is one file and one line here."""
 
 from methods.alds.method import ALDS
-from methods.base import Method
 from methods.chain import AnyMethod, Chain
 from methods.itpruner.method import ITPruner
 from methods.manidp.method import ManiDP
 from methods.practise.method import PRACTISE
+from methods.protocol import Method
 from methods.uniform import Uniform
 
 METHODS: dict[str, Method] = {method.name: method for method in (ITPruner(), ManiDP(), PRACTISE(), ALDS(), Uniform())}

@@ -12,8 +12,9 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, Knob, KnobValue, Method, Plan, Range, Scores
+from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores
 from methods.network.profile import Profile
+from methods.protocol import Method
 from methods.training.loop import Recipe, Samples
 
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.base import Method, Plan, Scores, Shard
+from methods.base import Plan, Scores, Shard
 from methods.chain import AnyMethod, student_of
 from methods.manidp.gates import Gated, instance_macs
 from methods.network.profile import count_macs, count_params
+from methods.protocol import Method
 from methods.training.loop import Metric, Recipe, Samples, evaluate
 
 

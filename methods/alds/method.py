@@ -39,8 +39,9 @@ from methods.alds.spectra import decompose as decompose
 from methods.alds.spectra import relative_errors as relative_errors
 from methods.alds.staircase import minimax as minimax
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
-from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard, collected, defaults
+from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network.profile import Layer, Profile
+from methods.protocol import collected, defaults
 from methods.training import loop
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28

@@ -16,19 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.base import (
-    Budget,
-    Infeasible,
-    Knob,
-    KnobValue,
-    Plan,
-    Range,
-    Scores,
-    Shard,
-    Unsupported,
-    collected,
-    defaults,
-)
+from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
 from methods.manidp.gates import Gated, gated, instance_macs
 from methods.manidp.losses import instance_weights, mean_rank_threshold, similarity_loss
 from methods.manidp.objective import GatedObjective
@@ -46,6 +34,7 @@ from methods.manidp.sites import (
 )
 from methods.manidp.thresholds import calibrate, least_macs
 from methods.network.profile import Profile, count_params
+from methods.protocol import collected, defaults
 from methods.training import loop
 
 __all__ = ["ManiDP", "instance_macs", "instance_weights", "mean_rank_threshold", "similarity_loss"]

@@ -18,13 +18,14 @@ from typing import ClassVar, get_args
 import numpy as np
 from torch import Tensor, nn
 
-from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard, collected, defaults
+from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard
 from methods.network.profile import Profile, count_macs, count_params
 from methods.practise.blocks import Blocks, drop, find_blocks
 from methods.practise.blocks import removable_blocks as removable_blocks
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
 from methods.practise.selection import select as select
+from methods.protocol import collected, defaults
 from methods.training import loop
 
 BUNDLE = 12

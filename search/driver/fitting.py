@@ -14,9 +14,10 @@ from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from methods import named
-from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, defaults
+from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError
 from methods.chain import SHARE, Chain
 from methods.pipeline import size_bytes
+from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch, Timing
 from search.driver.bracket import Bracket, Point
 from search.driver.planner import Planner

@@ -15,10 +15,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from cluster import Cluster, Done, Failed
 from methods import METHODS, named
-from methods.base import Budget, KnobValue, Method, Plan, ScoreError, Scores
+from methods.base import Budget, KnobValue, Plan, ScoreError, Scores
 from methods.chain import plan_of, student_of
 from methods.network.profile import Profile, profile
 from methods.pipeline import Before, score
+from methods.protocol import Method
 from search import cache
 from search.base import Report
 from search.workload.loading import Workload

@@ -13,7 +13,8 @@ import torch
 
 from cluster import Cluster
 from methods import named
-from methods.base import Budget, Infeasible, MethodError, Plan, defaults
+from methods.base import Budget, Infeasible, MethodError, Plan
+from methods.protocol import defaults
 from methods.training.loop import Recipe, evaluate, train
 from search.base import Report
 from search.driver.fitting import least_latency

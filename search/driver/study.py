@@ -22,8 +22,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from methods.base import Choice, Knob, KnobValue, Range, defaults
+from methods.base import Choice, Knob, KnobValue, Range
 from methods.chain import AnyMethod
+from methods.protocol import defaults
 from search.base import SearchError, masked
 
 Storage: TypeAlias = BaseStorage

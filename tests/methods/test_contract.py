@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from methods import METHODS, named
-from methods.base import Budget, Infeasible, Method, Plan, Scores, defaults
+from methods.base import Budget, Infeasible, Plan, Scores
 from methods.chain import Scored, plan_of, student_of
 from methods.manidp.gates import Gated, instance_macs
 from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.pipeline import rebuild
+from methods.protocol import Method, defaults
 from tests.support.networks import NETWORKS
 
 CHAINS = ("practise+alds", "itpruner+alds", "itpruner+manidp")

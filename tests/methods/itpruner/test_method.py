@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, KnobValue, Plan, ScoreError, Scores, defaults
+from methods.base import Budget, Infeasible, KnobValue, Plan, ScoreError, Scores
 from methods.itpruner.hsic import nhsic
 from methods.itpruner.method import ITPruner, importance, redundancy
 from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.protocol import defaults
 from tests.support.networks import NETWORKS
 
 METHOD = ITPruner(batch=16)

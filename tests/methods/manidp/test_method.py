@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, Plan, ScoreError, Scores, defaults
+from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.manidp.gates import Gated, instance_macs, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.method import ManiDP
@@ -25,6 +25,7 @@ from methods.manidp.objective import GatedObjective
 from methods.manidp.thresholds import calibrate, set_quantiles
 from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, rebuild, trial
+from methods.protocol import defaults
 from methods.training import loop
 from methods.training.loop import Recipe, evaluate, top1
 from search.workload.sources import Arrays

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods import METHODS
-from methods.base import Budget, defaults
+from methods.base import Budget
 from methods.network.profile import profile
+from methods.protocol import defaults
 from methods.training import distributed
 from methods.training.loop import WHOLE, Chance, Recipe, Samples, evaluate, recover, top1, train
 from search.base import SpecError

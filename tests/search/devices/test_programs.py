@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from cluster import InlineCluster
 from methods import named
-from methods.base import Budget, defaults
+from methods.base import Budget
 from methods.network.profile import profile
 from methods.pipeline import Bench
+from methods.protocol import defaults
 from methods.training.loop import Samples, top1
 from search.devices.programs import Exporter, ExportError, onnx_program, parity, program
 from tests.support.networks import NETWORKS

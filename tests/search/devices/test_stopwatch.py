@@ -29,8 +29,9 @@ from cluster import (
     predicted_ms,
 )
 from methods import named
-from methods.base import Budget, Plan, defaults
+from methods.base import Budget, Plan
 from methods.network.profile import count_macs, profile
+from methods.protocol import defaults
 from search.base import SpecError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
 from search.devices.stopwatch import LatencyError, Stopwatch

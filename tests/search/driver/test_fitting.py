@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from cluster import InlineCluster
 from methods import named
-from methods.base import Budget, Infeasible, MethodError, Plan, defaults
+from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.network.profile import Profile, profile
 from methods.pipeline import size_bytes
+from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
 from search.driver.fitting import ROUNDS, Fitted, Wish, fit, least_latency, reachable

@@ -9,7 +9,8 @@ import optuna
 import pytest
 
 import methods
-from methods.base import Choice, Range, defaults
+from methods.base import Choice, Range
+from methods.protocol import defaults
 from search.base import SearchError
 from search.driver.study import BEST, LATEST, RANDOM, RECOVERY, BudgetStudy, Proposal, instructive, storage
 

@@ -16,9 +16,10 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor
 
-from methods.base import Budget, Plan, defaults
+from methods.base import Budget, Plan
 from methods.network.profile import profile
 from methods.pipeline import Outcome, size_bytes, trial
+from methods.protocol import defaults
 from methods.training.loop import WHOLE, Chance, Recipe, Samples, evaluate
 from methods.uniform import Uniform
 from search.devices.device import Timing

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods import METHODS
-from methods.base import Budget, Infeasible, Plan, Scores, defaults
+from methods.base import Budget, Infeasible, Plan, Scores
 from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, Outcome, PlanMismatch, Progress, rebuild, score, trial
+from methods.protocol import defaults
 from methods.training.loop import Recipe, evaluate
 from search.workload import zoo
 from search.workload.sources import Arrays
