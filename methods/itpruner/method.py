@@ -23,8 +23,9 @@ from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batc
 from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
 from methods.network.cut import CRITERIA, cut
+from methods.network.groups import ChannelGroup
 from methods.network.profile import Profile
-from methods.network.widths import ChannelGroup, WidthCost, from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
 from methods.training import loop
 from methods.training.loop import Recipe, Samples
 

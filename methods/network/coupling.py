@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch_pruning import DependencyGraph
 
 from methods.network.cut import PER_CHANNEL, axis_length, cut_to, entries, kept_channels
-from methods.network.widths import ChannelGroup, Member
+from methods.network.groups import ChannelGroup, Member
 
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What torch-pruning's tracer, or a network whose channels were cut wrongly, may raise."""

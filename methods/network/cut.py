@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import ScoreError
-from methods.network.widths import ChannelGroup, Member
+from methods.network.groups import ChannelGroup, Member
 
 CRITERIA = ("l1", "l2", "bn_gamma", "fpgm")
 """Ways to score a filter: its L1 or L2 norm, the scale of the norm behind it, its distance to the others (FPGM)."""

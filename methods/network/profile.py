@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
 from methods.network.coupling import find_groups
-from methods.network.widths import ChannelGroup
+from methods.network.groups import ChannelGroup
 
 
 @dataclass(frozen=True)

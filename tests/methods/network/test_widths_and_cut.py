@@ -19,17 +19,9 @@ from torch import Tensor, nn
 
 from methods.base import Budget, ScoreError
 from methods.network.cut import CRITERIA, channel_scores, cut, cut_to, kept_channels
+from methods.network.groups import ChannelGroup, Member
 from methods.network.profile import Profile, count_macs, count_params, profile
-from methods.network.widths import (
-    ChannelGroup,
-    Member,
-    WidthCost,
-    from_choices,
-    infeasible,
-    levels,
-    to_choices,
-    width_costs,
-)
+from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
 from tests.support.networks import NETWORKS
 
 EXAMPLE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import search.report
-from methods.network.widths import ChannelGroup, Member, to_choices
+from methods.network.groups import ChannelGroup, Member
+from methods.network.widths import to_choices
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher, winner
 from search.report.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks
 from search.report.html import Bar, headline, html, plan_view

@@ -1,0 +1,44 @@
+"""Coupled channel groups as plain data: which channels go together.
+
+`methods.network.coupling` finds the groups of a network, `methods.network.widths` says which widths are legal and what
+they cost, and `methods.network.cut` cuts them.
+
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one module that shrinks with a group.
+
+    Channel `c` of the group owns the entries from `start + c * columns` to `start + (c + 1) * columns - 1` of that
+    axis: `columns` exceeds 1 where a map is flattened into a linear layer, `start` is not 0 behind a concatenation.
+    `axis` is "out" or "in" for a conv or linear (a depthwise or grouped conv is "out" only: its inputs follow), "norm"
+    for a per-channel norm or PReLU, which holds `params` trainable numbers per entry (0 for a conv or linear, whose
+    row in the profile says it).
+    """
+
+    module: str
+    axis: Literal["out", "in", "norm"]
+    start: int
+    columns: int
+    params: int = 0
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are cut together, named after the first layer that produces them.
+
+    `fixed` says why the group may not be cut (None: it may). Channels leave in whole runs of `multiple`, so it divides
+    every allowed width: it exceeds 1 where a grouped convolution, as in ResNeXt, loses whole convolution groups.
+    """
+
+    name: str
+    width: int
+    members: tuple[Member, ...]
+    multiple: int = 1
+    fixed: str | None = None
