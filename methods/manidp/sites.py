@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from methods.base import Unsupported
-from methods.practise.blocks import UNTRACEABLE
+from methods.network.graph import UNTRACEABLE
 
 NARROWEST = 8
 """Fewest channels a gate reads or decides about."""

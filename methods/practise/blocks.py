@@ -15,14 +15,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace
+
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """What may take a block's place: its input, or the activation that the block ends in, where the input needs it."""
 
-UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
-"""What torch.fx raises where a forward depends on its input's values, or does what a proxy cannot."""
 
-_ADDITIONS = {"add", "add_", "iadd"}
-_ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
 _CLOSE = 1e-5
 
 
@@ -106,49 +104,11 @@ def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
         replace(model, name, CLOSINGS[closing]())
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is in `model`.
-
-    Raises:
-        ValueError: the model has no module of that name.
-    """
-    parent, _, attribute = name.rpartition(".")
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"there is no module {name!r} in the network, expected one of its own; take names from removable_blocks"
-        ) from None
-    setattr(model.get_submodule(parent), attribute, module)
-
-
 _Verdict: TypeAlias = tuple[str | None, str]
 """What takes the block's place, or None and why it has to stay."""
 
 _Calls: TypeAlias = list[Tensor | str]
 """Per call of a module its input, or why that call rules the module out."""
-
-
-def passes_on(node: fx.Node) -> bool:
-    """Whether a function or tensor method of a graph adds, activates or drops out."""
-    return is_addition(node) or _operation(node) in _ACTIVATIONS
-
-
-def is_addition(node: fx.Node) -> bool:
-    """Whether a node of a graph adds two values."""
-    return _operation(node) in _ADDITIONS
-
-
-def _operation(node: fx.Node) -> str:
-    """The bare name of a function or a tensor method; of anything else, nothing."""
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", ""))
-    return str(node.target) if node.op == "call_method" else ""
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether any parameter lies in `module`."""
-    return any(True for _ in module.parameters())
 
 
 def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:

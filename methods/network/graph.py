@@ -1,0 +1,52 @@
+"""Read a traced graph: which nodes add, which pass their input on, and a module put in the place of another."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
+"""What torch.fx raises where a forward depends on its input's values, or does what a proxy cannot."""
+
+
+_ADDITIONS = {"add", "add_", "iadd"}
+
+
+_ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` is in `model`.
+
+    Raises:
+        ValueError: the model has no module of that name.
+    """
+    parent, _, attribute = name.rpartition(".")
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"there is no module {name!r} in the network, expected one of its own; take names from removable_blocks"
+        ) from None
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether a function or tensor method of a graph adds, activates or drops out."""
+    return is_addition(node) or _operation(node) in _ACTIVATIONS
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node of a graph adds two values."""
+    return _operation(node) in _ADDITIONS
+
+
+def _operation(node: fx.Node) -> str:
+    """The bare name of a function or a tensor method; of anything else, nothing."""
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", ""))
+    return str(node.target) if node.op == "call_method" else ""
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether any parameter lies in `module`."""
+    return any(True for _ in module.parameters())
