@@ -36,7 +36,7 @@ from methods.manidp.gates import Gated, active, gated, instance_macs, saliencies
 from methods.manidp.sites import find_sites, gated_macs, trace, widths
 from methods.manidp.thresholds import calibrate
 from methods.network.profile import count_macs
-from methods.training.loop import recalibrate
+from methods.training.evaluation import recalibrate
 from search.workload import zoo
 from search.workload.sources import fashion_mnist
 

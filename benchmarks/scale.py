@@ -36,7 +36,7 @@ from cluster import Done, Event, InlineCluster, Step, Stopped
 from cluster.base import Item, always
 from methods.base import Plan
 from methods.pipeline import Outcome, Progress, trial
-from methods.training.loop import Recipe
+from methods.training.recipe import Recipe
 from search.devices.stopwatch import Stopwatch
 from search.driver import loop, runner
 from search.driver.study import BudgetStudy

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from methods.training.loop import evaluate, top1
+from methods.training.evaluation import evaluate, top1
 from search.spec import schema
 from search.workload import loading, zoo
 

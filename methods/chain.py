@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores
 from methods.network.profile import Profile
 from methods.protocol import Method
-from methods.training.loop import Recipe, Samples
+from methods.training.recipe import Recipe, Samples
 
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
 """A method's scores of the student that the plans of the links before it lead to, and that student's profile."""

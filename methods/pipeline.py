@@ -18,7 +18,8 @@ from methods.chain import AnyMethod, student_of
 from methods.manidp.gates import Gated, instance_macs
 from methods.network.profile import count_macs, count_params
 from methods.protocol import Method
-from methods.training.loop import Metric, Recipe, Samples, evaluate
+from methods.training.evaluation import evaluate
+from methods.training.recipe import Metric, Recipe, Samples
 
 
 class PlanMismatch(AssertionError):

@@ -16,7 +16,7 @@ from methods.base import Budget, Knob, KnobValue, Plan, ScoreError, Scores, Shar
 
 if TYPE_CHECKING:
     from methods.network.profile import Profile
-    from methods.training.loop import Recipe, Samples
+    from methods.training.recipe import Recipe, Samples
 
 
 class Method(Protocol):

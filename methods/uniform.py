@@ -16,7 +16,7 @@ from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
 from methods.network.cut import cut
 from methods.network.profile import Profile
 from methods.network.widths import from_choices, infeasible, levels, to_choices, width_costs
-from methods.training import loop
+from methods.training import evaluation, loop, recipe
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class Uniform:
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        loop.recalibrate(student, calibration)
+        evaluation.recalibrate(student, calibration)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: loop.Samples, recipe: loop.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
     ) -> Iterator[int]:
         """Distils the teacher into the student; see `methods.training.recover`."""
         return loop.recover(student, teacher, data, recipe, seed)

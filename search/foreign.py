@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.training.loop import WHOLE, Chance, Samples
+from methods.training.recipe import WHOLE, Chance, Samples
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "shared")
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
-    from methods.training.loop import Recipe, evaluate, top1
+    from methods.training.evaluation import evaluate, top1
+    from methods.training.recipe import Recipe
     from search.workload import loading, sources, zoo
 
     pool, test = sources.digits()

@@ -42,7 +42,7 @@ from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_f
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network.profile import Layer, Profile
 from methods.protocol import collected, defaults
-from methods.training import loop
+from methods.training import evaluation, loop, recipe
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
 """Tasks are bundled up to this predicted time, far above what it costs to send one, or up to this much memory."""
@@ -211,14 +211,14 @@ class ALDS:
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        loop.recalibrate(student, calibration)
+        evaluation.recalibrate(student, calibration)
 
     def recover(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        data: loop.Samples,
-        recipe: loop.Recipe,
+        data: recipe.Samples,
+        recipe: recipe.Recipe,
         seed: int,
     ) -> Iterator[int]:
         return loop.recover(student, teacher, data, recipe, seed)

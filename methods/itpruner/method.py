@@ -26,8 +26,8 @@ from methods.network.cut import CRITERIA, cut
 from methods.network.groups import ChannelGroup
 from methods.network.profile import Profile
 from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
-from methods.training import loop
-from methods.training.loop import Recipe, Samples
+from methods.training import evaluation, loop
+from methods.training.recipe import Recipe, Samples
 
 _log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class ITPruner:
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        loop.recalibrate(student, calibration)
+        evaluation.recalibrate(student, calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int

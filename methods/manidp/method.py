@@ -35,7 +35,7 @@ from methods.manidp.sites import (
 from methods.manidp.thresholds import calibrate, least_macs
 from methods.network.profile import Profile, count_params
 from methods.protocol import collected, defaults
-from methods.training import loop
+from methods.training import evaluation, loop, recipe
 
 __all__ = ["ManiDP", "instance_macs", "instance_weights", "mean_rank_threshold", "similarity_loss"]
 
@@ -174,13 +174,13 @@ class ManiDP:
         """Calibrates thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
         if isinstance(student, Gated) and plan.macs_expected is not None:
             calibrate(student, calibration, plan.macs_expected)
-            loop.recalibrate(student, calibration)
+            evaluation.recalibrate(student, calibration)
             calibrate(student, calibration, plan.macs_expected)
         else:
-            loop.recalibrate(student, calibration)
+            evaluation.recalibrate(student, calibration)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: loop.Samples, recipe: loop.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
     ) -> Iterator[int]:
         """Trains weights and gates while the remain rate falls from 1; each step yielded is at the final remain rate.
 

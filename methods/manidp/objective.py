@@ -19,7 +19,8 @@ from methods.manidp.losses import (
 )
 from methods.manidp.thresholds import set_quantiles, uniform_rate
 from methods.training.distributed import joined
-from methods.training.loop import Recipe, instance_losses
+from methods.training.objective import instance_losses
+from methods.training.recipe import Recipe
 
 EASY = 0.5
 """The paper's t: images of a loss below this share of the mean are pushed to use few channels."""

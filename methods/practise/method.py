@@ -26,7 +26,7 @@ from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
 from methods.practise.selection import select as select
 from methods.protocol import collected, defaults
-from methods.training import loop
+from methods.training import evaluation, loop, recipe
 
 BUNDLE = 12
 """Recoverabilities in a shard: each shard passes the images through the teacher once, for all of them."""
@@ -158,10 +158,10 @@ class PRACTISE:
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        loop.recalibrate(student, calibration)
+        evaluation.recalibrate(student, calibration)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: loop.Samples, recipe: loop.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
     ) -> Iterator[int]:
         """Tunes the student; without labels on the teacher's last feature map, as the paper does."""
         return loop.recover(student, teacher, data, recipe, seed)

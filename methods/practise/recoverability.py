@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from methods.base import ScoreError
 from methods.network.graph import UNTRACEABLE, has_weights, passes_on, replace
 from methods.practise.blocks import drop
-from methods.training.loop import classifier_name, last_map, tapped
+from methods.training.objective import classifier_name, last_map, tapped
 
 Repair: TypeAlias = Literal["sequential_ls", "adaptor_sgd", "drop"]
 

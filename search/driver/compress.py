@@ -17,7 +17,8 @@ from cluster import Cluster, Done, Failed, Step
 from methods import named
 from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import Outcome, rebuild, trial
-from methods.training.loop import Recipe, evaluate
+from methods.training.evaluation import evaluate
+from methods.training.recipe import Recipe
 from search.base import Report, SpecError
 from search.driver.fitting import Fitted, Wish, fit
 from search.driver.prepare import Prepared, prepare, recipe

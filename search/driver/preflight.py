@@ -15,7 +15,9 @@ from cluster import Cluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.protocol import defaults
-from methods.training.loop import Recipe, evaluate, train
+from methods.training.evaluation import evaluate
+from methods.training.loop import train
+from methods.training.recipe import Recipe
 from search.base import Report
 from search.driver.fitting import least_latency
 from search.driver.prepare import Prepared, prepare

@@ -13,7 +13,8 @@ from methods.base import KnobValue, MethodError, Plan
 from methods.chain import AnyMethod, Chain
 from methods.network.profile import Profile, profile
 from methods.pipeline import size_bytes
-from methods.training.loop import Recipe, evaluate
+from methods.training.evaluation import evaluate
+from methods.training.recipe import Recipe
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import reachable

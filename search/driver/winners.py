@@ -12,7 +12,7 @@ from torch import nn
 
 from methods import named
 from methods.pipeline import rebuild
-from methods.training.loop import evaluate
+from methods.training.evaluation import evaluate
 from search.base import Report, SpecError, TrackingError
 from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, frontier
 from search.record.logged_models import Models

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from methods.pipeline import Bench
-from methods.training.loop import Metric, Recipe, Samples, evaluate, top1, train
+from methods.training.evaluation import evaluate, top1
+from methods.training.loop import train
+from methods.training.recipe import Metric, Recipe, Samples
 from search import cache
 from search.base import Report, WorkloadError
 from search.foreign import Foreign

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.training.loop import WHOLE, Chance, Samples
+from methods.training.recipe import WHOLE, Chance, Samples
 from search.base import DataError
 
 

@@ -20,7 +20,7 @@ from methods.alds.spectra import MEASURES, SCHEMES
 from methods.alds.whitening import FITTED
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.network.profile import Layer, Profile, count_macs, count_params, profile
-from methods.training.loop import recalibrate
+from methods.training.evaluation import recalibrate
 from tests.methods.alds.test_spectra import merged
 from tests.support.networks import NETWORKS
 

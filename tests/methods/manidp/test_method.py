@@ -26,8 +26,9 @@ from methods.manidp.thresholds import calibrate, set_quantiles
 from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, rebuild, trial
 from methods.protocol import defaults
-from methods.training import loop
-from methods.training.loop import Recipe, evaluate, top1
+from methods.training import evaluation, loop
+from methods.training.evaluation import evaluate, top1
+from methods.training.recipe import Recipe
 from search.workload.sources import Arrays
 from tests.support.networks import NETWORKS
 
@@ -394,7 +395,7 @@ def test_a_student_without_gates_is_recovered_as_any_other() -> None:
     plan = METHOD.allocate(scores, rows, Budget("own", macs=rows.macs), {})
     ours, theirs = METHOD.apply(teacher, plan), copy.deepcopy(teacher)
     METHOD.settle(ours, plan, CALIBRATION)
-    loop.recalibrate(theirs, CALIBRATION)
+    evaluation.recalibrate(theirs, CALIBRATION)
     assert list(METHOD.recover(ours, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0)) == [3]
     list(loop.recover(theirs, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0))
     assert torch.equal(weights(ours), weights(theirs))

@@ -20,7 +20,8 @@ from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.practise.method import PRACTISE, interactions, removable_blocks, select
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
-from methods.training.loop import Recipe, recalibrate
+from methods.training.evaluation import recalibrate
+from methods.training.recipe import Recipe
 from search.workload.sources import Arrays
 from tests.methods.practise.test_blocks import DEEP, deep, silenced
 from tests.support.networks import NETWORKS, _seeded

@@ -22,7 +22,9 @@ from methods.base import Budget
 from methods.network.profile import profile
 from methods.protocol import defaults
 from methods.training import distributed
-from methods.training.loop import WHOLE, Chance, Recipe, Samples, evaluate, recover, top1, train
+from methods.training.evaluation import evaluate, top1
+from methods.training.loop import recover, train
+from methods.training.recipe import WHOLE, Chance, Recipe, Samples
 from search.base import SpecError
 from search.spec import schema
 from search.workload import sources, zoo

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from methods.training.loop import (
-    WHOLE,
-    Chance,
-    Recipe,
-    _train_mode,
-    classifier_name,
-    evaluate,
-    last_map,
-    recalibrate,
-    recover,
-    top1,
-    train,
-)
+from methods.training.evaluation import evaluate, recalibrate, top1
+from methods.training.loop import _train_mode, recover, train
+from methods.training.objective import classifier_name, last_map
+from methods.training.recipe import WHOLE, Chance, Recipe
 from search.workload import zoo
 from search.workload.sources import Arrays
 from tests.support.networks import NETWORKS

@@ -18,7 +18,8 @@ from methods.base import Budget
 from methods.network.profile import profile
 from methods.pipeline import Bench
 from methods.protocol import defaults
-from methods.training.loop import Samples, top1
+from methods.training.evaluation import top1
+from methods.training.recipe import Samples
 from search.devices.programs import Exporter, ExportError, onnx_program, parity, program
 from tests.support.networks import NETWORKS
 

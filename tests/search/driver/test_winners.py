@@ -20,7 +20,8 @@ from methods.base import Budget, Plan
 from methods.network.profile import profile
 from methods.pipeline import Outcome, size_bytes, trial
 from methods.protocol import defaults
-from methods.training.loop import WHOLE, Chance, Recipe, Samples, evaluate
+from methods.training.evaluation import evaluate
+from methods.training.recipe import WHOLE, Chance, Recipe, Samples
 from methods.uniform import Uniform
 from search.devices.device import Timing
 from search.driver.fitting import Fitted

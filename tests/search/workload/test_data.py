@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from methods.training.loop import Samples
+from methods.training.recipe import Samples
 from search.base import DataError
 from search.workload import sources
 from search.workload.sources import Arrays, Indexed, Pictures, Splits, Subset, from_factory, split

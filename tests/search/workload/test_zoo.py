@@ -21,7 +21,8 @@ from methods.base import Budget, Infeasible, Plan, Scores
 from methods.network.profile import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, Outcome, PlanMismatch, Progress, rebuild, score, trial
 from methods.protocol import defaults
-from methods.training.loop import Recipe, evaluate
+from methods.training.evaluation import evaluate
+from methods.training.recipe import Recipe
 from search.workload import zoo
 from search.workload.sources import Arrays
 

@@ -1,0 +1,122 @@
+"""The losses of recovery: the labels', and those by which a student mimics its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from methods.training import distributed
+from methods.training.recipe import Objective, Recipe
+
+
+def instance_losses(output: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
+    """The loss `(n,)` of each image, as the recipe weighs its label `(n,)` and the teacher's outputs `target`.
+
+    `output` and `target` are logits `(n, classes)`; without `target` only the labels count.
+    """
+    share = recipe.distill if recipe.labels else 1.0
+    if target is None or share == 0:
+        return F.cross_entropy(output, labels, reduction="none")
+    softened = _softened_divergence(output, target, recipe.temperature)
+    if not recipe.labels:
+        return softened
+    return (1 - share) * F.cross_entropy(output, labels, reduction="none") + share * softened
+
+
+def classifier_name(model: nn.Module) -> str:
+    """The dotted name of the last linear layer, or of the last convolution where there is none."""
+    for kind in (nn.Linear, nn.Conv2d):
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        if names:
+            return str(names[-1])
+    raise ValueError("the network has neither a Linear nor a Conv2d layer, so it has no classifier to mimic")
+
+
+def last_map(model: nn.Module, images: Tensor) -> str | None:
+    """The module that puts out the last feature map, if nothing with weights but the classifier follows it.
+
+    That is what pooling reads: a tensor `(n, ...)` of more than two axes and more than one position.
+    """
+    calls: list[tuple[str, bool, bool]] = []
+
+    def recorder(name: str) -> Callable[[nn.Module, object, object], None]:
+        def record(module: nn.Module, _: object, output: object) -> None:
+            is_map = isinstance(output, Tensor) and output.ndim > 2 and output[0].numel() > max(output.shape[1:])
+            calls.append((name, is_map, any(True for _ in module.parameters(recurse=False))))
+
+        return record
+
+    handles = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    classifier = classifier_name(model)
+    for name, is_map, has_weights in reversed(calls):
+        if is_map:
+            return name
+        if has_weights and name != classifier:
+            return None
+    return None
+
+
+@contextmanager
+def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
+    """Collects what the module `tap` puts out or, where there is none, what the classifier is given.
+
+    Of a module that runs several times, such as an activation shared by all layers, the last is the one that counts.
+    """
+    seen: list[Tensor] = []
+    if tap is None:
+        module = model.get_submodule(classifier)
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Objective:
+    """The loss of one batch as the recipe says."""
+    taps: list[str | None] = []
+
+    def from_outputs(images: Tensor, labels: Tensor) -> Tensor:
+        target = None
+        if teacher is not None and (recipe.distill > 0 or not recipe.labels):
+            with torch.no_grad():
+                target = distributed.joined(teacher(images), len(labels))
+        return instance_losses(distributed.joined(model(images), len(labels)), labels, target, recipe).mean()
+
+    def from_features(images: Tensor, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        if not taps:
+            taps.append(last_map(teacher, images[:1]))
+        classifier = classifier_name(teacher)
+        with torch.no_grad(), tapped(teacher, taps[0], classifier) as wanted:
+            target = teacher(images)
+        with tapped(model, taps[0], classifier) as given:
+            output = model(images)
+        is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))
+        is_mimicked = is_whole and given[-1].shape == wanted[-1].shape
+        ours, theirs = (given[-1], wanted[-1]) if is_mimicked else (output, target)
+        ours, theirs = distributed.joined(ours, len(labels)), distributed.joined(theirs, len(labels))
+        if is_mimicked:
+            return F.mse_loss(ours, theirs) / theirs.var()
+        return instance_losses(ours, labels, theirs, recipe).mean()
+
+    return from_outputs if teacher is None or recipe.labels else from_features
+
+
+def _softened_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL divergence `(n,)` of softened distributions times the squared temperature (Hinton et al. 2015, 2.1)."""
+    student = F.log_softmax(output.float() / temperature, dim=1)
+    teacher = F.log_softmax(target.float() / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2

@@ -1,0 +1,65 @@
+"""The words of training: samples, a recipe, a metric, an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], float]
+"""Logits `(n, classes)` and labels `(n,)` to a scalar to maximise."""
+
+
+Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Images `(m, c, h, w)` and labels `(n,)` of a batch to the loss of one step; it is called once per step, in order.
+
+The images are this process's part of the batch, the labels those of all of it, as the loss is: see
+`methods.training.distributed`.
+"""
+
+
+Chance: TypeAlias = np.random.Generator | None
+"""What augmentation is drawn from, where there is any."""
+
+
+WHOLE = slice(None)
+
+
+class Samples(Protocol):
+    """Labelled images that can be indexed in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, c, h, w)` float32 and labels `(n,)` int64; randomly augmented where a generator is given.
+
+        Of these only a `part` may be asked for: it is what it would be among all of them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with Nesterov momentum on a one-cycle schedule.
+
+    `distill` is the weight of the teacher's softened outputs beside the labels, 0 to 1. Without `labels` the student
+    mimics the teacher alone: its last feature map where the cut left that and the classifier whole, its outputs
+    otherwise. `images` is how many training images recovery may see, drawn by the seed (None: all of them).
+    `report_every` is the number of steps between two evaluations; the last step is always one.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    distill: float = 0.5
+    temperature: float = 4.0
+    labels: bool = True
+    images: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    report_every: int = 100
