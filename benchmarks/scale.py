@@ -43,7 +43,7 @@ from search.driver.study import BudgetStudy
 from search.record.searches import find_search
 from search.record.tracker import Tracker
 from search.report.html import html
-from search.spec import schema
+from search.spec import reading, schema
 from search.workload.loading import Workload
 
 mpl.use("svg")
@@ -316,7 +316,7 @@ def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> L
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "rock.yaml").write_text("{macs_per_s: 1.0e+9, bytes_per_s: 1.0e+9, overhead_us: 10}\n")
         settings = {"trials": -(-trials // len(SPEC["budgets"])), "timeout": "24h", "asynchronous": True}
-        made = schema.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
+        made = reading.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
         os.chdir(folder)
         try:
             loop.search(made, cluster, lambda *_: None)

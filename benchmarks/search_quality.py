@@ -26,7 +26,7 @@ from search.driver import loop
 from search.driver.study import FULL, RANDOM, Strategy
 from search.frontier import SearchResult, volume
 from search.record import searches
-from search.spec import schema
+from search.spec import reading
 from search.workload import loading
 
 mpl.use("svg")
@@ -99,7 +99,7 @@ def teacher(name: str, folder: Path) -> None:
     if path.is_file():
         return
     document = wanted(name, "full search", 0, 1) | {"model": SETTINGS[name]["model"]}
-    made = loading.load(schema.parse(yaml.safe_dump(document), folder=folder / "arm"), lambda *_: None)
+    made = loading.load(reading.parse(yaml.safe_dump(document), folder=folder / "arm"), lambda *_: None)
     loading.save_weights(made.teacher, path)
 
 
@@ -116,7 +116,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
     while (spent := curve(result)[-1][0] if result else 0.0) < seconds:
         os.chdir(place)
         os.environ |= {"PAREDOWN_CACHE": str(place / "cache"), "RAY_worker_niceness": "0"}
-        made = schema.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * (seconds - spent) / workers)), folder=place)
+        made = reading.parse(yaml.safe_dump(wanted(name, arm, seed, 1.2 * (seconds - spent) / workers)), folder=place)
         try:
             result = loop.search(made, _pool(workers), lambda *_: None, strategy=ARMS[arm][1])
         finally:

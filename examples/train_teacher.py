@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 from methods.training.evaluation import evaluate, top1
-from search.spec import schema
+from search.spec import reading
 from search.workload import loading, zoo
 
 
 def main() -> None:
     """Trains, tests once, writes."""
     path = Path(sys.argv[1])
-    wanted = schema.load(path)
+    wanted = reading.load(path)
     assert wanted.model.weights is not None
     splits = loading.read_splits(wanted)
     teacher = zoo.build(wanted.model.name, splits.calibration.shape[1], splits.classes, wanted.data.seed)

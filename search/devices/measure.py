@@ -20,7 +20,8 @@ from search.devices.device import LatencyError, described, kind_of, roofline_of,
 from search.devices.layer_table import layers_of
 from search.devices.programs import onnx_program
 from search.frontier import LATENCY
-from search.spec.schema import DeviceSpec, SearchSpec, load
+from search.spec.reading import load
+from search.spec.schema import DeviceSpec, SearchSpec
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""

@@ -18,7 +18,8 @@ import yaml
 from search.base import SpecError
 from search.service.guard import Refused
 from search.spec.documents import read
-from search.spec.schema import DataSpec, SearchSpec, parse
+from search.spec.reading import parse
+from search.spec.schema import DataSpec, SearchSpec
 
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")

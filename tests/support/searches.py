@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster import Cluster, InlineCluster
-from search.spec import schema
+from search.spec import reading, schema
 from search.workload.loading import Workload
 
 SPEC = """
@@ -33,7 +33,7 @@ def place(folder: Path, teacher: Path, text: str = SPEC) -> Path:
 
 def parsed(folder: Path, text: str = SPEC) -> schema.SearchSpec:
     """A spec whose files lie in `folder`."""
-    return schema.parse(text, folder=folder)
+    return reading.parse(text, folder=folder)
 
 
 def inline(made: Workload) -> Cluster:

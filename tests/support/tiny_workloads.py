@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from search.base import WorkloadError
-from search.spec import schema
+from search.spec import reading
 from search.spec.schema import SearchSpec
 from search.workload import loading
 from search.workload.loading import Workload
@@ -127,7 +127,7 @@ def spec(folder: Path, model: dict[str, Any], **changes: Any) -> SearchSpec:
         "methods": ["itpruner"],
         "budgets": [{"name": "half", "macs": "50%"}],
     }
-    return schema.parse(repr(document | changes), folder=folder)
+    return reading.parse(repr(document | changes), folder=folder)
 
 
 def load(folder: Path, model: dict[str, Any], **changes: Any) -> Workload:

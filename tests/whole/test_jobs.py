@@ -23,7 +23,7 @@ from search.record.progress import progress
 from search.record.searches import find_search
 from search.service import probe, submit
 from search.service.probe import Sought
-from search.spec import schema
+from search.spec import reading
 from tests.support.searches import SPEC, inline, place, quiet
 from tests.support.waiting import wait_until
 
@@ -140,7 +140,7 @@ def test_a_job_that_was_stopped_and_submitted_again_ends_as_an_undisturbed_searc
 
     calm = place(tmp_path / "calm", teacher, TEXT)
     os.chdir(calm)
-    result = loop.search(schema.load(Path("spec.yaml")), inline, quiet)
+    result = loop.search(reading.load(Path("spec.yaml")), inline, quiet)
     assert table(here) == table(calm)
     best = {name: best["top1_validation"] for name, best in ended["progress"]["best"].items()}
     assert best == {one.name: one.winner.top1_validation for one in result.budgets if one.winner is not None}
@@ -213,13 +213,13 @@ def test_who_follows_a_log_learns_how_the_job_ended_and_can_leave_before(tmp_pat
 
 
 def test_relative_stores_are_this_folders_and_have_to_be_seen_from_the_head(tmp_path: Path) -> None:
-    parsed = schema.parse(SPEC, folder=tmp_path)
+    parsed = reading.parse(SPEC, folder=tmp_path)
     found = submit.stores(parsed)
     assert found == submit.Stores(store(tmp_path), str(tmp_path / "paredown.studies"), [tmp_path, tmp_path])
     servers = "https://mlflow.example", "postgresql://studies.example/optuna"
-    assert submit.stores(schema.tracked(parsed, *servers)) == submit.Stores(*servers, [])
+    assert submit.stores(reading.tracked(parsed, *servers)) == submit.Stores(*servers, [])
     absolute = "sqlite:////data/paredown.db", "/data/paredown.studies"
-    assert submit.stores(schema.tracked(parsed, *absolute)) == submit.Stores(*absolute, [])
+    assert submit.stores(reading.tracked(parsed, *absolute)) == submit.Stores(*absolute, [])
 
     with submit.mark(tmp_path) as mark:
         probe.check(Sought("digits", [mark], []), found.uri, found.studies)
@@ -252,11 +252,11 @@ def test_passwords_are_the_heads_own() -> None:
 
 
 def test_this_machines_own_servers_are_no_use_to_a_head_elsewhere(tmp_path: Path) -> None:
-    parsed = schema.parse(SPEC, folder=tmp_path)
-    own = submit.stores(schema.tracked(parsed, "http://127.0.0.1:5000", None))
+    parsed = reading.parse(SPEC, folder=tmp_path)
+    own = submit.stores(reading.tracked(parsed, "http://127.0.0.1:5000", None))
     submit.check_loopback("http://127.0.0.1:8265", own)
     with pytest.raises(SearchError, match=r"tracking.uri is http://127.0.0.1:5000, which is this machine's own"):
         submit.check_loopback("http://203.0.113.7:8265", own)
-    database = submit.stores(schema.tracked(parsed, "https://mlflow.example", "mysql://ada@localhost/studies"))
+    database = submit.stores(reading.tracked(parsed, "https://mlflow.example", "mysql://ada@localhost/studies"))
     with pytest.raises(SearchError, match=r"tracking.studies is mysql://ada@localhost/studies"):
         submit.check_loopback("http://203.0.113.7:8265", database)

@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from search.driver import loop
 from search.driver.study import storage
 from search.record.searches import find_search
-from search.spec import schema
+from search.spec import reading
 from tests.support.searches import SPEC, inline, place, quiet
 
 BUDGETS = """budgets:
@@ -46,7 +46,7 @@ def drive(folder: Path, cache: Path) -> None:
     """The driver, in a process of its own: the search of the spec in `folder`, with this process as the cluster."""
     os.chdir(folder)
     os.environ["PAREDOWN_CACHE"] = str(cache)
-    loop.search(schema.load(Path("spec.yaml")), inline, quiet)
+    loop.search(reading.load(Path("spec.yaml")), inline, quiet)
 
 
 @pytest.fixture(scope="module")

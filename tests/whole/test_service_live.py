@@ -29,7 +29,7 @@ from search.record.store import connect
 from search.service.admission import Rules
 from search.service.metadata import NAME, URI
 from search.service.watching import Place
-from search.spec.schema import tracked
+from search.spec.reading import tracked
 from tests.support.searches import SPEC, parsed, place
 from tests.support.services import KEY, YAML, quick
 

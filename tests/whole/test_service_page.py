@@ -21,7 +21,7 @@ from search.service.admission import Rules
 from search.service.app import Settings, app
 from search.service.guard import Door, digest_of
 from search.service.watching import Place
-from search.spec.schema import tracked
+from search.spec.reading import tracked
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browsing
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 

@@ -26,7 +26,7 @@ from methods.training.evaluation import evaluate, top1
 from methods.training.loop import recover, train
 from methods.training.recipe import WHOLE, Chance, Recipe, Samples
 from search.base import SpecError
-from search.spec import schema
+from search.spec import reading
 from search.workload import sources, zoo
 from tests.support.searches import SPEC
 
@@ -266,13 +266,13 @@ def test_each_process_draws_for_its_own_images(shared: list[Any]) -> None:
 )
 def test_what_cannot_be_shared_is_refused_at_the_door(change: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
-        schema.parse(yaml.safe_dump(yaml.safe_load(SPEC) | yaml.safe_load(change)), folder=tmp_path)
+        reading.parse(yaml.safe_dump(yaml.safe_load(SPEC) | yaml.safe_load(change)), folder=tmp_path)
     assert str(caught.value).startswith("1 mistake ")
     assert told in str(caught.value)
 
 
 def test_a_search_goes_on_with_other_workers(tmp_path: Path) -> None:
     texts = (SPEC, SPEC.replace("batch_size: 64", "batch_size: 64, workers: 4"))
-    one, several = (schema.parse(text, folder=tmp_path) for text in texts)
+    one, several = (reading.parse(text, folder=tmp_path) for text in texts)
     assert (one.recovery.workers, several.recovery.workers) == (1, 4)
     assert one.decisive() == several.decisive()

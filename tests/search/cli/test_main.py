@@ -20,7 +20,7 @@ import yaml
 
 from search.cli import main
 from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher
-from search.spec import schema
+from search.spec import reading
 from search.workload import loading
 
 THINGS = """
@@ -206,7 +206,7 @@ def test_compress_writes_a_model_that_needs_no_project(run: Run, tmp_path: Path)
     assert (plan["method"], plan["macs"], plan["params"]) == ("itpruner", figures["macs"], figures["params"])
     assert (tmp_path / "out" / "student.safetensors").stat().st_size > figures["size_bytes"]
 
-    test = loading.load(schema.load(spec), lambda *_: None).splits.test
+    test = loading.load(reading.load(spec), lambda *_: None).splits.test
     images, labels = test.batch(np.arange(len(test)))
     np.savez(tmp_path / "test.npz", images=images.numpy(), labels=labels.numpy())
     alone = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)

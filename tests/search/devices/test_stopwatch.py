@@ -35,7 +35,7 @@ from methods.protocol import defaults
 from search.base import SpecError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
 from search.devices.stopwatch import LatencyError, Stopwatch
-from search.spec import schema
+from search.spec import reading, schema
 from search.workload import loading, zoo
 from search.workload.loading import Workload
 from tests.support.networks import NETWORKS
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Workload:
-    return loading.load(schema.parse(SPEC, folder=folder), quiet)
+    return loading.load(reading.parse(SPEC, folder=folder), quiet)
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Counted:
 def stopwatch(
     loaded: Workload, folder: Path, cluster: Cluster, *devices: str, reference: Mapping[str, Any] | None = None
 ) -> Stopwatch:
-    wanted = schema.parse(SPEC, folder=folder).devices
+    wanted = reading.parse(SPEC, folder=folder).devices
     return Stopwatch({name: wanted[name] for name in devices}, folder, loaded, cluster, quiet, reference=reference)
 
 
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_there_is_arithmetic(loaded: Workload, folder: Path
 def test_a_wrong_roofline_is_the_specs_mistake(loaded: Workload, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "edge.yaml").write_text("{macs_per_s: fast}")
     with pytest.raises(SpecError, match=r"macs_per_s: 'fast' is no positive number"):
-        Stopwatch({"edge": schema.parse(SPEC, folder=folder).devices["edge"]}, tmp_path, loaded, Counted(None), quiet)
+        Stopwatch({"edge": reading.parse(SPEC, folder=folder).devices["edge"]}, tmp_path, loaded, Counted(None), quiet)
 
 
 def test_students_are_measured_beside_the_teacher_once(loaded: Workload, folder: Path) -> None:

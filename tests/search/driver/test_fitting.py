@@ -21,7 +21,7 @@ from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
 from search.driver.fitting import ROUNDS, Fitted, Wish, fit, least_latency, reachable
 from search.driver.planner import Planner
-from search.spec import schema
+from search.spec import reading, schema
 from search.spec.targets import Target
 from search.workload import loading, zoo
 from search.workload.loading import Workload
@@ -68,7 +68,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     folder = tmp_path_factory.mktemp("shop")
     loading.save_weights(zoo.build("resnet8", 1, 10, 0), folder / "teacher.safetensors")
     (folder / "edge.yaml").write_text(EDGE)
-    wanted = schema.parse(SPEC, folder=folder)
+    wanted = reading.parse(SPEC, folder=folder)
     loaded = loading.load(wanted, quiet)
     cluster = InlineCluster(loaded.bench())
     found = profile(loaded.teacher, loaded.example)

@@ -14,7 +14,7 @@ from search.frontier import SearchResult
 from search.record.changes import SpecChanged
 from search.record.searches import find_search
 from search.record.tracker import Tracker
-from search.spec.schema import renamed
+from search.spec.reading import renamed
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
 SHORT = SPEC.replace("[itpruner, alds]", "[itpruner]").replace("trials: 3", "trials: 2")

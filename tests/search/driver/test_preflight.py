@@ -12,7 +12,7 @@ import pytest
 
 from cluster import Cluster, Event, InlineCluster, Item, always
 from search.driver.preflight import preflight
-from search.spec import schema
+from search.spec import reading
 from search.workload.loading import Workload
 
 SPEC = """
@@ -34,7 +34,7 @@ def inline(made: Workload) -> Cluster:
 
 def test_what_gates_and_chains_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
-    found = preflight(schema.parse(SPEC, folder=tmp_path), inline, lambda *_: None)
+    found = preflight(reading.parse(SPEC, folder=tmp_path), inline, lambda *_: None)
     half, light, tiny = found.budgets
 
     assert half.is_reachable
@@ -91,7 +91,7 @@ def test_a_chain_that_cannot_be_planned_is_told_and_spares_the_others(
     (tmp_path / "fragile.py").write_text(FRAGILE)
     model = "{source: factory, name: './fragile.py:network'}"
     text = SPEC.replace("{source: zoo, name: resnet14, weights: train}", model).replace("manidp, practise, ", "alds, ")
-    found = preflight(schema.parse(text, folder=tmp_path), inline, lambda *_: None)
+    found = preflight(reading.parse(text, folder=tmp_path), inline, lambda *_: None)
     assert found.budgets[0].reasons["alds"] is None
     told = found.budgets[0].reasons["practise+alds"]
     assert told is not None
@@ -139,7 +139,7 @@ QUICK = """
 def test_no_device_is_asked_where_no_budget_limits_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
     (tmp_path / "edge.yaml").write_text("{macs_per_s: 2e9, bytes_per_s: 1e9, overhead_us: 20}")
-    wanted = schema.parse(DEVICES, folder=tmp_path)
+    wanted = reading.parse(DEVICES, folder=tmp_path)
     found = preflight(wanted, lambda made: Deviceless(inline(made)), lambda *_: None)
     half, light = found.budgets
     assert half.reasons["itpruner"] is None
@@ -153,7 +153,7 @@ def test_least_latency_and_what_misses_it_by_how_much(tmp_path: Path, monkeypatc
     monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
     (tmp_path / "edge.yaml").write_text("{macs_per_s: 2e9, bytes_per_s: 1e9, overhead_us: 20}")
     text = DEVICES.replace("recovery", QUICK.strip("\n") + "\nrecovery").replace("cpu-1: {}, ", "")
-    wanted = schema.parse(text.replace(", device: cpu-1", ""), folder=tmp_path)
+    wanted = reading.parse(text.replace(", device: cpu-1", ""), folder=tmp_path)
     found = preflight(wanted, lambda made: Deviceless(inline(made)), lambda *_: None)
     quick, instant = found.budgets[2:]
     limit = quick.limits["latency_ms/edge"]

@@ -33,7 +33,7 @@ from search.record.registry import version_tags
 from search.record.searches import open_search
 from search.record.store import check_store
 from search.record.tracker import Tracker
-from search.spec import schema
+from search.spec import reading, schema
 from search.workload import loading
 from search.workload.loading import Workload
 
@@ -167,7 +167,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def searched(tmp_path: Path, empty: Path) -> Search:
     (tmp_path / "things.py").write_text(THINGS)
     shutil.copy(empty, tmp_path / "paredown.db")
-    wanted = schema.parse(SPEC, folder=tmp_path)
+    wanted = reading.parse(SPEC, folder=tmp_path)
     made = loading.load(wanted, quiet)
     test = Counted(made.splits.test)
     made = replace(made, splits=replace(made.splits, test=test))

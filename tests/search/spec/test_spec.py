@@ -14,7 +14,8 @@ from search.base import SpecError
 from search.frontier import Teacher
 from search.record.changes import SpecChanged, changes, check_unchanged
 from search.spec.amounts import Amount, drop, latency
-from search.spec.schema import SearchSpec, load, parse
+from search.spec.reading import load, parse
+from search.spec.schema import SearchSpec
 
 GOOD = """
 name: digits

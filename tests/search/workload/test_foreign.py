@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from search.foreign import Foreign
-from search.spec import schema
+from search.spec import reading
 from search.workload import loading
 from search.workload.sources import Arrays
 
@@ -52,7 +52,7 @@ def test_grey_images_are_repeated_for_every_channel() -> None:
 
 def test_recovery_is_given_the_other_images_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    found = loading.load(schema.parse(SPEC, folder=tmp_path), lambda *_: None, fit=False)
+    found = loading.load(reading.parse(SPEC, folder=tmp_path), lambda *_: None, fit=False)
     bench = found.bench()
     assert (len(bench.train), len(found.splits.train)) == (1797, 48)
     assert bench.train.batch(np.arange(2))[0].shape == (2, 3, 12, 12)

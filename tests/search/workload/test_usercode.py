@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from search.spec import schema
+from search.spec import reading
 from search.workload import loading
 from search.workload.usercode import user_modules
 from tests.support.tiny_workloads import THINGS, Told, factory, load, refused, spec, users_code
@@ -33,7 +33,7 @@ def test_a_users_own_search_never_shadows_ours(folder: Path) -> None:
     found = load(folder, factory("./search.py:network"))
     assert isinstance(found.teacher, nn.Sequential)
     assert Path(sys.modules["search"].__file__ or "").name == "__init__.py"
-    assert schema.parse.__module__ == "search.spec.schema"
+    assert reading.parse.__module__ == "search.spec.schema"
     assert "has no function 'network'" in refused(folder, factory("search:network"))
 
 

@@ -1,0 +1,108 @@
+"""A spec file becomes a `SearchSpec`: it is read once, and all its mistakes are told at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from search.base import SpecError
+from search.spec.contradictions import contradictions
+from search.spec.documents import nearest, read
+from search.spec.schema import (
+    NAME,
+    BudgetSpec,
+    ClusterSpec,
+    DataSpec,
+    DeviceSpec,
+    ModelSpec,
+    RecoverySpec,
+    SearchSettings,
+    SearchSpec,
+    TrackingSpec,
+    known_methods,
+)
+
+
+def load(path: Path) -> SearchSpec:
+    """The spec in the file at `path`.
+
+    Raises:
+        SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the spec {path}: {error}; expected a YAML file; check the path") from error
+    return parse(text, folder=path.resolve().parent)
+
+
+def parse(text: str, *, folder: Path) -> SearchSpec:
+    """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
+    try:
+        raw, mistakes = read(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the spec is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SpecError(f"the spec is {type(raw).__name__}; expected keys such as name, model, data and budgets")
+    mistakes += [f"unknown key {key!r}; it is set from outside" for key in ("text", "folder") if key in raw]
+    spec = None
+    try:
+        spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
+    except ValidationError as error:
+        mistakes += [_told(mistake) for mistake in error.errors()]
+    mistakes += contradictions(raw, set(known_methods(raw.get("methods"))[0]))
+    if mistakes or spec is None:
+        raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
+    return spec
+
+
+def renamed(spec: SearchSpec, name: str) -> SearchSpec:
+    """The same spec under another name.
+
+    Raises:
+        SpecError: it is no name.
+    """
+    if not re.fullmatch(NAME, name):
+        raise SpecError(
+            f"--fork is {name!r}; expected up to 100 letters, digits, '-' and '_', such as digits-2; correct it"
+        )
+    return spec.model_copy(update={"name": name})
+
+
+def tracked(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
+    """The same spec with its results in the MLflow store at `uri` and its studies there, where they are given."""
+    given = {key: value for key, value in {"uri": uri, "studies": studies}.items() if value is not None}
+    return spec.model_copy(update={"tracking": spec.tracking.model_copy(update=given)})
+
+
+def _count(mistakes: list[str]) -> str:
+    return "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+
+
+def _told(mistake: Any) -> str:
+    """One of pydantic's errors as a sentence that says where, what and what instead."""
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])
+        return f"{place}: unknown key{nearest(key, _keys(parent))}"
+    if mistake["type"] == "missing":
+        return f"{place}: missing; it has to be given"
+    reason = str(mistake["msg"]).removeprefix("Value error, ")
+    given = "" if mistake["type"] == "value_error" else f", but it is {mistake['input']!r}"
+    return f"{place}: {reason}{given}"
+
+
+def _keys(parent: Iterable[object]) -> list[str]:
+    """The valid keys at a place in the spec."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
+        "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
+    }  # fmt: skip
+    section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)
+    fields = (sections[section] if section else SearchSpec).model_fields
+    return [key for key in fields if key not in ("text", "folder")]
