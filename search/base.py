@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -38,3 +39,13 @@ def masked(text: str) -> str:
     """
     text = re.sub(r"//([^:/@\s]*):[^/\s]+@", r"//\1:***@", text)
     return re.sub(r"([?&](?:password|passwd|secret|token)=)[^&\s'\"]+", r"\1***", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, at most 400 characters long."""
+    return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")
+
+
+def brief(error: BaseException) -> str:
+    """What another library's error says, on one line and at most 400 characters long."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...")

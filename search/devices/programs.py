@@ -21,8 +21,7 @@ from cluster import Cluster, Done, Failed, Program
 from methods.base import Plan
 from methods.chain import AnyMethod
 from methods.pipeline import Bench
-from search.base import Report, SearchError
-from search.workload.usercode import first_line
+from search.base import Report, SearchError, first_line
 
 Kind: TypeAlias = Literal["onnx", "torch"]
 """What a device runs: ONNX bytes, or a module."""

@@ -18,12 +18,12 @@ from methods.training.evaluation import evaluate, top1
 from methods.training.loop import train
 from methods.training.recipe import Metric, Recipe, Samples
 from search import cache
-from search.base import Report, WorkloadError
+from search.base import Report, WorkloadError, brief, first_line
 from search.foreign import Foreign
 from search.spec.schema import DataSpec, ModelSpec, SearchSpec
 from search.workload import sources, zoo
 from search.workload.sources import Splits
-from search.workload.usercode import UserMetric, brief, first_line, importable, imported, made
+from search.workload.usercode import UserMetric, importable, imported, made
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import importlib.util
 import math
 import sys
 import sysconfig
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from search.base import WorkloadError
+from search.base import WorkloadError, brief
 
 T = TypeVar("T")
 
@@ -134,13 +133,3 @@ def _is_users(module: ModuleType) -> bool:
     is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
     standard = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
     return not (is_ours or is_installed or any(file.is_relative_to(place) for place in standard))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, at most 400 characters long."""
-    return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")
-
-
-def brief(error: BaseException) -> str:
-    """What another library's error says, on one line and at most 400 characters long."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...")
