@@ -28,6 +28,7 @@ from search.frontier import SearchResult, volume
 from search.record import searches
 from search.spec import reading
 from search.workload import loading
+from search.workload.teacher import save_weights
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -100,7 +101,7 @@ def teacher(name: str, folder: Path) -> None:
         return
     document = wanted(name, "full search", 0, 1) | {"model": SETTINGS[name]["model"]}
     made = loading.load(reading.parse(yaml.safe_dump(document), folder=folder / "arm"), lambda *_: None)
-    loading.save_weights(made.teacher, path)
+    save_weights(made.teacher, path)
 
 
 def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: int) -> SearchResult:

@@ -11,6 +11,7 @@ from pathlib import Path
 from methods.training.evaluation import evaluate, top1
 from search.spec import reading
 from search.workload import loading, zoo
+from search.workload.teacher import fit_teacher, save_weights, teacher_recipe
 
 
 def main() -> None:
@@ -20,12 +21,10 @@ def main() -> None:
     assert wanted.model.weights is not None
     splits = loading.read_splits(wanted)
     teacher = zoo.build(wanted.model.name, splits.calibration.shape[1], splits.classes, wanted.data.seed)
-    recipe = loading.teacher_recipe(len(splits.train), wanted.recovery.precision)
-    loading.fit_teacher(
-        teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True)
-    )
+    recipe = teacher_recipe(len(splits.train), wanted.recovery.precision)
+    fit_teacher(teacher, splits, recipe, lambda _, done, total, note: print(f"{done}/{total} {note}", flush=True))
     print(f"test top-1 {evaluate(teacher, splits.test, top1):.4f}")
-    loading.save_weights(teacher, path.parent / wanted.model.weights)
+    save_weights(teacher, path.parent / wanted.model.weights)
 
 
 if __name__ == "__main__":

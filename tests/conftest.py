@@ -32,15 +32,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
     from methods.training.evaluation import evaluate, top1
     from methods.training.recipe import Recipe
-    from search.workload import loading, sources, zoo
+    from search.workload import sources, zoo
+    from search.workload.teacher import fit_teacher, save_weights
 
     pool, test = sources.digits()
     splits = sources.split(pool, test, validation=0.2, calibration=128, seed=0)
     model = zoo.build("resnet8", 1, 10, 0)
-    loading.fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), lambda *_: None)
+    fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), lambda *_: None)
     assert evaluate(model, splits.test, top1) > 0.9
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    loading.save_weights(model, path)
+    save_weights(model, path)
     return path
 
 

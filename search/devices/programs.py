@@ -105,7 +105,7 @@ def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
     """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
 
     Args:
-        model: or its program for any batch size, as `search.workload.loading.exported` gives it, where that is there
+        model: or its program for any batch size, as `search.export.exported` gives it, where that is there
         already. example: images `(n, c, h, w)`, n >= 1.
 
     Raises:

@@ -23,9 +23,11 @@ from search.base import Report, SpecError
 from search.driver.fitting import Fitted, Wish, fit
 from search.driver.prepare import Prepared, prepare, recipe
 from search.driver.study import RECOVERY
+from search.export import exported
 from search.frontier import cost_of
 from search.spec.schema import SearchSpec
-from search.workload.loading import Workload, exported, load, save_weights
+from search.workload.loading import Workload, load
+from search.workload.teacher import save_weights
 
 _RECOVERY = "recovery."
 

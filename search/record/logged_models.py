@@ -24,8 +24,8 @@ from torch.export import ExportedProgram
 
 from search.base import WorkloadError, first_line
 from search.devices.programs import ExportError, onnx_program, parity
+from search.export import exported
 from search.record.store import connect, whole
-from search.workload.loading import exported
 
 TOLERANCE = 1e-4
 """How far the outputs of a stored program may lie from the student's, as a share of the largest one or of 1."""

@@ -17,11 +17,11 @@ from search.base import SearchError, SpecError, TrackingError
 from search.devices.layer_table import layers_of
 from search.devices.measure import measure
 from search.devices.programs import onnx_program
+from search.export import exported
 from search.record.logged_models import Models
 from search.record.registry import Registry
 from search.record.store import connect
 from search.spec.schema import DeviceSpec
-from search.workload.loading import exported
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

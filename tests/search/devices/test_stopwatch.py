@@ -38,6 +38,7 @@ from search.devices.stopwatch import LatencyError, Stopwatch
 from search.spec import reading, schema
 from search.workload import loading, zoo
 from search.workload.loading import Workload
+from search.workload.teacher import save_weights
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -60,7 +61,7 @@ def quiet(stage: str, done: int, total: int, note: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("spec")
-    loading.save_weights(zoo.build("resnet8", 1, 10, 0), place / "teacher.safetensors")
+    save_weights(zoo.build("resnet8", 1, 10, 0), place / "teacher.safetensors")
     (place / "edge.yaml").write_text("{macs_per_s: 2e9, bytes_per_s: 1e9, overhead_us: 20}")
     return place
 

@@ -25,6 +25,7 @@ from search.spec import reading, schema
 from search.spec.targets import Target
 from search.workload import loading, zoo
 from search.workload.loading import Workload
+from search.workload.teacher import save_weights
 
 SPEC = """
 name: digits
@@ -66,7 +67,7 @@ class Shop:
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """An untrained resnet8 and a device whose latency is arithmetic."""
     folder = tmp_path_factory.mktemp("shop")
-    loading.save_weights(zoo.build("resnet8", 1, 10, 0), folder / "teacher.safetensors")
+    save_weights(zoo.build("resnet8", 1, 10, 0), folder / "teacher.safetensors")
     (folder / "edge.yaml").write_text(EDGE)
     wanted = reading.parse(SPEC, folder=folder)
     loaded = loading.load(wanted, quiet)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from methods.training.evaluation import evaluate
 from search.base import WorkloadError
 from search.workload import loading, usercode
+from search.workload.teacher import save_weights
 from search.workload.zoo import build
 from tests.support.tiny_workloads import THINGS, Told, factory, load, refused, spec, users_code
 
@@ -65,7 +66,7 @@ def test_a_zoo_teacher_with_weights(folder: Path, suffix: str) -> None:
     if suffix == ".pt":
         torch.save(teacher.state_dict(), folder / "w.pt")
     else:
-        loading.save_weights(teacher, folder / "w.safetensors")
+        save_weights(teacher, folder / "w.safetensors")
     found = load(folder, {"source": "zoo", "name": "resnet8", "weights": f"w{suffix}"})
     assert same(found.teacher, teacher)
     assert not found.teacher.training
@@ -244,14 +245,14 @@ def test_networks_that_no_search_can_use(folder: Path, name: str, told: str) -> 
 
 def test_looking_at_a_teacher_changes_nothing(folder: Path) -> None:
     weights = folder / "w.safetensors"
-    loading.save_weights(before := build("resnet8", 1, 3, seed=9), weights)
+    save_weights(before := build("resnet8", 1, 3, seed=9), weights)
     found = load(folder, {"source": "zoo", "name": "resnet8", "weights": str(weights)})
     assert same(found.teacher, before)
     assert not any(module.training for module in found.teacher.modules())
 
 
 def test_one_training_image_is_enough_to_look_at_a_network(folder: Path) -> None:
-    loading.save_weights(build("resnet8", 1, 3, seed=9), folder / "w.safetensors")
+    save_weights(build("resnet8", 1, 3, seed=9), folder / "w.safetensors")
     model = {"source": "zoo", "name": "resnet8", "weights": "w.safetensors"}
     found = load(folder, model, data=tiny_data(count=3))
     assert len(found.splits.train) == 1
@@ -272,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_found_first(
 def test_a_network_that_gives_no_numbers(folder: Path) -> None:
     teacher = load(folder, factory()).teacher
     nn.init.constant_(teacher[0].bias, np.nan)
-    loading.save_weights(teacher, folder / "nan.safetensors")
+    save_weights(teacher, folder / "nan.safetensors")
     message = refused(folder, factory(weights="nan.safetensors"))
     assert "outputs hold NaN or infinity" in message
 
