@@ -2,11 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from search.base import SearchError, first_line
 
 
 def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """`model` as a program for any batch size, which `torch.export.load` reads without this project."""
     batch = torch.export.Dim("batch", min=1)
     return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+
+
+NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
+"""Loggers that tell of every step of an export."""
+
+
+class ExportError(SearchError):
+    """A network cannot be written as ONNX; the message says why."""
+
+
+def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
+    """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
+
+    Args:
+        model: or its program for any batch size, as `search.export.exported` gives it, where that is there
+        already. example: images `(n, c, h, w)`, n >= 1.
+
+    Raises:
+        ExportError: torch cannot write it.
+    """
+    pair = example[[0, -1]]  # a batch of one would be fixed in the program
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with _silence():
+            made = torch.onnx.export(
+                model, (pair,), dynamo=True, optimize=True, verbose=False,
+                input_names=["images"], output_names=["logits"], dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+        assert made is not None
+        return bytes(made.model_proto.SerializeToString())
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ExportError(
+            f"torch cannot write the network as ONNX: {type(reason).__name__}: {first_line(reason)}; "
+            "expected operators that ONNX has, for any batch size; rewrite its forward, or use the runtime torch"
+        ) from error
+
+
+def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:
+    """The largest difference of outputs between `model`, in eval mode, and its ONNX file on `images` `(n, c, h, w)`.
+
+    It is relative to the largest output, or to 1 where that is smaller; NaN where either gives NaN.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what the exporter prints, logs and warns of to itself: its error says all that matters."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    try:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

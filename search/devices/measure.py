@@ -18,7 +18,7 @@ from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, 
 from search.base import SearchError, SpecError
 from search.devices.device import LatencyError, described, kind_of, roofline_of, runtime_of
 from search.devices.layer_table import layers_of
-from search.devices.programs import onnx_program
+from search.export import onnx_program
 from search.frontier import LATENCY
 from search.spec.reading import load
 from search.spec.schema import DeviceSpec, SearchSpec

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster import Cluster, Done, Failed, Program
 from methods.base import Plan
 from methods.chain import AnyMethod
 from methods.pipeline import Bench
-from search.base import Report, SearchError, first_line
+from search.base import Report
+from search.export import onnx_program
 
 Kind: TypeAlias = Literal["onnx", "torch"]
 """What a device runs: ONNX bytes, or a module."""
@@ -29,13 +24,6 @@ Kind: TypeAlias = Literal["onnx", "torch"]
 Student: TypeAlias = tuple[AnyMethod, Plan]
 
 _Item: TypeAlias = tuple[AnyMethod | None, Plan | None, Kind]
-
-NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
-"""Loggers that tell of every step of an export."""
-
-
-class ExportError(SearchError):
-    """A network cannot be written as ONNX; the message says why."""
 
 
 def program(bench: Bench, method: AnyMethod | None, plan: Plan | None, kind: Kind) -> Program:
@@ -101,50 +89,6 @@ class Exporter:
         return [made[index] for index in range(len(items))]
 
 
-def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
-    """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
-
-    Args:
-        model: or its program for any batch size, as `search.export.exported` gives it, where that is there
-        already. example: images `(n, c, h, w)`, n >= 1.
-
-    Raises:
-        ExportError: torch cannot write it.
-    """
-    pair = example[[0, -1]]  # a batch of one would be fixed in the program
-    batch = torch.export.Dim("batch", min=1)
-    try:
-        with _silence():
-            made = torch.onnx.export(
-                model, (pair,), dynamo=True, optimize=True, verbose=False,
-                input_names=["images"], output_names=["logits"], dynamic_shapes=({0: batch},),
-            )  # fmt: skip
-        assert made is not None
-        return bytes(made.model_proto.SerializeToString())
-    except Exception as error:
-        reason = error.__cause__ or error
-        raise ExportError(
-            f"torch cannot write the network as ONNX: {type(reason).__name__}: {first_line(reason)}; "
-            "expected operators that ONNX has, for any batch size; rewrite its forward, or use the runtime torch"
-        ) from error
-
-
-def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:
-    """The largest difference of outputs between `model`, in eval mode, and its ONNX file on `images` `(n, c, h, w)`.
-
-    It is relative to the largest output, or to 1 where that is smaller; NaN where either gives NaN.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        expected = model(images).numpy()
-    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
-
-
 def _draw(model: nn.Module) -> None:
     """Draws the weights anew, always the same, of a size that keeps activations in range from layer to layer."""
     generator = torch.Generator().manual_seed(0)
@@ -156,18 +100,3 @@ def _draw(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps what the exporter prints, logs and warns of to itself: its error says all that matters."""
-    levels = {name: logging.getLogger(name).level for name in NOISY}
-    try:
-        for name in NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -23,8 +23,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from search.base import WorkloadError, first_line
-from search.devices.programs import ExportError, onnx_program, parity
-from search.export import exported
+from search.export import ExportError, exported, onnx_program, parity
 from search.record.store import connect, whole
 
 TOLERANCE = 1e-4

@@ -16,8 +16,7 @@ from cluster import ClusterError, Roofline, predicted_ms
 from search.base import SearchError, SpecError, TrackingError
 from search.devices.layer_table import layers_of
 from search.devices.measure import measure
-from search.devices.programs import onnx_program
-from search.export import exported
+from search.export import exported, onnx_program
 from search.record.logged_models import Models
 from search.record.registry import Registry
 from search.record.store import connect

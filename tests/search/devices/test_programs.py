@@ -20,7 +20,8 @@ from methods.pipeline import Bench
 from methods.protocol import defaults
 from methods.training.evaluation import top1
 from methods.training.recipe import Samples
-from search.devices.programs import Exporter, ExportError, onnx_program, parity, program
+from search.devices.programs import Exporter, program
+from search.export import ExportError, onnx_program, parity
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
