@@ -33,10 +33,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from methods.training.evaluation import evaluate, top1
     from methods.training.recipe import Recipe
     from search.workload import sources, zoo
+    from search.workload.splits import split
     from search.workload.teacher import fit_teacher, save_weights
 
     pool, test = sources.digits()
-    splits = sources.split(pool, test, validation=0.2, calibration=128, seed=0)
+    splits = split(pool, test, validation=0.2, calibration=128, seed=0)
     model = zoo.build("resnet8", 1, 10, 0)
     fit_teacher(model, splits, Recipe(150, report_every=150, warmup=0.2), lambda *_: None)
     assert evaluate(model, splits.test, top1) > 0.9

@@ -18,7 +18,7 @@ from search.base import Report, WorkloadError
 from search.foreign import Foreign
 from search.spec.schema import DataSpec, SearchSpec
 from search.workload import sources
-from search.workload.sources import Splits
+from search.workload.splits import Splits, split
 from search.workload.teacher import check_teacher, load_teacher
 from search.workload.usercode import UserMetric, imported, made
 
@@ -102,9 +102,7 @@ def read_splits(spec: SearchSpec) -> Splits:
     """The data of `spec`, split. Raises as `load` does."""
     settings = spec.data
     pool, test = _sets(settings, spec.folder)
-    return sources.split(
-        pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed
-    )
+    return split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
 
 
 def _sets(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:

@@ -20,7 +20,7 @@ from search.base import Report, WorkloadError, brief, first_line
 from search.export import exported
 from search.spec.schema import ModelSpec, SearchSpec
 from search.workload import zoo
-from search.workload.sources import Splits
+from search.workload.splits import Splits
 from search.workload.usercode import importable, made
 
 

@@ -19,6 +19,7 @@ from search.record.searches import find_search
 from search.spec import schema
 from search.workload import loading, sources, usercode
 from search.workload.loading import Workload
+from search.workload.splits import split
 from tests.support.searches import inline, parsed, place, quiet
 
 SPEC = """
@@ -110,7 +111,7 @@ def _check_in_a_fresh_python(result: SearchResult, folder: Path) -> None:
     import numpy as np
 
     pool, _ = sources.digits()
-    splits = sources.split(pool, None, validation=0.2, calibration=128, seed=0)
+    splits = split(pool, None, validation=0.2, calibration=128, seed=0)
     images, labels = splits.test.batch(np.arange(len(splits.test)))
     np.savez(folder / "test.npz", images=images.numpy(), labels=labels.numpy())
     program = """

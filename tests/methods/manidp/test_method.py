@@ -29,7 +29,7 @@ from methods.protocol import defaults
 from methods.training import evaluation, loop
 from methods.training.evaluation import evaluate, top1
 from methods.training.recipe import Recipe
-from search.workload.sources import Arrays
+from search.workload.samples import Arrays
 from tests.support.networks import NETWORKS
 
 METHOD = ManiDP()

@@ -22,7 +22,7 @@ from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
 from methods.training.evaluation import recalibrate
 from methods.training.recipe import Recipe
-from search.workload.sources import Arrays
+from search.workload.samples import Arrays
 from tests.methods.practise.test_blocks import DEEP, deep, silenced
 from tests.support.networks import NETWORKS, _seeded
 

@@ -27,7 +27,8 @@ from methods.training.loop import recover, train
 from methods.training.recipe import WHOLE, Chance, Recipe, Samples
 from search.base import SpecError
 from search.spec import reading
-from search.workload import sources, zoo
+from search.workload import samples, sources, zoo
+from search.workload.splits import Splits, split
 from tests.support.searches import SPEC
 
 RECIPE = Recipe(20, batch_size=64, learning_rate=0.05, report_every=10)
@@ -36,9 +37,9 @@ SHORT = replace(RECIPE, steps=4, report_every=2)
 State = dict[str, Tensor]
 
 
-def splits() -> sources.Splits:
+def splits() -> Splits:
     pool, test = sources.digits()
-    return sources.split(pool, test, validation=0.2, calibration=128, seed=0)
+    return split(pool, test, validation=0.2, calibration=128, seed=0)
 
 
 def original(weights: Path) -> nn.Module:
@@ -82,27 +83,27 @@ def smoothed(network: nn.Module) -> nn.Module:
     return network
 
 
-def with_labels(teacher: nn.Module, found: sources.Splits) -> tuple[nn.Module, Iterator[int]]:
+def with_labels(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[int]]:
     """Labels, the teacher's outputs, augmentation, batch norms; all but the first process begin with other weights."""
     student = shaken(teacher, distributed.own_seed(0)).double()
     return student, recover(student, copy.deepcopy(teacher).double(), Exact(found.train), RECIPE, 0)
 
 
-def without_labels(teacher: nn.Module, found: sources.Splits) -> tuple[nn.Module, Iterator[int]]:
+def without_labels(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[int]]:
     """The teacher's last feature map, in units of the whole batch's variance."""
     student = shaken(teacher).double()
     recipe = replace(SHORT, labels=False)
     return student, recover(student, copy.deepcopy(teacher).double(), Exact(found.train), recipe, 0)
 
 
-def in_float32(teacher: nn.Module, found: sources.Splits) -> tuple[nn.Module, Iterator[int]]:
+def in_float32(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[int]]:
     """As it is done, but for ReLU's kink."""
     teacher = smoothed(copy.deepcopy(teacher))
     student = shaken(teacher)
     return student, recover(student, teacher, found.train, RECIPE, 0)
 
 
-def with_gates(teacher: nn.Module, found: sources.Splits) -> tuple[nn.Module, Iterator[int]]:
+def with_gates(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[int]]:
     """ManiDP's losses compare images with each other; its thresholds are quantiles of a batch's saliencies."""
     manidp, images = METHODS["manidp"], torch.from_numpy(found.calibration).double()
     teacher = copy.deepcopy(teacher).double()
@@ -113,7 +114,7 @@ def with_gates(teacher: nn.Module, found: sources.Splits) -> tuple[nn.Module, It
     return student, manidp.recover(student, teacher, Exact(found.train), SHORT, 0)
 
 
-Case = Callable[[nn.Module, sources.Splits], tuple[nn.Module, Iterator[int]]]
+Case = Callable[[nn.Module, Splits], tuple[nn.Module, Iterator[int]]]
 SHARED: dict[int, list[Case]] = {2: [with_labels, in_float32], 3: [without_labels, with_gates]}
 """What so many processes train; 64 images make 21, 21 and 22 of three."""
 FARTHEST = {"in_float32": 1e-5}
@@ -173,7 +174,7 @@ def work(rank: int, count: int, folder: str, weights: str) -> None:
         "trained": trained(Path(weights), SHARED[count]),
         "normed": normed(distributed.part(5)),
         "part": distributed.part(5),
-        "few": evaluate(original(Path(weights)), sources.Subset(splits().validation, np.arange(count - 1)), top1),
+        "few": evaluate(original(Path(weights)), samples.Subset(splits().validation, np.arange(count - 1)), top1),
         "refused": refused(),
         "draw": torch.rand((), generator=torch.Generator().manual_seed(distributed.own_seed(7))),
     }

@@ -18,7 +18,9 @@ from torch import Tensor
 from methods.training.recipe import Samples
 from search.base import DataError
 from search.workload import sources
-from search.workload.sources import Arrays, Indexed, Pictures, Splits, Subset, from_factory, split
+from search.workload.samples import Arrays, Indexed, Pictures, Subset
+from search.workload.sources import from_factory
+from search.workload.splits import Splits, split
 
 
 def numbered(count: int, *, classes: int = 3) -> Arrays:

@@ -10,7 +10,7 @@ import torch
 from search.foreign import Foreign
 from search.spec import reading
 from search.workload import loading
-from search.workload.sources import Arrays
+from search.workload.samples import Arrays
 
 SPEC = """
 name: other

@@ -24,7 +24,7 @@ from methods.protocol import defaults
 from methods.training.evaluation import evaluate
 from methods.training.recipe import Recipe
 from search.workload import zoo
-from search.workload.sources import Arrays
+from search.workload.samples import Arrays
 
 NETWORKS = ("resnet14", "resnet20", "mobilenet-cifar")
 RECIPE = Recipe(3, batch_size=16, learning_rate=0.01, report_every=2)

@@ -1,0 +1,152 @@
+"""Labelled images that can be indexed in batches."""
+
+from __future__ import annotations
+
+import operator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.training.recipe import WHOLE, Chance, Samples
+from search.base import DataError
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images held in memory: `images` `(n, c, h, w)` of any real type, `labels` `(n,)` int64.
+
+    A batch is `(images * scale - mean) / std`, in float32; augmented, it is also shifted by up to `shift` pixels per
+    axis (zeros come in) and mirrored with probability one half where `mirror` is set.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    scale: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    shift: int = 0
+    mirror: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
+        images = self.images[indices]
+        if augment is not None:
+            images = _augmented(images, self.shift, mirror=self.mirror, random=augment)
+        inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
+        return inputs, torch.from_numpy(self.labels[indices[part]])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files read on demand, resized, centre-cropped to `size`, normalised with ImageNet's mean and deviation."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; a random crop and mirror where augmented."""
+        draws = [None if augment is None else augment.random(4) for _ in indices]
+        with ThreadPoolExecutor(4) as pool:
+            images = list(pool.map(self._read, [self.paths[i] for i in indices[part]], draws[part]))
+        return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
+
+    def _read(self, path: str, draw: np.ndarray | None) -> Tensor:
+        from PIL import Image
+        from torchvision.transforms.v2 import functional as tv
+
+        try:
+            with Image.open(path) as picture:
+                image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, SyntaxError) as error:
+            raise DataError(
+                f"cannot read the picture {path}: {error}; expected a file such as JPEG or PNG; mend or remove it"
+            ) from error
+        if draw is None:
+            image = tv.center_crop(tv.resize(image, [self.size * 8 // 7], antialias=True), [self.size, self.size])
+        else:
+            height, width = image.shape[-2:]
+            side = max(1, round((0.08 + 0.92 * draw[0]) ** 0.5 * min(height, width)))
+            top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
+            image = tv.resized_crop(image, top, left, side, side, [self.size, self.size], antialias=True)
+            image = tv.horizontal_flip(image) if draw[3] < 0.5 else image
+        pixels = tv.to_dtype(image, torch.float32, scale=True)
+        normalised: Tensor = tv.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        return normalised
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of `source`'s samples, in the order of `indices`."""
+
+    source: Samples
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """The source's batch at these positions."""
+        return self.source.batch(self.indices[indices], augment, part)
+
+
+def _augmented(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
+    """Each image shifted and mirrored by its own draw."""
+    count, _, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
+    top, left = random.integers(0, 2 * shift + 1, (2, count))
+    columns = np.arange(width) + np.zeros((count, 1), dtype=np.int64)
+    if mirror:
+        columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+    rows = top[:, None] + np.arange(height)
+    picked: np.ndarray = padded.transpose(0, 2, 3, 1)[
+        np.arange(count)[:, None, None], rows[:, :, None], (left[:, None] + columns)[:, None, :]
+    ]
+    return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
+        images, labels = zip(*(self._pair(int(index)) for index in indices[part]), strict=True)
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:
+            raise DataError(
+                f"the data set's images have the shapes {' and '.join(map(str, sorted(shapes)))}; "
+                "expected one shape (c, h, w) for all; resize them in the data set"
+            )
+        return torch.stack(images), torch.tensor(labels)
+
+    def _pair(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = self.source[index]
+            pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
+        except Exception as error:
+            raise DataError(
+                f"item {index} of the data set raised {type(error).__name__}: {error}; "
+                "expected a pair of an image tensor (c, h, w) and an integer label; mend the data set"
+            ) from error
+        if pixels.ndim != 3 or not torch.isfinite(pixels).all():
+            fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
+            raise DataError(
+                f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
+            )
+        return pixels, number
