@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from search import cache
 from search.base import SearchError
 
 
@@ -50,3 +53,21 @@ def alone(what: str, where: Path) -> Iterator[None]:
                 "wait for it, stop it, or give this spec another name"
             ) from error
         yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the cache; empty where there is none or it was damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def keep_json(path: Path, values: Mapping[str, object]) -> None:
+    """Writes a file of the cache, whole or not at all."""
+
+    def write(place: Path) -> None:
+        place.write_text(json.dumps(values, indent=0, sort_keys=True))
+
+    cache.keep(path, write)

@@ -26,7 +26,8 @@ from cluster import (
 )
 from search import cache
 from search.base import Report, SearchError, SpecError
-from search.devices.layer_table import LayerTable, keep_json, layers_of, read_json
+from search.cache import keep_json, read_json
+from search.devices.layer_table import LayerTable, layers_of
 from search.devices.programs import Exporter, Kind, Student
 from search.spec.schema import DeviceSpec, SearchSpec
 from search.workload.loading import Workload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster import LayerShape
-from search import cache
+from search.cache import keep_json, read_json
 
 BATCH = 16
 """Layers that are timed before the table is kept: a killed search loses no more."""
@@ -106,21 +106,3 @@ class LayerTable:
 
 def _key(layer: LayerShape) -> str:
     return json.dumps(asdict(layer), sort_keys=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of the cache; empty where there is none or it was damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def keep_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes a file of the cache, whole or not at all."""
-
-    def write(place: Path) -> None:
-        place.write_text(json.dumps(values, indent=0, sort_keys=True))
-
-    cache.keep(path, write)
