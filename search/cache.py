@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from search import cache
-from search.base import SearchError
 
 
 def folder() -> Path:
@@ -33,26 +29,6 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
         Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(what: str, where: Path) -> Iterator[None]:
-    """Holds `what` for this process by a lock in the folder `where`; the system lets go of it however the process ends.
-
-    Raises:
-        SearchError: another process holds it.
-    """
-    path = where / f".paredown.{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SearchError(
-                "this search is running already, in another process; expected one driver per search; "
-                "wait for it, stop it, or give this spec another name"
-            ) from error
-        yield
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
 import os
 import secrets
@@ -10,11 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
 from search import cache
 from search.base import SearchError, TrackingError
+from search.record import lease
 from search.record.store import FAULTS, at_once, connect, experiment_of, sqlite_path, unwritable
 
 log = logging.getLogger(__name__)
@@ -37,10 +41,10 @@ def locked(uri: str, name: str) -> Iterator[None]:
     """
     path = sqlite_path(uri)
     if path is not None:
-        with cache.alone(f"{path.name} {name}", path.resolve().parent):
+        with lease.alone(f"{path.name} {name}", path.resolve().parent):
             yield
     else:
-        with cache.alone(f"{uri} {name}", cache.folder() / "locks"), _leased(uri, name):
+        with lease.alone(f"{uri} {name}", cache.folder() / "locks"), _leased(uri, name):
             yield
 
 
@@ -104,3 +108,23 @@ def _heard(client: MlflowClient, experiment: str) -> str | None:
     """The last word of a driver that has not ended."""
     word: str | None = client.get_experiment(experiment).tags.get(TAG)
     return word
+
+
+@contextmanager
+def alone(what: str, where: Path) -> Iterator[None]:
+    """Holds `what` for this process by a lock in the folder `where`; the system lets go of it however the process ends.
+
+    Raises:
+        SearchError: another process holds it.
+    """
+    path = where / f".paredown.{hashlib.blake2b(what.encode(), digest_size=8).hexdigest()}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SearchError(
+                "this search is running already, in another process; expected one driver per search; "
+                "wait for it, stop it, or give this spec another name"
+            ) from error
+        yield
