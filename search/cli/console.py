@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from search.base import Report
-from search.frontier import LATENCY, BudgetResult, SearchResult, volume
+from search.frontier import BudgetResult, SearchResult, volume
 from search.report import costs
 from search.report.costs import Row
+from search.trials import LATENCY
 from search.units import count, milliseconds, percent, size
 
 if TYPE_CHECKING:

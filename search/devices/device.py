@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -30,26 +30,12 @@ from search.cache import keep_json, read_json
 from search.devices.layer_table import LayerTable, layers_of
 from search.devices.programs import Exporter, Kind, Student
 from search.spec.schema import DeviceSpec, SearchSpec
+from search.trials import Times, Timing
 from search.workload.loading import Workload
-
-Times: TypeAlias = Mapping[str, float]
-"""`min`, `p50` and `p95` in milliseconds of one call, which runs the device's batch."""
 
 
 class LatencyError(SearchError):
     """A device cannot run what it is given; the message says why."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A student's latency on a device, corrected for drift, and the teacher's beside it as it was, in milliseconds.
-
-    `noise` is how far the medians lay above the fastest calls, as a share, where that was too far after all repeats.
-    """
-
-    latency_ms: Times
-    teacher_latency_ms: Times
-    noise: float | None = None
 
 
 class Device(Protocol):

@@ -19,9 +19,9 @@ from search.base import SearchError, SpecError
 from search.devices.device import LatencyError, described, kind_of, roofline_of, runtime_of
 from search.devices.layer_table import layers_of
 from search.export import onnx_program
-from search.frontier import LATENCY
 from search.spec.reading import load
 from search.spec.schema import DeviceSpec, SearchSpec
+from search.trials import LATENCY
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""

@@ -11,9 +11,10 @@ from torch import nn
 
 from cluster import Cluster
 from search.base import Report
-from search.devices.device import Absent, Device, LatencyError, Present, Timing
+from search.devices.device import Absent, Device, LatencyError, Present
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
+from search.trials import Timing
 from search.workload.loading import Workload
 
 __all__ = ["LatencyError", "Stopwatch", "Student", "Timing"]

@@ -20,12 +20,12 @@ from methods.pipeline import Outcome, rebuild, trial
 from methods.training.evaluation import evaluate
 from methods.training.recipe import Recipe
 from search.base import Report, SpecError
-from search.driver.fitting import Fitted, Wish, fit
+from search.driver.fitting import Wish, fit
 from search.driver.prepare import Prepared, prepare, recipe
 from search.driver.study import RECOVERY
 from search.export import exported
-from search.frontier import cost_of
 from search.spec.schema import SearchSpec
+from search.trials import Fitted, cost_of
 from search.workload.loading import Workload, load
 from search.workload.teacher import save_weights
 

@@ -21,8 +21,8 @@ from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch, Timing
 from search.driver.bracket import Bracket, Point
 from search.driver.planner import Planner
-from search.frontier import LATENCY
 from search.spec.targets import Target
+from search.trials import LATENCY, Fitted
 from search.units import milliseconds, size
 from search.workload.loading import Workload
 
@@ -49,18 +49,6 @@ class Wish:
     method: str
     target: Target
     knobs: Mapping[str, KnobValue]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A plan that meets its budget's limits on costs, its student's latency by device, and the rounds that took.
-
-    There are no rounds where latency is not limited. A device that cannot run the student is not among the timings.
-    """
-
-    plan: Plan
-    timings: Mapping[str, Timing]
-    rounds: int
 
 
 def fit(

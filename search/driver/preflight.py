@@ -21,8 +21,8 @@ from methods.training.recipe import Recipe
 from search.base import Report
 from search.driver.fitting import least_latency
 from search.driver.prepare import Prepared, prepare
-from search.frontier import LATENCY
 from search.spec.schema import RecoverySpec, SearchSpec
+from search.trials import LATENCY
 from search.workload.loading import Workload, load
 
 TIMED_STEPS = 4

@@ -19,9 +19,9 @@ from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import reachable
 from search.driver.planner import Planner
-from search.frontier import Latency, Teacher
 from search.spec.schema import RecoverySpec, SearchSpec
 from search.spec.targets import Target
+from search.trials import Latency, Teacher
 from search.workload.loading import Workload
 
 RUNGS = 5

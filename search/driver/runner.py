@@ -14,11 +14,11 @@ from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
 from methods.training.recipe import Recipe
 from search.base import Report, SearchError
-from search.driver.fitting import Fitted, Wish, fit
+from search.driver.fitting import Wish, fit
 from search.driver.prepare import Prepared, recipe
-from search.driver.study import Proposal
-from search.frontier import Candidate, State, beats
+from search.frontier import beats
 from search.record.tracker import Tracker
+from search.trials import Candidate, Fitted, Proposal, State
 
 GoesOn = Callable[[Proposal, Progress], bool]
 """Whether a running trial is worth going on with, from what it just reached."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-import zlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
-import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, PercentilePruner
@@ -26,6 +24,7 @@ from methods.base import Choice, Knob, KnobValue, Range
 from methods.chain import AnyMethod
 from methods.protocol import defaults
 from search.base import SearchError, masked
+from search.trials import Proposal, trial_seed
 
 Storage: TypeAlias = BaseStorage
 
@@ -66,26 +65,6 @@ BEST, LATEST = 100, 200
 
 Start: TypeAlias = Mapping[str, Any]
 """A proposal by the names of Optuna's parameters, as one study's `best` gives it to another's `ask`."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What to try: a method with its knobs and recovery's, as trial `number` of `budget`."""
-
-    budget: str
-    number: int
-    method: str
-    knobs: Mapping[str, KnobValue]
-    recovery: Mapping[str, KnobValue]
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """What tells it from every other proposal of the search."""
-        return self.budget, self.number
-
-    def seed(self, base: int) -> int:
-        """This trial's own seed, from the search's."""
-        return _seed(base, self.budget, self.number)
 
 
 class _Seen(optuna.Study):
@@ -221,7 +200,7 @@ class BudgetStudy:
 
     def _sampling(self, number: int) -> optuna.Study:
         self._seen.trials_seen = instructive(self._study.get_trials(deepcopy=False))
-        self._seen.sampler = self._sampler(_seed(self._seed, self.budget, number))
+        self._seen.sampler = self._sampler(trial_seed(self._seed, self.budget, number))
         return self._seen
 
     def _sampler(self, seed: int) -> BaseSampler:
@@ -250,7 +229,7 @@ class BudgetStudy:
 
     def _suggest(self, trial: Trial, name: str, knob: Knob) -> KnobValue:
         """A value of its own seed: what a killed driver had written already draws nothing from the others."""
-        self._seen.sampler = self._sampler(_seed(self._seed, self.budget, trial.number, name))
+        self._seen.sampler = self._sampler(trial_seed(self._seed, self.budget, trial.number, name))
         if isinstance(knob, Choice):
             return cast(KnobValue, trial.suggest_categorical(name, list(knob.options)))
         return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
@@ -299,8 +278,3 @@ def storage(location: str) -> Storage:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=5)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _seed(base: int, budget: str, number: int, name: str = "") -> int:
-    words = [base, zlib.crc32(budget.encode()), number, *([zlib.crc32(name.encode())] if name else [])]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])

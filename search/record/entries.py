@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
-from search.frontier import Candidate, State, Teacher
+from search.trials import Candidate, State, Teacher
 
 if TYPE_CHECKING:
-    from search.driver.fitting import Fitted
+    from search.trials import Fitted
 
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 

@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search.base import SpecError, TrackingError
-from search.frontier import LATENCY
 from search.record.store import connect
+from search.trials import LATENCY
 
 MADE_BY = "paredown.search"
 """The tag of a registered model that names the search it was made for."""
@@ -69,7 +69,7 @@ class Registry:
 
         Args:
             uri: of the stored model, which another run may have stored that trained the very same.
-            limits: the budget's, by cost; `tags` name measured values as `search.frontier.cost_of` does, with a latency
+            limits: the budget's, by cost; `tags` name measured values as `search.trials.cost_of` does, with a latency
                 under `latency_ms/DEVICE/p50`.
         """
         made = self.version_of(run_id, budget) or self._add(budget, run_id, uri, tags)
@@ -194,7 +194,7 @@ def _fits(tags: Mapping[str, str], limits: Mapping[str, float]) -> bool:
 
 
 def _cost(tags: Mapping[str, str], cost: str) -> float:
-    """A measured value among the tags, as `search.frontier.cost_of` of a candidate."""
+    """A measured value among the tags, as `search.trials.cost_of` of a candidate."""
     if cost.startswith(LATENCY):
         return float(tags.get(f"{cost}/p50", "inf"))
     if cost == "macs_expected" and cost not in tags:

@@ -21,16 +21,16 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, Run, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
-from search.frontier import BudgetResult, Candidate, Cost, SearchResult, State, Teacher, winner
+from search.frontier import BudgetResult, Cost, SearchResult, winner
 from search.record.entries import FIGURES, candidate_of, of_fitted, of_teacher, prefixed, teacher_of
 from search.record.registry import Registry
 from search.record.store import FAULTS, artifact, at_once
+from search.trials import Candidate, State, Teacher
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import Plan
     from methods.pipeline import Outcome
-    from search.driver.fitting import Fitted
-    from search.driver.study import Proposal
+    from search.trials import Fitted, Proposal
 
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.frontier import LATENCY, BudgetResult, Candidate, SearchResult, cost_of
+from search.frontier import BudgetResult, SearchResult
+from search.trials import LATENCY, Candidate, cost_of
 from search.units import count, lost, milliseconds, size
 
 NAMES = {

@@ -20,13 +20,13 @@ from starlette.concurrency import run_in_threadpool
 from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
 from search.base import TrackingError, masked
-from search.frontier import LATENCY, Candidate, Teacher, cost_of
 from search.record.progress import Progress, so_far
 from search.record.searches import Recorded, find_begun
 from search.record.searches import recorded as on_record
 from search.record.store import FAULTS, check_store, unwritable
 from search.service.guard import Refused
 from search.service.metadata import NAME, URI, search_of
+from search.trials import LATENCY, Candidate, Teacher, cost_of
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from methods import METHODS, named
 from methods.base import Budget
-from search.frontier import Teacher
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
 from search.spec.documents import nearest
 from search.spec.targets import Target
+from search.trials import Teacher
 
 
 def _unique(values: tuple[Any, ...], what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from methods.base import Budget
-from search.frontier import LATENCY
+from search.trials import LATENCY
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Target:
         return self.budget.name
 
     def declared(self) -> dict[str, float]:
-        """Every limit by the name of its cost, as `search.frontier.cost_of` knows it."""
+        """Every limit by the name of its cost, as `search.trials.cost_of` knows it."""
         measured = {
             "size_bytes": self.size_bytes,
             f"{LATENCY}{self.device}": self.latency_ms,

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from search.frontier import (
     BudgetResult,
-    Candidate,
     Cost,
     Moment,
     SearchResult,
-    Teacher,
     beats,
-    cost_of,
     frontier,
     history,
     hypervolume,
@@ -26,6 +23,7 @@ from search.frontier import (
     volume,
     winner,
 )
+from search.trials import Candidate, Teacher, cost_of
 
 Point = tuple[float, float]
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from search.frontier import BudgetResult, Candidate, Cost, Latency, SearchResult, Teacher, winner
+from search.frontier import BudgetResult, Cost, SearchResult, winner
+from search.trials import Candidate, Latency, Teacher
 
 DEVICES = {
     "cpu-1": {"runtime": "onnxruntime", "threads": 1, "batch": 1, "host": "bench-3", "is_predicted": False}

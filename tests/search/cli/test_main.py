@@ -19,8 +19,9 @@ import typer
 import yaml
 
 from search.cli import main
-from search.frontier import BudgetResult, Candidate, Cost, SearchResult, Teacher
+from search.frontier import BudgetResult, Cost, SearchResult
 from search.spec import reading
+from search.trials import Candidate, Teacher
 from search.workload import loading
 
 THINGS = """

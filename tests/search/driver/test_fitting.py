@@ -19,10 +19,11 @@ from methods.pipeline import size_bytes
 from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
-from search.driver.fitting import ROUNDS, Fitted, Wish, fit, least_latency, reachable
+from search.driver.fitting import ROUNDS, Wish, fit, least_latency, reachable
 from search.driver.planner import Planner
 from search.spec import reading, schema
 from search.spec.targets import Target
+from search.trials import Fitted
 from search.workload import loading, zoo
 from search.workload.loading import Workload
 from search.workload.teacher import save_weights

@@ -12,7 +12,8 @@ import methods
 from methods.base import Choice, Range
 from methods.protocol import defaults
 from search.base import SearchError
-from search.driver.study import BEST, LATEST, RANDOM, RECOVERY, BudgetStudy, Proposal, instructive, storage
+from search.driver.study import BEST, LATEST, RANDOM, RECOVERY, BudgetStudy, instructive, storage
+from search.trials import Proposal
 
 METHODS = {name: methods.METHODS[name] for name in ("manidp", "alds", "uniform")}
 

@@ -23,17 +23,14 @@ from methods.protocol import defaults
 from methods.training.evaluation import evaluate
 from methods.training.recipe import WHOLE, Chance, Recipe, Samples
 from methods.uniform import Uniform
-from search.devices.device import Timing
-from search.driver.fitting import Fitted
-from search.driver.study import Proposal
 from search.driver.winners import TAG_BYTES, register, student
-from search.frontier import Teacher
 from search.record.logged_models import Models, load_model
 from search.record.registry import version_tags
 from search.record.searches import open_search
 from search.record.store import check_store
 from search.record.tracker import Tracker
 from search.spec import reading, schema
+from search.trials import Fitted, Proposal, Teacher, Timing
 from search.workload import loading
 from search.workload.loading import Workload
 

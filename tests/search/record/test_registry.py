@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from search.base import SpecError, TrackingError, WorkloadError
 from search.driver.winners import commit, promote
-from search.frontier import Teacher
 from search.record.logged_models import Models, load_model
 from search.record.registry import Registry, Version, version_tags
 from search.record.searches import open_search
 from search.record.store import connect
+from search.trials import Teacher
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 1, 4, 4)).astype(np.float32)
 LIMITS = {"macs": 100, "latency_ms/cpu-1": 2.0}

@@ -17,10 +17,9 @@ from sqlalchemy import Engine, event
 from methods.base import Plan
 from methods.pipeline import Outcome
 from search.base import TrackingError
-from search.driver.fitting import Fitted
-from search.driver.study import Proposal
 from search.record.searches import find_begun, find_search, open_search
 from search.record.store import check_store
+from search.trials import Fitted, Proposal
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
