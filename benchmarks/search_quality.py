@@ -24,8 +24,9 @@ import yaml
 from cluster import RayCluster
 from search.driver import loop
 from search.driver.study import FULL, RANDOM, Strategy
-from search.frontier import SearchResult, volume
+from search.frontier import volume
 from search.record import searches
+from search.results import SearchResult
 from search.spec import reading
 from search.workload import loading
 from search.workload.teacher import save_weights

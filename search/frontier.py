@@ -7,137 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
 
 from search.trials import AXES, LATENCY, Candidate, Latency, Teacher, cost_of
-
-
-@dataclass(frozen=True)
-class BudgetResult:
-    """One budget's limits in absolute units by cost (see `cost_of`), and the candidate that won (None: nothing fits).
-
-    `model_uri` is what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it and `top1_test` exist only where a
-    winner is registered. Where a better model of another search holds the alias, it is None and the URI names the
-    version.
-    """
-
-    name: str
-    limits: Mapping[str, float]
-    winner: Candidate | None = None
-    model_uri: str | None = None
-    alias: str | None = None
-    top1_test: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The contract's `{name, limits, winner}`; a limit on latency is `latency_ms: {device: ms}`, as in a winner."""
-        found = None if self.winner is None else self._winner_json(self.winner)
-        limits: dict[str, Any] = {cost: limit for cost, limit in self.limits.items() if not cost.startswith(LATENCY)}
-        latency = {cost.removeprefix(LATENCY): limit for cost, limit in self.limits.items() if cost not in limits}
-        return {"name": self.name, "limits": limits | ({"latency_ms": latency} if latency else {}), "winner": found}
-
-    def _winner_json(self, winner: Candidate) -> dict[str, Any]:
-        return {
-            **_pick(winner, "run_id"),
-            **_pick(self, "model_uri", "alias"),
-            **_pick(winner, "method", "top1_validation"),
-            **_pick(self, "top1_test"),
-            **_pick(winner, "macs", "macs_expected", "params", "size_bytes"),
-            "latency_ms": _plain(winner.latency_ms),
-        }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the search cost: wall seconds, seconds summed over devices, trials run and stopped early.
-
-    `device_s` are those of trials, of scoring and of measuring; the last two are given beside it.
-    """
-
-    wall_s: float
-    device_s: float
-    trials: int
-    stopped: int
-    scoring_s: float = 0.0
-    measuring_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """A finished search. `started` is an ISO 8601 time, `spec` the text of the file that asked for it.
-
-    `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
-    `importance` is per budget how much each knob decided of top-1, as shares; `beyond` is per budget why methods were
-    known to be unable to meet it before any training.
-    """
-
-    name: str
-    teacher: Teacher
-    budgets: Sequence[BudgetResult]
-    candidates: Sequence[Candidate]
-    cost: Cost
-    started: str
-    spec: str
-    devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    beyond: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The costs a frontier is drawn over here: counted ones, and the latency on each device the teacher ran on.
-
-        Expected MACs are one where a model is gated or a budget limits them.
-        """
-        is_gated = any(candidate.macs_expected is not None for candidate in self.candidates)
-        is_asked = any("macs_expected" in budget.limits for budget in self.budgets)
-        counted = AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
-        return counted + tuple(f"{LATENCY}{device}" for device in self.teacher.latency_ms)
-
-    def complete(self) -> list[Candidate]:
-        """The candidates that were measured to the end."""
-        return [candidate for candidate in self.candidates if candidate.state == "complete"]
-
-    def to_json(self) -> dict[str, Any]:
-        """What `paredown frontier --json` prints; other programs read it, so the keys are fixed."""
-        return {
-            "name": self.name,
-            "teacher": asdict(self.teacher),
-            "budgets": [budget.to_json() for budget in self.budgets],
-            "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in self.axes},
-            "hypervolume": {axis: volume(self.teacher, self.candidates, axis) for axis in self.axes},
-            "cost": _pick(self.cost, "wall_s", "device_s", "trials", "stopped"),
-        }
-
-
-@dataclass(frozen=True)
-class Moment:
-    """How far a search had come when one more trial ended, after `device_s` seconds of devices, scoring included.
-
-    `hypervolume` is over MACs; `best` holds the best validation top-1 within each budget's limits, once there is one.
-    """
-
-    device_s: float
-    hypervolume: float
-    best: Mapping[str, float]
-
-
-def history(result: SearchResult) -> list[Moment]:
-    """How a search went: one moment per trial, in the order they ended."""
-    moments: list[Moment] = []
-    device_s = result.cost.scoring_s + result.cost.measuring_s
-    points, best = list[tuple[float, float]](), dict[str, float]()
-    for found in sorted(result.candidates, key=lambda one: (one.ended, one.trial)):
-        device_s += found.device_s
-        if found.state == "complete":
-            point = _point(found, "macs")
-            top1 = point[1]
-            points = [*points, point]
-            points = [points[index] for index in non_dominated(points)]  # the others add nothing, now or later
-            met = [budget.name for budget in result.budgets if found.fits(budget.limits)]
-            best = best | {name: max(top1, best.get(name, top1)) for name in met}
-        moments.append(Moment(device_s, hypervolume(points, reference_cost=result.teacher.macs), best))
-    return moments
 
 
 def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> list[dict[str, Any]]:
@@ -147,13 +20,13 @@ def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> li
     cheaper and no worse. What was not measured on a device stands nowhere on its axis.
     """
     standing = _measured([teacher, *candidates], axis)
-    kept = [standing[index] for index in non_dominated([_point(one, axis) for one in standing])]
+    kept = [standing[index] for index in non_dominated([point_of(one, axis) for one in standing])]
     return [_point_json(one) | {axis: cost_of(one, axis)} for one in kept]
 
 
 def volume(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> float:
     """The hypervolume over `axis` of the candidates measured to the end; the teacher bounds it and adds nothing."""
-    points = [_point(one, axis) for one in _measured(candidates, axis)]
+    points = [point_of(one, axis) for one in _measured(candidates, axis)]
     return hypervolume(points, reference_cost=cost_of(teacher, axis))
 
 
@@ -163,7 +36,7 @@ def _measured(found: Sequence[Teacher | Candidate], axis: str) -> list[Teacher |
     return [one for one in complete if math.isfinite(cost_of(one, axis))]
 
 
-def _point(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
+def point_of(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
     assert one.top1_validation is not None
     return cost_of(one, axis), one.top1_validation
 
@@ -171,7 +44,7 @@ def _point(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
 def _point_json(one: Teacher | Candidate) -> dict[str, Any]:
     known = {"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | vars(one)
     keys = ("run_id", "method", "budget", "top1_validation", "macs", "macs_expected", "params", "size_bytes")
-    return {key: known[key] for key in keys} | {"latency_ms": _plain(one.latency_ms)}
+    return {key: known[key] for key in keys} | {"latency_ms": plain_latency(one.latency_ms)}
 
 
 def winner(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> Candidate | None:
@@ -262,9 +135,5 @@ def hypervolume(points: Sequence[tuple[float, float]], *, reference_cost: float)
     return float(volume)
 
 
-def _pick(source: object, *names: str) -> dict[str, Any]:
-    return {name: getattr(source, name) for name in names}
-
-
-def _plain(latency_ms: Latency) -> dict[str, dict[str, float]]:
+def plain_latency(latency_ms: Latency) -> dict[str, dict[str, float]]:
     return {device: dict(times) for device, times in latency_ms.items()}

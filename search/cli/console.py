@@ -18,14 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from search.base import Report
-from search.frontier import BudgetResult, SearchResult, volume
+from search.frontier import volume
 from search.report import costs
 from search.report.costs import Row
+from search.results import BudgetResult, SearchResult
 from search.trials import LATENCY
 from search.units import count, milliseconds, percent, size
 
 if TYPE_CHECKING:
-    from search.driver.preflight import Preflight
+    from search.results import Preflight
 
 out = Console()
 

@@ -17,7 +17,7 @@ from search.cli import jobs, serve
 
 if TYPE_CHECKING:
     from cluster import Cluster, RayCluster
-    from search.frontier import SearchResult
+    from search.results import SearchResult
     from search.spec.schema import SearchSpec
     from search.workload.loading import Workload
 

@@ -21,12 +21,12 @@ from search.driver.prepare import Prepared, prepare, rung
 from search.driver.runner import Clock, Runner
 from search.driver.study import FULL, BudgetStudy, Start, Storage, Strategy, storage
 from search.driver.winners import check_model, register
-from search.frontier import SearchResult
 from search.record.lease import locked
 from search.record.searches import open_search
 from search.record.store import check_store
 from search.record.tracker import Tracker
 from search.report.html import html
+from search.results import SearchResult
 from search.spec.schema import SearchSpec
 from search.trials import Candidate, Proposal
 from search.workload.loading import Workload, load

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -21,6 +19,7 @@ from methods.training.recipe import Recipe
 from search.base import Report
 from search.driver.fitting import least_latency
 from search.driver.prepare import Prepared, prepare
+from search.results import BudgetReach, MethodReach, Preflight
 from search.spec.schema import RecoverySpec, SearchSpec
 from search.trials import LATENCY
 from search.workload.loading import Workload, load
@@ -29,55 +28,6 @@ TIMED_STEPS = 4
 
 EXPORT_S, SESSION_S, CALLS = 2.0, 0.5, 60
 """Roughly what timing a student takes: its export, and a session of at least so many seconds or calls."""
-
-
-@dataclass(frozen=True)
-class MethodReach:
-    """The least cost one method brings this network to, its knobs at their defaults, or why it cannot handle it.
-
-    The least MACs of a gated method are expected ones. Latency, `latency_ms/DEVICE` for every device where a budget
-    limits it, is predicted for the plan of the least MACs.
-    """
-
-    method: str
-    refusal: str | None
-    least: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class BudgetReach:
-    """One budget's limits, and per method None or why no plan of it fits.
-
-    Nothing is trained, so a limit on what is lost of top-1 rules out no method; latency is predicted, and a method that
-    is only a little over it is not ruled out either.
-    """
-
-    budget: str
-    limits: Mapping[str, float]
-    reasons: Mapping[str, str | None]
-
-    @property
-    def is_reachable(self) -> bool:
-        """Whether some method fits."""
-        return None in self.reasons.values()
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """The answer of `paredown check`. `minutes` is an estimate for as many workers as this machine has cores."""
-
-    name: str
-    macs: int
-    params: int
-    layers: int
-    methods: tuple[MethodReach, ...]
-    budgets: tuple[BudgetReach, ...]
-    minutes: float
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        reachable = [{**asdict(budget), "is_reachable": budget.is_reachable} for budget in self.budgets]
-        return asdict(self) | {"budgets": reachable}
 
 
 def preflight(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> Preflight:

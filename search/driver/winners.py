@@ -14,12 +14,13 @@ from methods import named
 from methods.pipeline import rebuild
 from methods.training.evaluation import evaluate
 from search.base import Report, SpecError, TrackingError
-from search.frontier import BudgetResult, SearchResult, frontier
+from search.frontier import frontier
 from search.record.logged_models import Models
 from search.record.registry import Registry, check_alias, of_a_budget
 from search.record.searches import find_search
 from search.record.store import FAULTS, connect, unwritable
 from search.record.tracker import Tracker
+from search.results import BudgetResult, SearchResult
 from search.spec.schema import SearchSpec
 from search.trials import LATENCY, Candidate
 from search.workload.loading import Workload

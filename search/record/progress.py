@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from search.base import TrackingError
-from search.frontier import BudgetResult, winner
+from search.frontier import winner
 from search.record.searches import find_begun
 from search.record.store import FAULTS, unwritable
 from search.record.tracker import Phase, Tracker
+from search.results import BudgetResult
 from search.trials import Candidate
 
 

@@ -21,10 +21,11 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, Run, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
-from search.frontier import BudgetResult, Cost, SearchResult, winner
+from search.frontier import winner
 from search.record.entries import FIGURES, candidate_of, of_fitted, of_teacher, prefixed, teacher_of
 from search.record.registry import Registry
 from search.record.store import FAULTS, artifact, at_once
+from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, State, Teacher
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch

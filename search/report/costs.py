@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from search.frontier import BudgetResult, SearchResult
+from search.results import BudgetResult, SearchResult
 from search.trials import LATENCY, Candidate, cost_of
 from search.units import count, lost, milliseconds, size
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from search.frontier import SearchResult, frontier, history
+from search.frontier import frontier
 from search.report.costs import is_predicted, shown
+from search.results import SearchResult, history
 from search.trials import LATENCY, Candidate, Teacher, cost_of
 from search.units import count, knobs, milliseconds, percent
 

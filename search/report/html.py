@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from search.frontier import BudgetResult, SearchResult, volume
+from search.frontier import volume
 from search.report import costs
 from search.report.costs import Row
 from search.report.figures import TEACHER_MARK, figure, history_figures, method_label, method_marks
+from search.results import BudgetResult, SearchResult
 from search.trials import LATENCY, Candidate, Teacher
 from search.units import count, duration, knobs, lost, milliseconds, percent, plain, points, size
 

@@ -31,11 +31,11 @@ from cluster.base import ClusterError
 from cluster.jobs import Job
 from search.base import SearchError, TrackingError, masked
 from search.driver.winners import check_model
-from search.frontier import SearchResult
 from search.record.searches import find_search
 from search.record.store import FAULTS
 from search.report import html
 from search.report.figures import LABELS, SYMBOLS
+from search.results import SearchResult
 from search.service import watching
 from search.service.admission import JSON, YAML, Rules, admitted
 from search.service.guard import LARGEST_BYTES, Door, Guard, Refused

@@ -10,19 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.frontier import (
-    BudgetResult,
-    Cost,
-    Moment,
-    SearchResult,
-    beats,
-    frontier,
-    history,
-    hypervolume,
-    non_dominated,
-    volume,
-    winner,
-)
+from search.frontier import beats, frontier, hypervolume, non_dominated, volume, winner
+from search.results import BudgetResult, Cost, Moment, SearchResult, history
 from search.trials import Candidate, Teacher, cost_of
 
 Point = tuple[float, float]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from search.frontier import BudgetResult, Cost, SearchResult, winner
+from search.frontier import winner
+from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, Latency, Teacher
 
 DEVICES = {

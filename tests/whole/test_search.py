@@ -14,8 +14,8 @@ from cluster import Cluster, InlineCluster, RayCluster
 from methods.base import Plan
 from search.driver import loop
 from search.driver.prepare import prepare
-from search.frontier import SearchResult
 from search.record.searches import find_search
+from search.results import SearchResult
 from search.spec import schema
 from search.workload import loading, sources, usercode
 from search.workload.loading import Workload

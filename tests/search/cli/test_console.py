@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from search.cli import console
-from search.driver.preflight import BudgetReach, MethodReach, Preflight
+from search.results import BudgetReach, MethodReach, Preflight
 from tests.support import results
 
 

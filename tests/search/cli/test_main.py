@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from search.cli import main
-from search.frontier import BudgetResult, Cost, SearchResult
+from search.results import BudgetResult, Cost, SearchResult
 from search.spec import reading
 from search.trials import Candidate, Teacher
 from search.workload import loading

@@ -10,10 +10,10 @@ from optuna.trial import TrialState
 
 from search.driver import loop
 from search.driver.study import storage
-from search.frontier import SearchResult
 from search.record.changes import SpecChanged
 from search.record.searches import find_search
 from search.record.tracker import Tracker
+from search.results import SearchResult
 from search.spec.reading import renamed
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 

@@ -14,9 +14,10 @@ import pytest
 import search.report
 from methods.network.groups import ChannelGroup, Member
 from methods.network.widths import to_choices
-from search.frontier import BudgetResult, Cost, SearchResult, winner
+from search.frontier import winner
 from search.report.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks
 from search.report.html import Bar, headline, html, plan_view
+from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, Teacher
 from tests.support import results
 
