@@ -16,8 +16,9 @@ from torch import fx, nn
 import cluster
 from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, identity, predicted_ms
 from search.base import SearchError, SpecError
-from search.devices.device import LatencyError, described, kind_of, roofline_of, runtime_of
+from search.devices.device import LatencyError, described, kind_of, runtime_of
 from search.devices.layer_table import layers_of
+from search.devices.predicted import roofline_of
 from search.export import onnx_program
 from search.spec.reading import load
 from search.spec.schema import DeviceSpec, SearchSpec

@@ -11,7 +11,9 @@ from torch import nn
 
 from cluster import Cluster
 from search.base import Report
-from search.devices.device import Absent, Device, LatencyError, Present
+from search.devices.device import Device, LatencyError
+from search.devices.measured import Present
+from search.devices.predicted import Absent
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Timing

@@ -16,7 +16,7 @@ from cluster import Cluster
 from methods import named
 from methods.pipeline import Progress
 from search.base import Report, masked
-from search.devices.device import rooflines
+from search.devices.predicted import rooflines
 from search.driver.prepare import Prepared, prepare, rung
 from search.driver.runner import Clock, Runner
 from search.driver.study import FULL, BudgetStudy, Start, Storage, Strategy, storage
