@@ -16,7 +16,8 @@ from methods.network.groups import ChannelGroup, Member
 from methods.network.widths import to_choices
 from search.frontier import winner
 from search.report.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks
-from search.report.html import Bar, headline, html, plan_view
+from search.report.html import headline, html
+from search.report.plans import Bar, plan_view
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, Teacher
 from tests.support import results
