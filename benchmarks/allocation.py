@@ -23,8 +23,9 @@ import torch
 import torchvision
 from torch import nn
 
+from methods.alds import minimax
 from methods.alds.spectra import MEASURES, curves
-from methods.alds.staircase import Options, minimax
+from methods.alds.staircase import Options
 from search.workload import zoo
 
 TRAINED = Path(__file__).parents[1] / "examples" / "fashion_mnist_resnet20.safetensors"

@@ -32,11 +32,11 @@ from torch.nn import functional as F
 from cluster.devices.meter import interleaved
 from methods.manidp.executor.build import Executor, executor
 from methods.manidp.executor.parts import Choice
-from methods.manidp.gates import Gated, active, gated, instance_macs, saliencies
+from methods.manidp.gates import Gated, active, gated, saliencies
 from methods.manidp.sites import find_sites, gated_macs, trace, widths
 from methods.manidp.thresholds import calibrate
-from methods.network.profile import count_macs
-from methods.training.evaluation import recalibrate
+from methods.network import count_macs
+from methods.training import recalibrate
 from search.workload import zoo
 from search.workload.sources import fashion_mnist
 
@@ -98,7 +98,7 @@ def report(title: str, teacher: nn.Module, seen: Tensor, fresh: Tensor, shares: 
     print(f"\n### {title}\n\n| {' | '.join(HEADS)} |\n|---|---|---|" + "---:|" * (len(HEADS) - 3))
     for share in shares:
         calibrate(student, seen, int(share * macs))
-        expected = float(instance_macs(student, fresh).double().mean()) / macs
+        expected = float(student.instance_macs(fresh).double().mean()) / macs
         print(f"| **gates at {share:.0%}: {expected:.0%}; {masks_of(student, seen)}** |" + " |" * (len(HEADS) - 1))
         naive = partial(executor, student, seen, buckets=0, is_measured=False)
         made = {

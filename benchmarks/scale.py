@@ -36,7 +36,7 @@ from cluster import Done, Event, InlineCluster, Step, Stopped
 from cluster.base import Item, always
 from methods.base import Plan
 from methods.pipeline import Outcome, Progress, trial
-from methods.training.recipe import Recipe
+from methods.training import Recipe
 from search.devices.stopwatch import Stopwatch
 from search.driver import loop, runner
 from search.driver.study import BudgetStudy
@@ -44,7 +44,7 @@ from search.record.searches import find_search
 from search.record.tracker import Tracker
 from search.report.html import html
 from search.spec import reading, schema
-from search.workload.loading import Workload
+from search.workload import Workload
 
 mpl.use("svg")
 from matplotlib import pyplot as plt

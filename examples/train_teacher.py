@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from methods.training.evaluation import evaluate, top1
+from methods.training import evaluate, top1
 from search.spec import reading
 from search.workload import loading, zoo
 from search.workload.teacher import fit_teacher, save_weights, teacher_recipe

@@ -1,10 +1,10 @@
 """The compression methods: tensors, modules and numbers in, new ones out. A method is one file and one line here."""
 
-from methods.alds.method import ALDS
+from methods.alds import ALDS
 from methods.chain import AnyMethod, Chain
-from methods.itpruner.method import ITPruner
-from methods.manidp.method import ManiDP
-from methods.practise.method import PRACTISE
+from methods.itpruner import ITPruner
+from methods.manidp import ManiDP
+from methods.practise import PRACTISE
 from methods.protocol import Method
 from methods.uniform import Uniform
 

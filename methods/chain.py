@@ -13,9 +13,9 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores
-from methods.network.profile import Profile
+from methods.network import Profile
 from methods.protocol import Method
-from methods.training.recipe import Recipe, Samples
+from methods.training import Recipe, Samples
 
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
 """A method's scores of the student that the plans of the links before it lead to, and that student's profile."""
@@ -41,8 +41,10 @@ class Chain:
         names = [link.name for link in self.links]
         if len(names) < 2 or len(set(names)) < len(names):
             raise ValueError(f"a chain is {names}, expected at least two different methods; name each once")
-        if "manidp" in names[:-1]:
-            raise ValueError(f"a chain is {names}, expected 'manidp' at its end: what it saves depends on the input")
+        if early := [link.name for link in self.links[:-1] if link.is_last]:
+            raise ValueError(
+                f"a chain is {names}, expected {early[0]!r} at its end: what it saves depends on the input"
+            )
 
     @property
     def name(self) -> str:

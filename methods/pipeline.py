@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from methods.base import Plan, Scores, Shard
 from methods.chain import AnyMethod, student_of
-from methods.manidp.gates import Gated, instance_macs
-from methods.network.profile import count_macs, count_params
-from methods.protocol import Method
-from methods.training.evaluation import evaluate
-from methods.training.recipe import Metric, Recipe, Samples
+from methods.network import count_macs, count_params
+from methods.protocol import Method, PerInput
+from methods.training import Metric, Recipe, Samples, evaluate
 
 
 class PlanMismatch(AssertionError):
@@ -108,7 +106,7 @@ def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
     for step in method.recover(student, teacher, bench.train, recipe, seed):
         top1 = evaluate(student, bench.validation, bench.metric)
         yield Progress(step, recipe.steps, top1)
-    if isinstance(student, Gated) and recipe.steps:  # training moved what the thresholds are compared with
+    if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
         top1 = evaluate(student, bench.validation, bench.metric)
     state = {name: value.detach().cpu().contiguous().numpy() for name, value in student.state_dict().items()}
@@ -121,15 +119,15 @@ def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
         size_bytes=size_bytes(student),
         seconds=time.perf_counter() - started,
         state=state,
-        **(_expected(student, bench, calibration) if isinstance(student, Gated) else {}),
+        **(_expected(student, bench, calibration) if isinstance(student, PerInput) else {}),
     )
 
 
-def _expected(student: Gated, bench: Bench, calibration: Tensor) -> dict[str, int]:
-    """What a gated student does for the images it is given: the mean on either set, and the most."""
-    known = instance_macs(student, calibration).double()
+def _expected(student: PerInput, bench: Bench, calibration: Tensor) -> dict[str, int]:
+    """The MACs of a student for the images it is given: the mean on either set, and the most."""
+    known = student.instance_macs(calibration).double()
     batches = np.array_split(np.arange(len(bench.validation)), -(-len(bench.validation) // 512))
-    unknown = torch.cat([instance_macs(student, bench.validation.batch(batch)[0]).double() for batch in batches])
+    unknown = torch.cat([student.instance_macs(bench.validation.batch(batch)[0]).double() for batch in batches])
     return {
         "macs_expected": round(float(known.mean())),
         "macs_expected_validation": round(float(unknown.mean())),

@@ -7,20 +7,24 @@ then `settle`) and a training loop (`recover`). Scores never see a budget, so on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
 
 from methods.base import Budget, Knob, KnobValue, Plan, ScoreError, Scores, Shard
+from methods.training import recalibrate, recover
 
 if TYPE_CHECKING:
-    from methods.network.profile import Profile
-    from methods.training.recipe import Recipe, Samples
+    from methods.network import Profile
+    from methods.training import Recipe, Samples
 
 
 class Method(Protocol):
     """Eight verbs around one frozen dataclass; `METHODS` lists the implementations."""
+
+    is_last: ClassVar[bool]
+    """Whether no link of a chain may follow: what a student of this method costs depends on the input."""
 
     @property
     def name(self) -> str: ...
@@ -70,6 +74,27 @@ class Method(Protocol):
     ) -> Iterator[int]:
         """Trains `student` in place; yields the number of steps done, whenever it is fit to be evaluated."""
         ...
+
+
+@runtime_checkable
+class PerInput(Protocol):
+    """A student whose cost depends on the input, such as a gated one."""
+
+    def instance_macs(self, images: Tensor) -> Tensor:
+        """The MACs `(n,)` that each of `images` `(n, c, h, w)` needs."""
+        ...
+
+
+def settle_norms(_: object, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
+    """Re-estimate the norms' statistics: the `settle` of every method whose student has nothing else to set."""
+    recalibrate(student, calibration)
+
+
+def recover_student(
+    _: object, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
+) -> Iterator[int]:
+    """Train the student as `methods.training.recover` does: the `recover` of every method without losses of its own."""
+    return recover(student, teacher, data, recipe, seed)
 
 
 class Tunable(Protocol):

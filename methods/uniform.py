@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
+from methods.network import Profile
 from methods.network.cut import cut
-from methods.network.profile import Profile
 from methods.network.widths import from_choices, infeasible, levels, to_choices, width_costs
-from methods.training import evaluation, loop, recipe
+from methods.protocol import recover_student, settle_norms
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Uniform:
     """
 
     name: ClassVar[str] = "uniform"
+    is_last: ClassVar[bool] = False
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")})
 
     def accepts(self, profile: Profile) -> str | None:
@@ -92,12 +93,5 @@ class Uniform:
         groups, widths, criterion = from_choices(plan.choices)
         return cut(teacher, groups, widths, criterion)
 
-    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        evaluation.recalibrate(student, calibration)
-
-    def recover(
-        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
-    ) -> Iterator[int]:
-        """Distils the teacher into the student; see `methods.training.recover`."""
-        return loop.recover(student, teacher, data, recipe, seed)
+    settle = settle_norms
+    recover = recover_student

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from search import cache
-
 
 def folder() -> Path:
     """Where kept files live: `$PAREDOWN_CACHE`, or `paredown` in the user's cache folder."""
@@ -46,4 +44,4 @@ def keep_json(path: Path, values: Mapping[str, object]) -> None:
     def write(place: Path) -> None:
         place.write_text(json.dumps(values, indent=0, sort_keys=True))
 
-    cache.keep(path, write)
+    keep(path, write)

@@ -6,11 +6,12 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from methods.base import KnobValue, Plan
+if TYPE_CHECKING:  # who only looks at a record need not wait for torch
+    from methods.base import KnobValue, Plan
 
 LATENCY = "latency_ms/"
 """The name of a device's latency among the costs starts with this; the device's own follows."""

@@ -30,8 +30,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "shared")
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
-    from methods.training.evaluation import evaluate, top1
-    from methods.training.recipe import Recipe
+    from methods.training import Recipe, evaluate, top1
     from search.workload import sources, zoo
     from search.workload.splits import split
     from search.workload.teacher import fit_teacher, save_weights

@@ -8,44 +8,90 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWED = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", "methods", "cluster"}}
-HOME = {
-    "ray": {"cluster"},
-    "optuna": {"search/driver/study.py"},
-    "mlflow": {"search/record"},
+PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", "methods", "cluster"}}
+"""What each package may import of ours."""
+
+ORDER = {
+    "methods": "__init__, pipeline | chain | alds, itpruner, manidp, practise, uniform | protocol | network | training "
+    "| base",
+    "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier | export "
+    "| trials | units, cache, base, __init__",
+    "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs | devices, token, base",
+}
+"""The rooms of each package, folders and single files: one imports those to its right, and none of its own column."""
+
+HOME = {"ray": "cluster", "optuna": "search/driver/study.py", "mlflow": "search/record"}
+MOST_FILES = 14
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
 }
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The top-level names a file imports, anywhere in it."""
+    """The dotted names that a file imports, anywhere in it: of our own a module each, of others as they are written."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (name.name.partition(".")[0] for name in node.names)
+            yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.partition(".")[0]
+            names = (f"{node.module}.{name.name}" for name in node.names)
+            yield from (name if name in MODULES else node.module for name in names)
 
 
-@pytest.mark.parametrize("package", ALLOWED)
+def room(module: str) -> str:
+    """The room that a module lies in, by its name inside its package."""
+    return [*module.split("."), "__init__"][1]
+
+
+def column(module: str) -> int:
+    """The place of a module's room in the order of its package."""
+    columns = ORDER[module.partition(".")[0]].split("|")
+    return next(place for place, rooms in enumerate(columns) if room(module) in re.findall(r"\w+", rooms))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_follow_the_arrows(package: str) -> None:
-    files = list((ROOT / package).rglob("*.py"))
+    files = [path for path in MODULES.values() if path.relative_to(ROOT).parts[0] == package]
     assert files
     for path in files:
-        ours = {name for name in imports(path) if name in ALLOWED}
-        assert ours <= ALLOWED[package], f"{path.name} imports {ours - ALLOWED[package]}"
+        ours = {top for name in imports(path) if (top := name.partition(".")[0]) in PACKAGES}
+        assert ours <= PACKAGES[package], f"{path} imports {ours - PACKAGES[package]}"
+
+
+def test_rooms_follow_the_arrows() -> None:
+    arrows = [(importer, name) for importer, path in MODULES.items() for name in imports(path) if name in MODULES]
+    between = [
+        (importer, name)
+        for importer, name in arrows
+        if importer.partition(".")[0] == name.partition(".")[0] and room(importer) != room(name)
+    ]
+    assert between
+    assert not [arrow for arrow in between if column(arrow[0]) >= column(arrow[1])]
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    graph = {name: {found for found in imports(path) if found in MODULES} for name, path in MODULES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # or it raises CycleError
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert max(len(list(folder.glob("*.py"))) for folder in folders) <= MOST_FILES
 
 
 @pytest.mark.parametrize("library", HOME)
 def test_foreign_libraries_have_one_home(library: str) -> None:
-    files = [path.relative_to(ROOT) for package in ALLOWED for path in (ROOT / package).rglob("*.py")]
-    users = {path for path in files if library in imports(ROOT / path)}
+    users = {path for path in MODULES.values() if library in {name.partition(".")[0] for name in imports(path)}}
     assert users
-    assert all({str(path), *map(str, path.parents)} & HOME[library] for path in users), users
+    assert all(path.is_relative_to(ROOT / HOME[library]) for path in users), users
 
 
 def test_who_only_looks_at_a_search_waits_for_no_torch() -> None:

@@ -3,3 +3,9 @@
 Read `method` first, then `options` (what a layer can become), `spectra` (its error), `moments` and `whitening` (errors
 weighted by data), `staircase` (the paper's minimax) and `knapsack` (the exact choice).
 """
+
+from methods.alds.method import ALDS
+from methods.alds.spectra import decompose, relative_errors
+from methods.alds.staircase import minimax
+
+__all__ = ["ALDS", "decompose", "minimax", "relative_errors"]

@@ -12,10 +12,10 @@ Layer-wise Decomposition" (arXiv 2107.11442).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,15 +34,11 @@ from methods.alds.options import (
     solve,
     spectrum_seconds,
 )
-from methods.alds.spectra import MEASURES, SCHEMES, curves, obstacle_of, paired
-from methods.alds.spectra import decompose as decompose
-from methods.alds.spectra import relative_errors as relative_errors
-from methods.alds.staircase import minimax as minimax
+from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_of, paired
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
-from methods.network.profile import Layer, Profile
-from methods.protocol import collected, defaults
-from methods.training import evaluation, loop, recipe
+from methods.network import Layer, Profile
+from methods.protocol import collected, defaults, recover_student, settle_norms
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
 """Tasks are bundled up to this predicted time, far above what it costs to send one, or up to this much memory."""
@@ -71,6 +67,7 @@ class ALDS:
     schemes, 0.618 with `group_max` and scheme 0, as in the authors' code.
     """
 
+    is_last: ClassVar[bool] = False
     slices: tuple[int, ...] | None = None
     schemes: tuple[int, ...] = SCHEMES
     skip: tuple[str, ...] = ()
@@ -209,19 +206,8 @@ class ALDS:
             fit_in_order(student, teacher, ranks, images)
         return student
 
-    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        evaluation.recalibrate(student, calibration)
-
-    def recover(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        data: recipe.Samples,
-        recipe: recipe.Recipe,
-        seed: int,
-    ) -> Iterator[int]:
-        return loop.recover(student, teacher, data, recipe, seed)
+    settle = settle_norms
+    recover = recover_student
 
     def _eligible(self, profile: Profile) -> list[Layer]:
         """Layers to decompose: all but depthwise convolutions and what the user protects."""

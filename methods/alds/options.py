@@ -17,7 +17,7 @@ from methods.alds.spectra import encoder_owns
 from methods.alds.staircase import joint, lexi
 from methods.alds.whitening import FITTED
 from methods.base import Budget, Infeasible, grid_step
-from methods.network.profile import Layer, Profile
+from methods.network import Layer, Profile
 
 WORK_PER_SECOND = 2e10
 WORK_PER_CALL = 2e6

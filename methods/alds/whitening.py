@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
 from methods.alds.spectra import fold, paired
-from methods.training import evaluation
+from methods.training import recalibrate
 
 FITTED = ("white", "refit")
 """The measures that need data, in the order of the rows of `fitted_curves`."""
@@ -122,7 +122,7 @@ def fit_in_order(
         teacher.get_submodule(name).register_forward_hook(partial(keep, name))
     teacher(images)
     handles = [student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices]
-    evaluation.recalibrate(student, images, batch_size=len(images))
+    recalibrate(student, images, batch_size=len(images))
     for handle in handles:
         handle.remove()
 

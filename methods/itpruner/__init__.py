@@ -3,3 +3,7 @@
 Read `method` first, then `hsic` (scores), `path` (widths for every budget), `elimination` (the search behind it),
 `relaxation` (a proven bound) and `authors` (the published solver).
 """
+
+from methods.itpruner.method import ITPruner, importance, redundancy
+
+__all__ = ["ITPruner", "importance", "redundancy"]

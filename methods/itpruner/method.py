@@ -22,12 +22,10 @@ from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
 from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
+from methods.network import ChannelGroup, Profile
 from methods.network.cut import CRITERIA, cut
-from methods.network.groups import ChannelGroup
-from methods.network.profile import Profile
 from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
-from methods.training import evaluation, loop
-from methods.training.recipe import Recipe, Samples
+from methods.protocol import recover_student, settle_norms
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +55,7 @@ class ITPruner:
 
     batch: int = 64
     name: ClassVar[str] = "itpruner"
+    is_last: ClassVar[bool] = False
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType(
         {
             "objective": Choice(("quadratic", "linear", "log"), "quadratic"),
@@ -169,15 +168,8 @@ class ITPruner:
         """A copy of `teacher` cut to the plan's widths; each group keeps its best channels by the criterion."""
         return cut(teacher, *from_choices(plan.choices))
 
-    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        evaluation.recalibrate(student, calibration)
-
-    def recover(
-        self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
-    ) -> Iterator[int]:
-        """Trains `student` in place by the shared recipe; yields the steps done."""
-        return loop.recover(student, teacher, data, recipe, seed)
+    settle = settle_norms
+    recover = recover_student
 
 
 def redundancy(nhsic: Tensor) -> Tensor:

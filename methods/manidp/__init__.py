@@ -3,3 +3,8 @@
 Read `method` first, then `sites` (where a gate may stand), `gates`, `losses` (the paper's regularisers), `objective`
 (what they are trained on) and `thresholds` (how a budget is met). The room `executor` is for Python users only.
 """
+
+from methods.manidp.losses import instance_weights, mean_rank_threshold, similarity_loss
+from methods.manidp.method import ManiDP
+
+__all__ = ["ManiDP", "instance_weights", "mean_rank_threshold", "similarity_loss"]

@@ -118,6 +118,17 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.network(x))
 
+    def instance_macs(self, images: Tensor) -> Tensor:
+        """The MACs `(n,)` that each of `images` `(n, c, h, w)` needs if only active channels are computed, gates
+        included.
+
+        The products of active inputs and outputs are formed per image: their mean is not the product of the means. Only
+        channels whose zeros are certain are saved at a convolution's input.
+
+        Source: ManiDP's FLOPs are MACs. Differs: the authors publish no counter; this one counts the gates too.
+        """
+        return macs_of(self, saliencies(self, images))
+
 
 def gated(model: nn.Module, sites: Sequence[Site], ungated_macs: int, *, seed: int, plan: Plan | None = None) -> Gated:
     """A copy of `model` with a fresh gate at every one of `sites` that has its own, drawn from `seed` alone.
@@ -187,17 +198,6 @@ def saliencies(student: Gated, images: Tensor, batch_size: int = 128) -> list[Te
             student(batch.to(device))
             batches.append([found[gate][1] for gate in range(len(student.masks))])
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-def instance_macs(student: Gated, images: Tensor) -> Tensor:
-    """The MACs `(n,)` that each of `images` `(n, c, h, w)` needs if only active channels are computed, gates included.
-
-    The products of active inputs and outputs are formed per image: their mean is not the product of the means. Only
-    channels whose zeros are certain are saved at a convolution's input.
-
-    Source: ManiDP's FLOPs are MACs. Differs: the authors publish no counter; this one counts the gates too.
-    """
-    return macs_of(student, saliencies(student, images))
 
 
 def macs_of(student: Gated, found: Sequence[Tensor]) -> Tensor:

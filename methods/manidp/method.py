@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
-from methods.manidp.gates import Gated, gated, instance_macs
-from methods.manidp.losses import instance_weights, mean_rank_threshold, similarity_loss
+from methods.manidp.gates import Gated, gated
 from methods.manidp.objective import GatedObjective
 from methods.manidp.sites import (
     NARROWEST,
@@ -33,11 +32,9 @@ from methods.manidp.sites import (
     widths,
 )
 from methods.manidp.thresholds import calibrate, least_macs
-from methods.network.profile import Profile, count_params
+from methods.network import Profile, count_params
 from methods.protocol import collected, defaults
-from methods.training import evaluation, loop, recipe
-
-__all__ = ["ManiDP", "instance_macs", "instance_weights", "mean_rank_threshold", "similarity_loss"]
+from methods.training import Recipe, Samples, recalibrate, recover, train
 
 SEED = 0
 """Of fresh gates, so that a plan says all of a student."""
@@ -63,6 +60,7 @@ class ManiDP:
     thresholds: Literal["quantile", "mean_rank"] = "quantile"
     squeeze: int = 2
     name: ClassVar[str] = "manidp"
+    is_last: ClassVar[bool] = True
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType(
         {
             "sparsity": Range(1e-3, 0.2, default=0.02, log=True),
@@ -174,24 +172,24 @@ class ManiDP:
         """Calibrates thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
         if isinstance(student, Gated) and plan.macs_expected is not None:
             calibrate(student, calibration, plan.macs_expected)
-            evaluation.recalibrate(student, calibration)
+            recalibrate(student, calibration)
             calibrate(student, calibration, plan.macs_expected)
         else:
-            evaluation.recalibrate(student, calibration)
+            recalibrate(student, calibration)
 
     def recover(
-        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
+        self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
     ) -> Iterator[int]:
         """Trains weights and gates while the remain rate falls from 1; each step yielded is at the final remain rate.
 
         A student without gates is recovered as any other. Calibrate the thresholds again afterwards: see `settle`.
         """
         if not isinstance(student, Gated):
-            yield from loop.recover(student, teacher, data, recipe, seed)
+            yield from recover(student, teacher, data, recipe, seed)
             return
         objective = GatedObjective(student, teacher, recipe)
         undecayed = [parameter for gate in student.gates for parameter in gate.parameters()]
-        for step in loop.train(student, data, recipe, seed, teacher, objective=objective, undecayed=undecayed):
+        for step in train(student, data, recipe, seed, teacher, objective=objective, undecayed=undecayed):
             with objective.at_the_final_rate():
                 yield step
 

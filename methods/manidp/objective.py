@@ -18,9 +18,9 @@ from methods.manidp.losses import (
     sparsity_loss,
 )
 from methods.manidp.thresholds import set_quantiles, uniform_rate
+from methods.training import Recipe
 from methods.training.distributed import joined
 from methods.training.objective import instance_losses
-from methods.training.recipe import Recipe
 
 EASY = 0.5
 """The paper's t: images of a loss below this share of the mean are pushed to use few channels."""

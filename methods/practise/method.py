@@ -9,7 +9,7 @@ Source: Wang, Zhou, Wu 2023, "Practical Network Acceleration with Tiny Sets" (ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
@@ -19,14 +19,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard
-from methods.network.profile import Profile, count_macs, count_params
+from methods.network import Profile, count_macs, count_params
 from methods.practise.blocks import Blocks, drop, find_blocks
-from methods.practise.blocks import removable_blocks as removable_blocks
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
-from methods.practise.selection import select as select
-from methods.protocol import collected, defaults
-from methods.training import evaluation, loop, recipe
+from methods.protocol import collected, defaults, recover_student, settle_norms
 
 BUNDLE = 12
 """Recoverabilities in a shard: each shard passes the images through the teacher once, for all of them."""
@@ -57,6 +54,7 @@ class PRACTISE:
     steps: int = 50
 
     name: ClassVar[str] = "practise"
+    is_last: ClassVar[bool] = False
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"selector": Choice(("pairwise", "additive"), "pairwise")})
 
     def __post_init__(self) -> None:
@@ -156,15 +154,8 @@ class PRACTISE:
         drop(student, plan.choices["blocks"])
         return student
 
-    def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimates the norms' statistics; see `methods.training.recalibrate`."""
-        evaluation.recalibrate(student, calibration)
-
-    def recover(
-        self, student: nn.Module, teacher: nn.Module, data: recipe.Samples, recipe: recipe.Recipe, seed: int
-    ) -> Iterator[int]:
-        """Tunes the student; without labels on the teacher's last feature map, as the paper does."""
-        return loop.recover(student, teacher, data, recipe, seed)
+    settle = settle_norms
+    recover = recover_student
 
 
 def _listed(blocks: Blocks) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -21,12 +21,9 @@ from search.base import Report
 from search.frontier import volume
 from search.report import costs
 from search.report.costs import Row
-from search.results import BudgetResult, SearchResult
+from search.results import BudgetResult, Preflight, SearchResult
 from search.trials import LATENCY
 from search.units import count, milliseconds, percent, size
-
-if TYPE_CHECKING:
-    from search.results import Preflight
 
 out = Console()
 

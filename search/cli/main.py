@@ -18,8 +18,8 @@ from search.cli import jobs, serve
 if TYPE_CHECKING:
     from cluster import Cluster, RayCluster
     from search.results import SearchResult
-    from search.spec.schema import SearchSpec
-    from search.workload.loading import Workload
+    from search.spec import SearchSpec
+    from search.workload import Workload
 
 FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
 STORE = "sqlite:///paredown.db"
@@ -42,7 +42,7 @@ def check(spec: Spec, address: Address = None, as_json: AsJson = False) -> None:
     """Say what each method can do for each budget, without training anything."""
     from search.cli import console
     from search.driver.preflight import preflight
-    from search.spec.reading import load
+    from search.spec import load
 
     settings = load(spec)
     with console.bars(hidden=as_json) as report:
@@ -69,7 +69,8 @@ def search(
     from search.base import masked
     from search.cli import console
     from search.driver import loop
-    from search.spec.reading import load, renamed, tracked
+    from search.spec import load
+    from search.spec.reading import renamed, tracked
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is what Ctrl-C is
     as_job = os.environ.get("PAREDOWN_AGAIN")  # the command that submitted this search, and goes on with it
@@ -157,7 +158,7 @@ def compress(
     """Compress once: one method or chain, one budget, no search. Knobs have their defaults unless told otherwise."""
     from search.cli import console
     from search.driver.compress import compress as run
-    from search.spec.reading import load
+    from search.spec import load
 
     settings = load(spec)
     with console.bars(hidden=as_json) as report:

@@ -20,8 +20,8 @@ from search.devices.device import LatencyError, described, kind_of, runtime_of
 from search.devices.layer_table import layers_of
 from search.devices.predicted import roofline_of
 from search.export import onnx_program
-from search.spec.reading import load
-from search.spec.schema import DeviceSpec, SearchSpec
+from search.spec import SearchSpec, load
+from search.spec.schema import DeviceSpec
 from search.trials import LATENCY
 
 STUDENT = "student.pt2"

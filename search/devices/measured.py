@@ -28,7 +28,7 @@ from search.devices.layer_table import LayerTable, layers_of
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Times, Timing
-from search.workload.loading import Workload
+from search.workload import Workload
 
 
 class Present:

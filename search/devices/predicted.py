@@ -18,9 +18,10 @@ from search.base import SpecError
 from search.devices.device import described
 from search.devices.layer_table import layers_of
 from search.devices.programs import Student
-from search.spec.schema import DeviceSpec, SearchSpec
+from search.spec import SearchSpec
+from search.spec.schema import DeviceSpec
 from search.trials import Times, Timing
-from search.workload.loading import Workload
+from search.workload import Workload
 
 
 def roofline_of(device: DeviceSpec, folder: Path) -> Roofline:

@@ -17,7 +17,7 @@ from search.devices.predicted import Absent
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Timing
-from search.workload.loading import Workload
+from search.workload import Workload
 
 __all__ = ["LatencyError", "Stopwatch", "Student", "Timing"]
 

@@ -17,16 +17,15 @@ from cluster import Cluster, Done, Failed, Step
 from methods import named
 from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import Outcome, rebuild, trial
-from methods.training.evaluation import evaluate
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate
 from search.base import Report, SpecError
 from search.driver.fitting import Wish, fit
 from search.driver.prepare import Prepared, prepare, recipe
 from search.driver.study import RECOVERY
 from search.export import exported
-from search.spec.schema import SearchSpec
+from search.spec import SearchSpec
 from search.trials import Fitted, cost_of
-from search.workload.loading import Workload, load
+from search.workload import Workload, load
 from search.workload.teacher import save_weights
 
 _RECOVERY = "recovery."

@@ -24,7 +24,7 @@ from search.driver.planner import Planner
 from search.spec.targets import Target
 from search.trials import LATENCY, Fitted
 from search.units import milliseconds, size
-from search.workload.loading import Workload
+from search.workload import Workload
 
 ROUNDS = 4
 """How often a student is measured, or a limit on size corrected, before the best plan so far is taken."""

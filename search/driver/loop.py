@@ -27,9 +27,9 @@ from search.record.store import check_store
 from search.record.tracker import Tracker
 from search.report.html import html
 from search.results import SearchResult
-from search.spec.schema import SearchSpec
+from search.spec import SearchSpec
 from search.trials import Candidate, Proposal
-from search.workload.loading import Workload, load
+from search.workload import Workload, load
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from cluster import Cluster, Done, Failed
 from methods import METHODS, named
 from methods.base import Budget, KnobValue, Plan, ScoreError, Scores
 from methods.chain import plan_of, student_of
-from methods.network.profile import Profile, profile
+from methods.network import Profile, profile
 from methods.pipeline import Before, score
 from methods.protocol import Method
 from search import cache
 from search.base import Report
-from search.workload.loading import Workload
+from search.workload import Workload
 
 VERSION = 2
 """Raised whenever a method's scores change meaning, so that cached ones are made anew."""

@@ -13,16 +13,15 @@ from cluster import Cluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.protocol import defaults
-from methods.training.evaluation import evaluate
-from methods.training.loop import train
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.driver.fitting import least_latency
 from search.driver.prepare import Prepared, prepare
 from search.results import BudgetReach, MethodReach, Preflight
-from search.spec.schema import RecoverySpec, SearchSpec
+from search.spec import SearchSpec
+from search.spec.schema import RecoverySpec
 from search.trials import LATENCY
-from search.workload.loading import Workload, load
+from search.workload import Workload, load
 
 TIMED_STEPS = 4
 

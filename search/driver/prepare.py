@@ -11,18 +11,18 @@ from cluster import Cluster
 from methods import named
 from methods.base import KnobValue, MethodError, Plan
 from methods.chain import AnyMethod, Chain
-from methods.network.profile import Profile, profile
+from methods.network import Profile, profile
 from methods.pipeline import size_bytes
-from methods.training.evaluation import evaluate
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import reachable
 from search.driver.planner import Planner
-from search.spec.schema import RecoverySpec, SearchSpec
+from search.spec import SearchSpec
+from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
 from search.trials import Latency, Teacher
-from search.workload.loading import Workload
+from search.workload import Workload
 
 RUNGS = 5
 """How often recovery is looked at; a trial can be given up at each but the last."""

@@ -12,7 +12,7 @@ from cluster import Cluster, Done, Event, Step, Stopped
 from methods import named
 from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
-from methods.training.recipe import Recipe
+from methods.training import Recipe
 from search.base import Report, SearchError
 from search.driver.fitting import Wish, fit
 from search.driver.prepare import Prepared, recipe

@@ -12,7 +12,7 @@ from torch import nn
 
 from methods import named
 from methods.pipeline import rebuild
-from methods.training.evaluation import evaluate
+from methods.training import evaluate
 from search.base import Report, SpecError, TrackingError
 from search.frontier import frontier
 from search.record.logged_models import Models
@@ -21,9 +21,9 @@ from search.record.searches import find_search
 from search.record.store import FAULTS, connect, unwritable
 from search.record.tracker import Tracker
 from search.results import BudgetResult, SearchResult
-from search.spec.schema import SearchSpec
+from search.spec import SearchSpec
 from search.trials import LATENCY, Candidate
-from search.workload.loading import Workload
+from search.workload import Workload
 
 IMAGES = 16
 """How many calibration images a stored program is compared with its student on."""

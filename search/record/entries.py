@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from search.trials import Candidate, State, Teacher
-
-if TYPE_CHECKING:
-    from search.trials import Fitted
+from search.trials import Candidate, Fitted, State, Teacher
 
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 

@@ -18,7 +18,6 @@ from mlflow.tracking import MlflowClient
 
 from search import cache
 from search.base import SearchError, TrackingError
-from search.record import lease
 from search.record.store import FAULTS, at_once, connect, experiment_of, sqlite_path, unwritable
 
 log = logging.getLogger(__name__)
@@ -41,10 +40,10 @@ def locked(uri: str, name: str) -> Iterator[None]:
     """
     path = sqlite_path(uri)
     if path is not None:
-        with lease.alone(f"{path.name} {name}", path.resolve().parent):
+        with alone(f"{path.name} {name}", path.resolve().parent):
             yield
     else:
-        with lease.alone(f"{uri} {name}", cache.folder() / "locks"), _leased(uri, name):
+        with alone(f"{uri} {name}", cache.folder() / "locks"), _leased(uri, name):
             yield
 
 

@@ -26,12 +26,11 @@ from search.record.entries import FIGURES, candidate_of, of_fitted, of_teacher, 
 from search.record.registry import Registry
 from search.record.store import FAULTS, artifact, at_once
 from search.results import BudgetResult, Cost, SearchResult
-from search.trials import Candidate, State, Teacher
+from search.trials import Candidate, Fitted, Proposal, State, Teacher
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import Plan
     from methods.pipeline import Outcome
-    from search.trials import Fitted, Proposal
 
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ import yaml
 
 from search.base import SpecError
 from search.service.guard import Refused
+from search.spec import SearchSpec, parse
 from search.spec.documents import read
-from search.spec.reading import parse
-from search.spec.schema import DataSpec, SearchSpec
+from search.spec.schema import DataSpec
 
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")

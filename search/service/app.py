@@ -41,8 +41,8 @@ from search.service.admission import JSON, YAML, Rules, admitted
 from search.service.guard import LARGEST_BYTES, Door, Guard, Refused
 from search.service.submit import submit
 from search.service.watching import Place, View
+from search.spec import SearchSpec
 from search.spec.reading import tracked
-from search.spec.schema import SearchSpec
 
 log = logging.getLogger(__name__)
 

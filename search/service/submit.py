@@ -30,8 +30,8 @@ from search.base import SearchError, masked
 from search.record.store import sqlite_path
 from search.service.metadata import DIGEST, NAME, URI, search_of
 from search.service.probe import MARK, VARIABLE, Sought
-from search.spec.reading import load, tracked
-from search.spec.schema import SearchSpec
+from search.spec import SearchSpec, load
+from search.spec.reading import tracked
 
 log = logging.getLogger(__name__)
 

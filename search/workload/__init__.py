@@ -3,3 +3,7 @@
 Read `loading` first (a spec becomes a `Workload`), then `teacher`, `sources` (where images come from), `samples`,
 `splits`, `zoo` and `usercode`.
 """
+
+from search.workload.loading import Workload, load
+
+__all__ = ["Workload", "load"]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from methods.pipeline import Bench
-from methods.training.evaluation import top1
-from methods.training.recipe import Metric, Samples
+from methods.training import Metric, Samples, top1
 from search import cache
 from search.base import Report, WorkloadError
-from search.foreign import Foreign
-from search.spec.schema import DataSpec, SearchSpec
+from search.spec import SearchSpec
+from search.spec.schema import DataSpec
 from search.workload import sources
+from search.workload.samples import Foreign
 from search.workload.splits import Splits, split
 from search.workload.teacher import check_teacher, load_teacher
 from search.workload.usercode import UserMetric, imported, made

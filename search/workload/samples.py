@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from methods.training.recipe import WHOLE, Chance, Samples
+from methods.training import Samples
+from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
 
 
@@ -150,3 +152,27 @@ class Indexed:
                 f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
         return pixels, number
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The images of `source` resized to `shape` `(c, h, w)`; where its channels are others, their mean stands for all.
+
+    The labels are the source's own and mean nothing to the teacher.
+    """
+
+    source: Samples
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, c, h, w)` float32 and the source's labels `(n,)`."""
+        images, labels = self.source.batch(indices, augment, part)
+        channels, height, width = self.shape
+        if images.shape[1] != channels:
+            images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        if images.shape[2:] != (height, width):
+            images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+        return images.contiguous(), labels

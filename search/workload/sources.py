@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from methods.training.recipe import Samples
+from methods.training import Samples
 from search.base import DataError
 from search.workload.samples import Arrays, Indexed, Pictures
 

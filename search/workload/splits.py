@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from methods.training.recipe import Samples
+from methods.training import Samples
 from search.base import DataError
 from search.workload.samples import Arrays, Pictures, Subset
 

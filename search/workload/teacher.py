@@ -12,13 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from methods.training.evaluation import evaluate, top1
-from methods.training.loop import train
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate, top1, train
 from search import cache
 from search.base import Report, WorkloadError, brief, first_line
 from search.export import exported
-from search.spec.schema import ModelSpec, SearchSpec
+from search.spec import SearchSpec
+from search.spec.schema import ModelSpec
 from search.workload import zoo
 from search.workload.splits import Splits
 from search.workload.usercode import importable, made

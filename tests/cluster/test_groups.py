@@ -22,10 +22,10 @@ from torch import distributed
 from cluster import ClusterError, Done, Failed, InlineCluster, RayCluster, Step, Stopped, pool
 from methods import METHODS
 from methods.base import Budget
-from methods.network.profile import profile
+from methods.network import profile
 from methods.pipeline import Bench, trial
 from methods.protocol import defaults
-from methods.training.evaluation import top1
+from methods.training import top1
 from tests.methods.training.test_distributed import FARTHEST, RECIPE, distance, in_float32, original, smoothed, splits
 from tests.support.waiting import wait_until
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from methods import METHODS, named
-from methods.alds.method import ALDS
+from methods.alds import ALDS
 from methods.base import Budget, Infeasible, Plan, Scores
 from methods.chain import Chain, plan_of, student_of
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network import Profile, count_macs, count_params, profile
 from methods.protocol import Method, defaults
 from methods.uniform import Uniform
 from tests.support.networks import residual

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from methods import METHODS, named
 from methods.base import Budget, Infeasible, Plan, Scores
 from methods.chain import Scored, plan_of, student_of
-from methods.manidp.gates import Gated, instance_macs
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.manidp.gates import Gated
+from methods.network import Profile, count_macs, count_params, profile
 from methods.pipeline import rebuild
 from methods.protocol import Method, defaults
 from tests.support.networks import NETWORKS
@@ -136,7 +136,7 @@ def test_a_gated_student_meets_its_budget_on_average(method: str, network: str) 
             student = named(method).apply(teacher, plan, images())
             named(method).settle(student, plan, images())
             assert isinstance(student, Gated)
-            spent = instance_macs(student, images()).double()
+            spent = student.instance_macs(images()).double()
             assert 0.98 * plan.macs_expected <= spent.mean() <= plan.macs_expected
             assert spent.max() <= plan.macs == count_macs(student, images())
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from methods.base import Budget, Infeasible, Plan
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network import Profile, count_macs, count_params, profile
 from methods.network.widths import levels, width_costs
 from methods.protocol import defaults
 from methods.uniform import Uniform

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster import Cluster, InlineCluster
 from search.spec import reading, schema
-from search.workload.loading import Workload
+from search.workload import Workload
 
 SPEC = """
 name: digits

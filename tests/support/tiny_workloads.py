@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from search.base import WorkloadError
-from search.spec import reading
-from search.spec.schema import SearchSpec
-from search.workload import loading
-from search.workload.loading import Workload
+from search.spec import SearchSpec, reading
+from search.workload import Workload, loading
 
 THINGS = """
 import sys

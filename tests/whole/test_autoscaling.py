@@ -19,7 +19,7 @@ import yaml
 from cluster import ClusterError, RayCluster
 from cluster.head import free_ports
 from search.driver.prepare import prepare
-from search.workload.loading import load
+from search.workload import load
 from tests.support.searches import SPEC, parsed, place, quiet
 from tests.support.waiting import wait_until
 

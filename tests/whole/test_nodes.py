@@ -32,7 +32,7 @@ from search.driver import loop
 from search.driver.prepare import prepare
 from search.record.searches import find_search
 from search.record.tracker import Tracker
-from search.workload.loading import Workload, load
+from search.workload import Workload, load
 from tests.support.mlflow_servers import mlflow_server
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 from tests.support.waiting import wait_until

@@ -17,8 +17,7 @@ from search.driver.prepare import prepare
 from search.record.searches import find_search
 from search.results import SearchResult
 from search.spec import schema
-from search.workload import loading, sources, usercode
-from search.workload.loading import Workload
+from search.workload import Workload, loading, sources, usercode
 from search.workload.splits import split
 from tests.support.searches import inline, parsed, place, quiet
 

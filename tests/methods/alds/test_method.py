@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.alds.method import ALDS
+from methods.alds import ALDS
 from methods.alds.spectra import MEASURES, SCHEMES
 from methods.alds.whitening import FITTED
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
-from methods.network.profile import Layer, Profile, count_macs, count_params, profile
-from methods.training.evaluation import recalibrate
+from methods.network import Layer, Profile, count_macs, count_params, profile
+from methods.training import recalibrate
 from tests.methods.alds.test_spectra import merged
 from tests.support.networks import NETWORKS
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.alds.staircase import frontier, joint, lexi, minimax
+from methods.alds import minimax
+from methods.alds.staircase import frontier, joint, lexi
 from methods.base import Infeasible
 
 # Few distinct errors and costs, so that ties between and within layers are common; costs need not fall with error.

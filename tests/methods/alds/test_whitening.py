@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from methods.alds.moments import second_moments
 from methods.alds.spectra import MEASURES, curves, paired
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
-from methods.training.evaluation import recalibrate
+from methods.training import recalibrate
 from tests.support.networks import NETWORKS
 
 seeds = st.integers(0, 10**6)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, KnobValue, Plan, ScoreError, Scores
+from methods.itpruner import ITPruner, importance, redundancy
 from methods.itpruner.hsic import nhsic
-from methods.itpruner.method import ITPruner, importance, redundancy
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network import Profile, count_macs, count_params, profile
 from methods.protocol import defaults
 from tests.support.networks import NETWORKS
 

@@ -21,7 +21,7 @@ from methods.manidp.executor.parts import ALL, MADE, Choice
 from methods.manidp.gates import Gated, active, gated, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import find_sites, gate_macs, gated_macs, trace, widths
-from methods.network.profile import count_macs
+from methods.network import count_macs
 from tests.support.networks import NETWORKS
 
 networks = pytest.mark.parametrize("name", NETWORKS)

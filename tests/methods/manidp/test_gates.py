@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
-from methods.manidp.gates import Gate, Gated, active, gated, instance_macs, saliencies, seen
+from methods.manidp.gates import Gate, Gated, active, gated, saliencies, seen
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import (
     Site,
@@ -32,7 +32,7 @@ from methods.manidp.sites import (
     widths,
 )
 from methods.manidp.thresholds import least_macs
-from methods.network.profile import count_macs, count_params
+from methods.network import count_macs, count_params
 from search.workload import zoo
 from tests.support.networks import NETWORKS
 
@@ -213,14 +213,14 @@ def test_saliencies_of_one_change_nothing_but_the_cost_of_the_gates(name: str) -
         nn.init.zeros_(gate.expand.weight)
     with torch.no_grad():
         torch.testing.assert_close(student(IMAGES), model(IMAGES), rtol=0, atol=1e-6)
-    assert instance_macs(student, IMAGES).tolist() == [count_macs(student, IMAGES)] * len(IMAGES)
+    assert student.instance_macs(IMAGES).tolist() == [count_macs(student, IMAGES)] * len(IMAGES)
 
 
 @networks
 @pytest.mark.parametrize("seed", [0, 1])
 def test_masking_is_the_same_as_leaving_out_at_the_counted_cost(name: str, seed: int) -> None:
     student = at_rates(name, seed)
-    expected = instance_macs(student, IMAGES).tolist()
+    expected = student.instance_macs(IMAGES).tolist()
     assert len(set(expected)) > 1
     for image, macs in zip(IMAGES[:4].unsqueeze(1), expected, strict=False):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -236,7 +236,7 @@ def test_a_batch_is_its_images(name: str) -> None:
     with torch.no_grad():
         alone = torch.cat([student(image) for image in IMAGES.unsqueeze(1)])
         torch.testing.assert_close(student(IMAGES), alone, rtol=1e-4, atol=1e-5)
-    assert instance_macs(student, IMAGES).tolist() == [int(instance_macs(student, i)) for i in IMAGES.unsqueeze(1)]
+    assert student.instance_macs(IMAGES).tolist() == [int(student.instance_macs(i)) for i in IMAGES.unsqueeze(1)]
 
 
 @networks
@@ -245,7 +245,7 @@ def test_a_gate_that_gives_nothing_leaves_one_channel_of_zeros(name: str) -> Non
     for gate in student.gates:
         nn.init.zeros_(gate.expand.weight)
         nn.init.zeros_(gate.expand.bias)
-    assert instance_macs(student, IMAGES[:2]).tolist() == [least_macs(student.sites, student.fixed_macs)] * 2
+    assert student.instance_macs(IMAGES[:2]).tolist() == [least_macs(student.sites, student.fixed_macs)] * 2
     with torch.no_grad():
         assert student(IMAGES).isfinite().all()
         torch.testing.assert_close(Gather(student).run(IMAGES[:1]), student(IMAGES[:1]), rtol=1e-4, atol=1e-5)

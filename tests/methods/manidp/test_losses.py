@@ -11,15 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from methods.manidp import instance_weights, mean_rank_threshold, similarity_loss
 from methods.manidp.gates import active
-from methods.manidp.losses import (
-    instance_weights,
-    mean_rank_threshold,
-    quantile_threshold,
-    remain_rate,
-    similarity_loss,
-    sparsity_loss,
-)
+from methods.manidp.losses import quantile_threshold, remain_rate, sparsity_loss
 
 seeds = st.integers(0, 10**6)
 rates = st.floats(0.01, 1.0)

@@ -18,17 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
-from methods.manidp.gates import Gated, instance_macs, saliencies
+from methods.manidp import ManiDP
+from methods.manidp.gates import Gated, saliencies
 from methods.manidp.losses import quantile_threshold
-from methods.manidp.method import ManiDP
 from methods.manidp.objective import GatedObjective
 from methods.manidp.thresholds import calibrate, set_quantiles
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, rebuild, trial
 from methods.protocol import defaults
-from methods.training import evaluation, loop
-from methods.training.evaluation import evaluate, top1
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
 from search.workload.samples import Arrays
 from tests.support.networks import NETWORKS
 
@@ -75,7 +73,7 @@ def student_of(name: str, share: float, method: ManiDP = METHOD) -> Gated:
 
 
 def expected_macs(student: Gated, data: Tensor = CALIBRATION) -> float:
-    return float(instance_macs(student, data).double().mean())
+    return float(student.instance_macs(data).double().mean())
 
 
 # Plans
@@ -186,7 +184,7 @@ def test_a_settled_student_meets_its_target(name: str, share: float) -> None:
     METHOD.settle(student, plan, CALIBRATION)
     assert plan.macs_expected is not None
     assert 0.995 * plan.macs_expected <= expected_macs(student) <= plan.macs_expected
-    unseen = instance_macs(student, images(256, 1)).double()
+    unseen = student.instance_macs(images(256, 1)).double()
     noise = float(unseen.std()) * (1 / len(unseen) + 1 / len(CALIBRATION)) ** 0.5
     assert float(unseen.mean()) == pytest.approx(plan.macs_expected, abs=4 * noise)
     thresholds = [mask.threshold.clone() for mask in student.masks]
@@ -211,7 +209,7 @@ def test_the_least_target_is_reached() -> None:
     plan = METHOD.allocate(scores, rows, Budget("least", macs=least), {})
     student = cast(Gated, METHOD.apply(case("plain")[0], plan))
     METHOD.settle(student, plan, CALIBRATION)
-    assert instance_macs(student, CALIBRATION).tolist() == [least] * len(CALIBRATION)
+    assert student.instance_macs(CALIBRATION).tolist() == [least] * len(CALIBRATION)
 
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "plain"])
@@ -258,7 +256,7 @@ def blobs(count: int, seed: int) -> Arrays:
 @cache
 def learnt() -> tuple[nn.Module, Profile, Scores]:
     teacher = NETWORKS["residual"]()
-    list(loop.train(teacher, blobs(512, 0), Recipe(40, batch_size=64, learning_rate=0.05), 0))
+    list(train(teacher, blobs(512, 0), Recipe(40, batch_size=64, learning_rate=0.05), 0))
     return teacher, *scored(teacher)
 
 
@@ -395,7 +393,7 @@ def test_a_student_without_gates_is_recovered_as_any_other() -> None:
     plan = METHOD.allocate(scores, rows, Budget("own", macs=rows.macs), {})
     ours, theirs = METHOD.apply(teacher, plan), copy.deepcopy(teacher)
     METHOD.settle(ours, plan, CALIBRATION)
-    evaluation.recalibrate(theirs, CALIBRATION)
+    recalibrate(theirs, CALIBRATION)
     assert list(METHOD.recover(ours, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0)) == [3]
-    list(loop.recover(theirs, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0))
+    list(recover(theirs, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0))
     assert torch.equal(weights(ours), weights(theirs))

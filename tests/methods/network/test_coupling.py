@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from methods.network import count_macs, count_params, profile
 from methods.network.coupling import find_groups
 from methods.network.cut import cut
-from methods.network.profile import count_macs, count_params, profile
 from methods.network.widths import levels, width_costs
 from tests.support.networks import NETWORKS
 

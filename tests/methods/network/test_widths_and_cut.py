@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Budget, ScoreError
+from methods.network import ChannelGroup, Profile, count_macs, count_params, profile
 from methods.network.cut import CRITERIA, channel_scores, cut, cut_to, kept_channels
-from methods.network.groups import ChannelGroup, Member
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network.groups import Member
 from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
 from tests.support.networks import NETWORKS
 

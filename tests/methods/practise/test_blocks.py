@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.practise.blocks import Blocks, drop, find_blocks, removable_blocks
+from methods.practise import removable_blocks
+from methods.practise.blocks import Blocks, drop, find_blocks
 from tests.support.networks import NETWORKS, _Basic, _Bottleneck, _conv, _Headed, _Inverted, _seeded
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

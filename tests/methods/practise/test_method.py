@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
-from methods.network.profile import Profile, count_macs, count_params, profile
-from methods.practise.method import PRACTISE, interactions, removable_blocks, select
+from methods.network import Profile, count_macs, count_params, profile
+from methods.practise import PRACTISE
+from methods.practise.method import interactions, removable_blocks, select
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
-from methods.training.evaluation import recalibrate
-from methods.training.recipe import Recipe
+from methods.training import Recipe, recalibrate
 from search.workload.samples import Arrays
 from tests.methods.practise.test_blocks import DEEP, deep, silenced
 from tests.support.networks import NETWORKS, _seeded

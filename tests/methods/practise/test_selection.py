@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from methods.base import Infeasible
-from methods.practise.selection import pairwise_error, select, select_jointly
+from methods.practise import select
+from methods.practise.selection import pairwise_error, select_jointly
 
 whole = st.integers(0, 12)
 

@@ -19,12 +19,10 @@ from torch.nn import functional as F
 
 from methods import METHODS
 from methods.base import Budget
-from methods.network.profile import profile
+from methods.network import profile
 from methods.protocol import defaults
-from methods.training import distributed
-from methods.training.evaluation import evaluate, top1
-from methods.training.loop import recover, train
-from methods.training.recipe import WHOLE, Chance, Recipe, Samples
+from methods.training import Recipe, Samples, distributed, evaluate, recover, top1, train
+from methods.training.recipe import WHOLE, Chance
 from search.base import SpecError
 from search.spec import reading
 from search.workload import samples, sources, zoo

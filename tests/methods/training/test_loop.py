@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from methods.training.evaluation import evaluate, recalibrate, top1
-from methods.training.loop import _train_mode, recover, train
+from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
+from methods.training.loop import _train_mode
 from methods.training.objective import classifier_name, last_map
-from methods.training.recipe import WHOLE, Chance, Recipe
+from methods.training.recipe import WHOLE, Chance
 from search.workload import zoo
 from search.workload.samples import Arrays
 from tests.support.networks import NETWORKS

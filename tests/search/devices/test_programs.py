@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from cluster import InlineCluster
 from methods import named
 from methods.base import Budget
-from methods.network.profile import profile
+from methods.network import profile
 from methods.pipeline import Bench
 from methods.protocol import defaults
-from methods.training.evaluation import top1
-from methods.training.recipe import Samples
+from methods.training import Samples, top1
 from search.devices.programs import Exporter, program
 from search.export import ExportError, onnx_program, parity
 from tests.support.networks import NETWORKS

@@ -30,14 +30,13 @@ from cluster import (
 )
 from methods import named
 from methods.base import Budget, Plan
-from methods.network.profile import count_macs, profile
+from methods.network import count_macs, profile
 from methods.protocol import defaults
 from search.base import SpecError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
 from search.devices.stopwatch import LatencyError, Stopwatch
 from search.spec import reading, schema
-from search.workload import loading, zoo
-from search.workload.loading import Workload
+from search.workload import Workload, loading, zoo
 from search.workload.teacher import save_weights
 from tests.support.networks import NETWORKS
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster import InlineCluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
-from methods.network.profile import Profile, profile
+from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch
@@ -24,8 +24,7 @@ from search.driver.planner import Planner
 from search.spec import reading, schema
 from search.spec.targets import Target
 from search.trials import Fitted
-from search.workload import loading, zoo
-from search.workload.loading import Workload
+from search.workload import Workload, loading, zoo
 from search.workload.teacher import save_weights
 
 SPEC = """

@@ -13,7 +13,7 @@ import pytest
 from cluster import Cluster, Event, InlineCluster, Item, always
 from search.driver.preflight import preflight
 from search.spec import reading
-from search.workload.loading import Workload
+from search.workload import Workload
 
 SPEC = """
 name: digits

@@ -17,11 +17,11 @@ from mlflow.tracking import MlflowClient
 from torch import Tensor
 
 from methods.base import Budget, Plan
-from methods.network.profile import profile
+from methods.network import profile
 from methods.pipeline import Outcome, size_bytes, trial
 from methods.protocol import defaults
-from methods.training.evaluation import evaluate
-from methods.training.recipe import WHOLE, Chance, Recipe, Samples
+from methods.training import Recipe, Samples, evaluate
+from methods.training.recipe import WHOLE, Chance
 from methods.uniform import Uniform
 from search.driver.winners import TAG_BYTES, register, student
 from search.record.logged_models import Models, load_model
@@ -31,8 +31,7 @@ from search.record.store import check_store
 from search.record.tracker import Tracker
 from search.spec import reading, schema
 from search.trials import Fitted, Proposal, Teacher, Timing
-from search.workload import loading
-from search.workload.loading import Workload
+from search.workload import Workload, loading
 
 THINGS = """
 import numpy as np

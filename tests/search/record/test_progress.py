@@ -13,7 +13,7 @@ from search.base import Report, TrackingError
 from search.cli import console
 from search.driver import loop
 from search.record.progress import Progress, progress
-from search.workload.loading import Workload
+from search.workload import Workload
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
 STORE = "sqlite:///paredown.db"

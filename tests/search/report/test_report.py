@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import search.report
-from methods.network.groups import ChannelGroup, Member
+from methods.network import ChannelGroup
+from methods.network.groups import Member
 from methods.network.widths import to_choices
 from search.frontier import winner
 from search.report.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks

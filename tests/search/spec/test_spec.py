@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from search.base import SpecError
 from search.record.changes import SpecChanged, changes, check_unchanged
+from search.spec import SearchSpec, load, parse
 from search.spec.amounts import Amount, drop, latency
-from search.spec.reading import load, parse
-from search.spec.schema import SearchSpec
 from search.trials import Teacher
 
 GOOD = """

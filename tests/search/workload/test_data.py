@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from methods.training.recipe import Samples
+from methods.training import Samples
 from search.base import DataError
 from search.workload import sources
 from search.workload.samples import Arrays, Indexed, Pictures, Subset

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from search.foreign import Foreign
 from search.spec import reading
 from search.workload import loading
-from search.workload.samples import Arrays
+from search.workload.samples import Arrays, Foreign
 
 SPEC = """
 name: other

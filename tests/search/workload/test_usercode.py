@@ -33,7 +33,7 @@ def test_a_users_own_search_never_shadows_ours(folder: Path) -> None:
     found = load(folder, factory("./search.py:network"))
     assert isinstance(found.teacher, nn.Sequential)
     assert Path(sys.modules["search"].__file__ or "").name == "__init__.py"
-    assert reading.parse.__module__ == "search.spec.schema"
+    assert reading.parse.__module__ == "search.spec.reading"
     assert "has no function 'network'" in refused(folder, factory("search:network"))
 
 

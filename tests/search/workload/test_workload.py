@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from methods.training.evaluation import evaluate
+from methods.training import evaluate
 from search.base import WorkloadError
 from search.workload import loading, usercode
 from search.workload.teacher import save_weights

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 
 from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, Scores
-from methods.network.profile import Profile, count_macs, count_params, profile
+from methods.network import Profile, count_macs, count_params, profile
 from methods.pipeline import Bench, Outcome, PlanMismatch, Progress, rebuild, score, trial
 from methods.protocol import defaults
-from methods.training.evaluation import evaluate
-from methods.training.recipe import Recipe
+from methods.training import Recipe, evaluate
 from search.workload import zoo
 from search.workload.samples import Arrays
 
