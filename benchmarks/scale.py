@@ -40,8 +40,8 @@ from methods.training import Recipe
 from search.devices.stopwatch import Stopwatch
 from search.driver import loop, runner
 from search.driver.study import BudgetStudy
+from search.record.record import Record
 from search.record.searches import find_search
-from search.record.tracker import Tracker
 from search.report.html import html
 from search.spec import reading, schema
 from search.workload import Workload
@@ -72,7 +72,7 @@ ACCOUNTS: dict[str, list[tuple[Any, str]]] = {
     "ask": [(BudgetStudy, "ask")],
     "report": [(BudgetStudy, "goes_on")],
     "tell": [(BudgetStudy, "tell"), (BudgetStudy, "tell_stopped")],
-    "MLflow": [(Tracker, name) for name in vars(Tracker) if not name.startswith("_")],
+    "MLflow": [(Record, name) for name in vars(Record) if not name.startswith("_")],
     "plan": [(runner, "fit")],
     "latency": [(Stopwatch, "time")],
 }
@@ -331,7 +331,7 @@ def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> L
 def look_back(made: schema.SearchSpec, ledger: Ledger) -> None:
     """What the end of a search does with its whole record, and who resumes one does first."""
     began = now()
-    found = find_search(made.tracking.uri, made.name).result()
+    found = find_search(made.tracking.uri, made.name).read.result()
     ledger.read_s = now() - began
     html(found)
     ledger.report_s = now() - began - ledger.read_s

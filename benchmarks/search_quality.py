@@ -113,7 +113,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
     place = folder / f"{arm.replace(' ', '-')}-{seed}"
     place.mkdir(exist_ok=True)
     uri = f"sqlite:///{place / 'paredown.db'}"
-    result = searches.find_search(uri, "quality").result() if (place / "paredown.db").is_file() else None
+    result = searches.find_search(uri, "quality").read.result() if (place / "paredown.db").is_file() else None
     before = Path.cwd()
     while (spent := curve(result)[-1][0] if result else 0.0) < seconds:
         os.chdir(place)

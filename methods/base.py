@@ -71,11 +71,6 @@ class Budget:
         params = {} if self.params is None else {"params": self.params}
         return ({"macs": min(macs)} if macs else {}) | params
 
-    def allows(self, macs: int, params: int, macs_expected: int | None = None) -> bool:
-        """Whether a network of this cost fits every limit; without gates its expected MACs are its MACs."""
-        cost = {"macs": macs, "params": params, "macs_expected": macs if macs_expected is None else macs_expected}
-        return all(cost[name] <= limit for name, limit in self.declared().items())
-
 
 @dataclass(frozen=True)
 class Choice:

@@ -72,7 +72,7 @@ class Uniform:
 
         def fits(rate: Fraction) -> bool:
             chosen = widths(rate)
-            return budget.allows(costs["macs"](chosen), costs["params"](chosen))
+            return all(costs[cost](chosen) <= limit for cost, limit in budget.limits().items())
 
         fitting = bisect_right(rates, False, key=lambda rate: not fits(rate))
         if fitting == 0:

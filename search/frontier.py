@@ -1,16 +1,14 @@
-"""The end of the story in plain data: what a search found, which candidates nothing beats, and who wins each budget.
-
-Only arithmetic: the tracker builds a `SearchResult`, and the command line, the HTTP app and the report read it.
-"""
+"""The arithmetic of frontiers: which candidates nothing beats, how much they dominate, and which one wins a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
-from search.trials import AXES, LATENCY, Candidate, Latency, Teacher, cost_of
+from search.limits import AXES, Costs, Limits, latencies_in
+from search.trials import Candidate, Latency, Teacher
 
 
 def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> list[dict[str, Any]]:
@@ -21,33 +19,35 @@ def frontier(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> li
     """
     standing = _measured([teacher, *candidates], axis)
     kept = [standing[index] for index in non_dominated([point_of(one, axis) for one in standing])]
-    return [_point_json(one) | {axis: cost_of(one, axis)} for one in kept]
+    return [_point_json(one) | {axis: one.costs[axis]} for one in kept]
 
 
 def volume(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> float:
     """The hypervolume over `axis` of the candidates measured to the end; the teacher bounds it and adds nothing."""
     points = [point_of(one, axis) for one in _measured(candidates, axis)]
-    return hypervolume(points, reference_cost=cost_of(teacher, axis))
+    return hypervolume(points, reference_cost=teacher.costs[axis])
 
 
 def _measured(found: Sequence[Teacher | Candidate], axis: str) -> list[Teacher | Candidate]:
     """Those with a place on `axis`: measured to the end, and on the axis's device where it is one of latency."""
     complete = [one for one in found if isinstance(one, Teacher) or one.state == "complete"]
-    return [one for one in complete if math.isfinite(cost_of(one, axis))]
+    return [one for one in complete if axis in one.costs]
 
 
 def point_of(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
+    """Return the cost on `axis` and the validation top-1 of the teacher or a complete candidate."""
     assert one.top1_validation is not None
-    return cost_of(one, axis), one.top1_validation
+    return one.costs[axis], one.top1_validation
 
 
 def _point_json(one: Teacher | Candidate) -> dict[str, Any]:
     known = {"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | vars(one)
+    known["top1_validation"] = one.top1_validation
     keys = ("run_id", "method", "budget", "top1_validation", "macs", "macs_expected", "params", "size_bytes")
     return {key: known[key] for key in keys} | {"latency_ms": plain_latency(one.latency_ms)}
 
 
-def winner(candidates: Sequence[Candidate], limits: Mapping[str, float]) -> Candidate | None:
+def winner(candidates: Sequence[Candidate], limits: Limits) -> Candidate | None:
     """The best validation top-1 among all complete candidates that meet every limit, whatever budget they were for.
 
     Ties go to fewer MACs, then fewer params, then the earlier trial, then the budget's name.
@@ -74,7 +74,7 @@ class Costed(Protocol):
     def top1_validation(self) -> float | None: ...
 
     @property
-    def latency_ms(self) -> Latency: ...
+    def costs(self) -> Costs: ...
 
 
 def beats(one: Costed, other: Costed) -> bool:
@@ -86,8 +86,8 @@ def beats(one: Costed, other: Costed) -> bool:
     """
     assert one.top1_validation is not None
     assert other.top1_validation is not None
-    axes = (*AXES, *(f"{LATENCY}{device}" for device in {**one.latency_ms, **other.latency_ms}))
-    costs = [(cost_of(one, cost), cost_of(other, cost)) for cost in (*axes, "size_bytes")]
+    axes = (*AXES, *latencies_in((*one.costs, *other.costs)))
+    costs = [(one.costs.get(cost, math.inf), other.costs.get(cost, math.inf)) for cost in (*axes, "size_bytes")]
     if one.top1_validation < other.top1_validation or any(ours > theirs for ours, theirs in costs):
         return False
     return one.top1_validation > other.top1_validation or all(ours < theirs for ours, theirs in costs[:-1])
@@ -136,4 +136,5 @@ def hypervolume(points: Sequence[tuple[float, float]], *, reference_cost: float)
 
 
 def plain_latency(latency_ms: Latency) -> dict[str, dict[str, float]]:
+    """Return latencies as JSON-ready values."""
     return {device: dict(times) for device, times in latency_ms.items()}

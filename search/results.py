@@ -1,4 +1,4 @@
-"""What a search found, as plain data: its budgets, candidates and costs, and how it went."""
+"""The result of a search as plain data: its budgets, candidates and costs, and how it went."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from search.frontier import frontier, hypervolume, non_dominated, plain_latency, point_of, volume
-from search.trials import AXES, LATENCY, Candidate, Teacher
+from search.limits import AXES, Limits, device_of, latency_on
+from search.trials import Candidate, Teacher
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One budget's limits in absolute units by cost (see `cost_of`), and the candidate that won (None: nothing fits).
+    """One budget's limits in absolute units, and the candidate that won (None: nothing fits).
 
     `model_uri` is what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it and `top1_test` exist only where a
     winner is registered. Where a better model of another search holds the alias, it is None and the URI names the
@@ -20,7 +21,7 @@ class BudgetResult:
     """
 
     name: str
-    limits: Mapping[str, float]
+    limits: Limits
     winner: Candidate | None = None
     model_uri: str | None = None
     alias: str | None = None
@@ -29,8 +30,8 @@ class BudgetResult:
     def to_json(self) -> dict[str, Any]:
         """The contract's `{name, limits, winner}`; a limit on latency is `latency_ms: {device: ms}`, as in a winner."""
         found = None if self.winner is None else self._winner_json(self.winner)
-        limits: dict[str, Any] = {cost: limit for cost, limit in self.limits.items() if not cost.startswith(LATENCY)}
-        latency = {cost.removeprefix(LATENCY): limit for cost, limit in self.limits.items() if cost not in limits}
+        limits: dict[str, Any] = {cost: limit for cost, limit in self.limits.items() if device_of(cost) is None}
+        latency = {device: limit for cost, limit in self.limits.items() if (device := device_of(cost)) is not None}
         return {"name": self.name, "limits": limits | ({"latency_ms": latency} if latency else {}), "winner": found}
 
     def _winner_json(self, winner: Candidate) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the search cost: wall seconds, seconds summed over devices, trials run and stopped early.
+    """The cost of a search: wall seconds, seconds summed over devices, trials run and stopped early.
 
     `device_s` are those of trials, of scoring and of measuring; the last two are given beside it.
     """
@@ -64,8 +65,8 @@ class SearchResult:
     """A finished search. `started` is an ISO 8601 time, `spec` the text of the file that asked for it.
 
     `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
-    `importance` is per budget how much each knob decided of top-1, as shares; `beyond` is per budget why methods were
-    known to be unable to meet it before any training.
+    `importance` is per budget how much each knob decided of top-1, as shares; `unreachable` is per budget why methods
+    were known to be unable to meet it before any training.
     """
 
     name: str
@@ -77,7 +78,7 @@ class SearchResult:
     spec: str
     devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    beyond: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    unreachable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -88,14 +89,14 @@ class SearchResult:
         is_gated = any(candidate.macs_expected is not None for candidate in self.candidates)
         is_asked = any("macs_expected" in budget.limits for budget in self.budgets)
         counted = AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
-        return counted + tuple(f"{LATENCY}{device}" for device in self.teacher.latency_ms)
+        return counted + tuple(map(latency_on, self.teacher.latency_ms))
 
     def complete(self) -> list[Candidate]:
         """The candidates that were measured to the end."""
         return [candidate for candidate in self.candidates if candidate.state == "complete"]
 
     def to_json(self) -> dict[str, Any]:
-        """What `paredown frontier --json` prints; other programs read it, so the keys are fixed."""
+        """Return the object that `paredown frontier --json` prints; other programs read it, so the keys are fixed."""
         return {
             "name": self.name,
             "teacher": asdict(self.teacher),
@@ -108,7 +109,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a search had come when one more trial ended, after `device_s` seconds of devices, scoring included.
+    """The state of a search when one more trial ended, after `device_s` seconds of devices, scoring included.
 
     `hypervolume` is over MACs; `best` holds the best validation top-1 within each budget's limits, once there is one.
     """
@@ -119,7 +120,7 @@ class Moment:
 
 
 def history(result: SearchResult) -> list[Moment]:
-    """How a search went: one moment per trial, in the order they ended."""
+    """Return one moment per trial, in the order they ended."""
     moments: list[Moment] = []
     device_s = result.cost.scoring_s + result.cost.measuring_s
     points, best = list[tuple[float, float]](), dict[str, float]()
@@ -162,7 +163,7 @@ class BudgetReach:
     """
 
     budget: str
-    limits: Mapping[str, float]
+    limits: Limits
     reasons: Mapping[str, str | None]
 
     @property

@@ -1,4 +1,4 @@
-"""One trial as data: what the teacher and a candidate cost and reach, what is proposed, and what was fitted."""
+"""One trial as data: the proposal, the fitted plan, the candidate that came of it, and the teacher beside it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,34 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from search.limits import TOP1_DROP, Costs, Limits, latency_on
+
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import KnobValue, Plan
-
-LATENCY = "latency_ms/"
-"""The name of a device's latency among the costs starts with this; the device's own follows."""
-
-
-AXES: tuple[str, ...] = ("macs", "macs_expected", "params")
-"""The costs a frontier is drawn over, beside each device's latency. MACs and expected MACs are two axes: a masked
-channel is not a saved one."""
-
 
 State: TypeAlias = Literal["complete", "failed", "infeasible", "stopped"]
 
 
 Latency: TypeAlias = Mapping[str, Mapping[str, float]]
 """Milliseconds for one batch of a device: its name to `min`, `p50` and `p95`."""
+
+
+Times: TypeAlias = Mapping[str, float]
+"""`min`, `p50` and `p95` in milliseconds of one call, which runs the device's batch."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A student's latency on a device, corrected for drift, and the teacher's beside it as it was, in milliseconds.
+
+    The student's is scaled by the teacher's first measured median over its median in this measurement, which took both
+    in turn. `noise` is how far the medians lay above the fastest calls, as a share, if that was too far after all
+    repeats.
+    """
+
+    latency_ms: Times
+    teacher_latency_ms: Times
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,42 @@ class Teacher:
     size_bytes: int
     latency_ms: Latency = field(default_factory=dict)
 
+    @property
+    def costs(self) -> Costs:
+        """All its costs; it has lost nothing of its own top-1."""
+        return costs_of(self, self.latency_ms, top1_drop=0.0)
+
+
+@dataclass(frozen=True)
+class Top1:
+    """Validation top-1 of a student: after recovery, by which the search decides, and on the way there.
+
+    `surgery` and `bn` are top-1 right after `apply` and after the batch norms saw data again. `drop` is the teacher's
+    top-1 minus `validation`; searches of early versions did not record it.
+    """
+
+    validation: float
+    surgery: float | None = None
+    bn: float | None = None
+    drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The step at which a trial was stopped early, and its validation top-1 there."""
+
+    step: int
+    top1: float
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One evaluated candidate. What its trial did not get to measure is `None`; a complete one has every cost.
+    """One evaluated candidate. A trial without a plan has no costs; one that is complete has them all.
 
     `macs_expected` is the mean over inputs of a gated model, measured on the calibration set, and None for any other.
-    `plan` is what `Plan.to_json` gave. `top1_surgery` and `top1_bn` are validation top-1 right after `apply` and after
-    the batch norms saw data again; `top1_validation` is the one after recovery, by which the search decides, and
-    `top1_drop` what of the teacher's it lost. A trial that was stopped early has the top-1 of its step `stopped_at` in
-    `top1_last` instead.
-    `latency_ms` are per device, corrected for drift: scaled by the teacher's first measured median over its median in
-    this measurement, which took both in turn; `teacher_latency_ms` are the teacher's of this measurement, as they were.
-    `noise` is how far the medians lay above the fastest call, as a share, where that was too far after all repeats.
-    `same_as` is the run that trained this very plan with this very recipe; nothing was trained again.
-    `ended` is a Unix time in seconds.
+    `plan` is what `Plan.to_json` gave. `timings` are per device. `top1` is there if the trial is complete, `stop` if it
+    was stopped early. `same_as` is the run that trained this very plan with this very recipe; nothing was trained
+    again. `ended` is a Unix time in seconds.
 
     Raises:
         ValueError: a complete candidate lacks a cost or a finite top-1.
@@ -71,15 +103,9 @@ class Candidate:
     macs_expected: int | None = None
     params: int | None = None
     size_bytes: int | None = None
-    latency_ms: Latency = field(default_factory=dict)
-    teacher_latency_ms: Latency = field(default_factory=dict)
-    top1_surgery: float | None = None
-    top1_bn: float | None = None
-    top1_validation: float | None = None
-    top1_drop: float | None = None
-    top1_last: float | None = None
-    stopped_at: int | None = None
-    noise: Mapping[str, float] = field(default_factory=dict)
+    timings: Mapping[str, Timing] = field(default_factory=dict)
+    top1: Top1 | None = None
+    stop: Stop | None = None
     same_as: str | None = None
     seconds: float = 0.0
     device_s: float = 0.0
@@ -97,53 +123,36 @@ class Candidate:
                     "a complete candidate has a finite value there: record it, or give the state 'failed'"
                 )
 
-    def fits(self, limits: Mapping[str, float]) -> bool:
-        """Whether this candidate was measured to the end and meets every limit, for example `{"macs": 1_000_000}`."""
-        return self.state == "complete" and all(cost_of(self, cost) <= limit for cost, limit in limits.items())
+    @property
+    def top1_validation(self) -> float | None:
+        """Validation top-1 after recovery, if the trial is complete."""
+        return None if self.top1 is None else self.top1.validation
 
-    def excess(self, limits: Mapping[str, float]) -> dict[str, float]:
-        """How far each limited cost lies above its limit, as a share of it; negative where there is room.
+    @property
+    def latency_ms(self) -> Latency:
+        """The student's latency on every device it was timed on."""
+        return {device: timing.latency_ms for device, timing in self.timings.items()}
 
-        What is lost of top-1 counts as it is: it may be limited to nothing.
-        """
-        return {
-            cost: cost_of(self, cost) - limit if cost == "top1_drop" else cost_of(self, cost) / limit - 1
-            for cost, limit in limits.items()
-        }
+    @property
+    def costs(self) -> Costs:
+        """All its costs that are known."""
+        return costs_of(self, self.latency_ms, top1_drop=None if self.top1 is None else self.top1.drop)
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether this candidate was measured to the end and meets every limit."""
+        return self.state == "complete" and limits.met_by(self.costs)
 
 
-def cost_of(one: object, cost: str) -> float:
-    """What `one`, a teacher, a candidate or an outcome, costs: an attribute, or `latency_ms/DEVICE`, the median there.
+def costs_of(counted: object, latency_ms: Latency, *, top1_drop: float | None) -> Costs:
+    """Return the costs by name of anything with `macs`, `params` and maybe `macs_expected` and `size_bytes`.
 
-    Without gates expected MACs are its MACs. What was not measured on a device costs infinitely much there; a teacher
-    has lost nothing of its own top-1.
+    Without gates expected MACs are the MACs. A cost that is None is left out.
     """
-    if cost.startswith(LATENCY):
-        times = getattr(one, "latency_ms", {}).get(cost.removeprefix(LATENCY))
-        return math.inf if times is None else float(times["p50"])
-    if cost == "top1_drop" and isinstance(one, Teacher):
-        return 0.0
-    found: float | None = getattr(one, cost, None)
-    if found is None and cost == "macs_expected":
-        return cost_of(one, "macs")
-    assert found is not None
-    return found
-
-
-Times: TypeAlias = Mapping[str, float]
-"""`min`, `p50` and `p95` in milliseconds of one call, which runs the device's batch."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A student's latency on a device, corrected for drift, and the teacher's beside it as it was, in milliseconds.
-
-    `noise` is how far the medians lay above the fastest calls, as a share, where that was too far after all repeats.
-    """
-
-    latency_ms: Times
-    teacher_latency_ms: Times
-    noise: float | None = None
+    known = {cost: getattr(counted, cost, None) for cost in ("macs", "macs_expected", "params", "size_bytes")}
+    if known["macs_expected"] is None:
+        known["macs_expected"] = known["macs"]
+    known |= {latency_on(device): times["p50"] for device, times in latency_ms.items()}
+    return {cost: value for cost, value in (known | {TOP1_DROP: top1_drop}).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to try: a method with its knobs and recovery's, as trial `number` of `budget`."""
+    """A method with its knobs and recovery's, to be tried as trial `number` of `budget`."""
 
     budget: str
     number: int
@@ -170,7 +179,7 @@ class Proposal:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from every other proposal of the search."""
+        """The pair that tells it from every other proposal of the search."""
         return self.budget, self.number
 
     def seed(self, base: int) -> int:

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from search.base import Report
 from search.frontier import volume
+from search.limits import latencies_in, latency_on
 from search.report import costs
 from search.report.costs import Row
 from search.results import BudgetResult, Preflight, SearchResult
-from search.trials import LATENCY
 from search.units import count, milliseconds, percent, size
 
 out = Console()
@@ -115,7 +115,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
 def _columns(result: SearchResult) -> list[str]:
     """The costs shown: all that are counted, and the latency on each device that a budget limits, or on the first."""
     found = [cost for cost in costs.columns(result) if cost != "top1_drop"]
-    latencies = [cost for cost in found if cost.startswith(LATENCY)]
+    latencies = latencies_in(found)
     limited = [cost for cost in latencies if any(cost in budget.limits for budget in result.budgets)]
     return [cost for cost in found if cost not in latencies] + (limited or latencies[:1])
 
@@ -175,7 +175,7 @@ def show_preflight(found: Preflight) -> None:
     """What each method can reach, which budgets are within reach and why others are not, and the expected minutes."""
     title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    timed = list(dict.fromkeys(cost for one in found.methods for cost in one.least if cost.startswith(LATENCY)))
+    timed = latencies_in(cost for one in found.methods for cost in one.least)
     latencies = [f"{costs.name(cost, {})}, predicted" for cost in timed]
     for heading in ("method", *(f"least {what}" for what in ("MACs", "params", *latencies))):
         is_name = heading == "method"
@@ -220,7 +220,7 @@ def show_figures(figures: Mapping[str, Any]) -> None:
         "seconds": f"{figures['seconds']:.1f}",
     }
     for device, times in figures["latency_ms"].items():
-        cost = f"{LATENCY}{device}"
+        cost = latency_on(device)
         before = figures["teacher"]["latency_ms"][device]["p50"]
         share = f"{costs.shown(cost, times['p50'])} ({percent(times['p50'] / before)} of {costs.shown(cost, before)})"
         noise = figures["noise"].get(device)

@@ -131,7 +131,7 @@ def frontier(
     from search.cli import console
     from search.record.searches import find_search
 
-    result = find_search(uri, name).result()
+    result = find_search(uri, name).read.result()
     if html is not None:
         from search.report.html import html as page
 

@@ -20,9 +20,9 @@ from search.devices.device import LatencyError, described, kind_of, runtime_of
 from search.devices.layer_table import layers_of
 from search.devices.predicted import roofline_of
 from search.export import onnx_program
+from search.limits import latency_on
 from search.spec import SearchSpec, load
 from search.spec.schema import DeviceSpec
-from search.trials import LATENCY
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""
@@ -169,7 +169,7 @@ def _searched(
     device: str, tags: Mapping[str, str], now: float, beside: Mapping[str, float] | None
 ) -> dict[str, Any] | None:
     """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
-    prefix = f"{LATENCY}{device}/"
+    prefix = f"{latency_on(device)}/"
     latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
     if "p50" not in latency_ms:
         return None

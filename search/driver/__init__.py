@@ -1,5 +1,6 @@
 """The search itself.
 
-Read `loop` first, then in the order of the story: `prepare`, `planner`, `fitting` with `bracket`, `study`, `runner`,
-`winners`; and its short forms `preflight` (`paredown check`) and `compress`.
+Read `loop` first, then in the order of the story `prepare`, `planner` (scores and plans), `fitting` with `bracket` and
+`sizing` (plans within every limit), `study` (Optuna), `runner` with `ledger` and `account`, and `winners`; `preflight`
+and `compress` are its short forms.
 """

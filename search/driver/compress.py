@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import Outcome, rebuild, trial
 from methods.training import Recipe, evaluate
 from search.base import Report, SpecError
-from search.driver.fitting import Wish, fit
 from search.driver.prepare import Prepared, prepare, recipe
+from search.driver.sizing import Request
 from search.driver.study import RECOVERY
 from search.export import exported
 from search.spec import SearchSpec
-from search.trials import Fitted, cost_of
+from search.trials import Fitted, costs_of
 from search.workload import Workload, load
 from search.workload.teacher import save_weights
 
@@ -76,21 +76,22 @@ def compress(
     finally:
         cluster.close()
     student = rebuild(workload.teacher.cpu(), named(method), fitted.plan, outcome.state)
+    latency_ms = {device: timing.latency_ms for device, timing in fitted.timings.items()}
     figures = {name: value for name, value in vars(outcome).items() if name != "state"}
     figures |= {
         "method": method,
         "budget": budget,
-        "limits": prepared.target(budget).declared(),
+        "limits": prepared.target(budget).limits,
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
         "top1_drop": prepared.teacher.top1_validation - outcome.top1_validation,
         "teacher": teacher,
-        "latency_ms": {device: timing.latency_ms for device, timing in fitted.timings.items()},
+        "latency_ms": latency_ms,
         "teacher_latency_ms": {device: timing.teacher_latency_ms for device, timing in fitted.timings.items()},
         "noise": {device: timing.noise for device, timing in fitted.timings.items() if timing.noise is not None},
-        "devices": prepared.stopwatch.described(),
+        "devices": prepared.fitter.stopwatch.described(),
     }
-    measured = SimpleNamespace(**figures)
-    figures["exceeded"] = [cost for cost, limit in figures["limits"].items() if cost_of(measured, cost) > limit]
+    costs = costs_of(outcome, latency_ms, top1_drop=figures["top1_drop"])
+    figures["exceeded"] = prepared.target(budget).limits.exceeded(costs)
     (out / "plan.json").write_text(json.dumps(fitted.plan.to_json(), indent=2))
     (out / "figures.json").write_text(json.dumps(figures, indent=2))
     save_weights(student, out / "student.safetensors")
@@ -102,8 +103,7 @@ def _fitted(prepared: Prepared, method: str, budget: str, knobs: Mapping[str, Kn
     """The method's plan and its student's latency; raises where it cannot handle the network or meet the budget."""
     if method in prepared.refused:
         raise MethodError(prepared.refused[method])
-    wish = Wish(method, prepared.target(budget), knobs)
-    (found,) = fit([wish], prepared.planner, prepared.stopwatch, prepared.workload)
+    (found,) = prepared.fitter.fit([Request(method, prepared.target(budget), knobs)])
     if isinstance(found, MethodError):
         raise found
     return found
@@ -151,7 +151,7 @@ def _value(name: str, knob: Knob, text: str) -> KnobValue:
 
 
 def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Path, report: Report) -> Outcome:
-    """What came of the plan; the trace of a failure is written to `out`."""
+    """Run the trial of a plan; the trace of a failure is written to `out`."""
     for event in cluster.run(trial, [(named(plan.method), plan, how, spec.search.seed)]):
         if isinstance(event, Failed):
             (out / "failure.txt").write_text(event.trace)

@@ -17,14 +17,16 @@ from methods import named
 from methods.pipeline import Progress
 from search.base import Report, masked
 from search.devices.predicted import rooflines
+from search.driver.account import Account
+from search.driver.ledger import Ledger
 from search.driver.prepare import Prepared, prepare, rung
-from search.driver.runner import Clock, Runner
+from search.driver.runner import Runner
 from search.driver.study import FULL, BudgetStudy, Start, Storage, Strategy, storage
 from search.driver.winners import check_model, register
 from search.record.lease import locked
+from search.record.record import Record
 from search.record.searches import open_search
 from search.record.store import check_store
-from search.record.tracker import Tracker
 from search.report.html import html
 from search.results import SearchResult
 from search.spec import SearchSpec
@@ -41,12 +43,12 @@ def search(
     *,
     strategy: Strategy = FULL,
 ) -> SearchResult:
-    """Runs a search to its end, or goes on with one that was stopped; returns what is on record.
+    """Run a search to its end, or resume one that was stopped; return its record.
 
     Args:
         make_cluster: gives the workers, which hold the workload's `bench()`.
-        report: told of progress.
-        strategy: what it does beyond drawing at random.
+        report: hears of progress.
+        strategy: its means beyond drawing at random.
 
     Raises:
         SpecChanged: a search of this name is on record with another spec.
@@ -58,129 +60,141 @@ def search(
     path = report_path(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(spec.tracking.uri, spec.name):
-        clock = Clock()
+        started = time.monotonic()
         workload = load(spec, report)
-        tracker = _tracker(spec, workload)
+        record = _record(spec, workload)
+        account = Account(record.search, started)
         try:
             cluster = make_cluster(workload)
             try:
                 has_run = _run(
-                    spec, workload, cluster, tracker, report, studies_at=studies_at, strategy=strategy, clock=clock
+                    spec, workload, cluster, record, report, studies_at=studies_at, strategy=strategy, account=account
                 )
             finally:
                 cluster.close()
-            tracker.enter("registering")
-            register(spec, workload, tracker, report)
+            record.search.enter("registering")
+            register(spec, workload, record, report)
             if has_run:
-                tracker.add(wall_s=clock.lap())
-            result = tracker.result()
+                record.search.add(wall_s=account.lap())
+            result = record.read.result()
             path.write_text(html(result))
-            tracker.finish(path)
+            record.search.finish(path)
         except BaseException as error:
-            tracker.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            record.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
         return result
 
 
 def report_path(spec: SearchSpec) -> Path:
-    """Where the search's HTML report is written, in the current folder."""
+    """Return the place of the search's HTML report, in the current folder."""
     return Path("paredown.reports", f"{spec.name}.html")
 
 
-def _tracker(spec: SearchSpec, workload: Workload) -> Tracker:
-    """The record of this search, cleared of what a killed driver left unfinished."""
-    tracker = open_search(
+def _record(spec: SearchSpec, workload: Workload) -> Record:
+    """Return the record of this search, cleared of what a killed driver left unfinished."""
+    record = open_search(
         spec.tracking.uri,
         spec.name,
         decisive=spec.decisive() | {"rooflines": rooflines(spec), "teacher and data": workload.fingerprint},
         spec=masked(spec.text),
         model=spec.registered_model,
     )
-    tracker.resume()
-    return tracker
+    record.resume()
+    return record
 
 
 def _run(
     spec: SearchSpec,
     workload: Workload,
     cluster: Cluster,
-    tracker: Tracker,
+    record: Record,
     report: Report,
     *,
     studies_at: Storage,
     strategy: Strategy,
-    clock: Clock,
+    account: Account,
 ) -> bool:
-    """Everything that needs workers; whether any trial was run."""
-    tracker.enter("scoring")
-    prepared = prepare(spec, workload, cluster, report, known=tracker.teacher())
-    tracker.write_limits({target.name: target.declared() for target in prepared.targets})
-    tracker.write_devices(prepared.stopwatch.described())
-    tracker.write_teacher(prepared.teacher)
-    beyond = {
-        budget: {**prepared.refused, **{method: why for method, why in found.items() if isinstance(why, str)}}
-        for budget, found in prepared.reach.items()
-    }
-    tracker.write_beyond(beyond)
-    for why in dict.fromkeys(why for found in beyond.values() for why in found.values()):
-        log.warning(why)
-    studies = _studies(prepared, tracker, studies_at, strategy)
+    """Do everything that needs workers; return whether any trial was run."""
+    record.search.enter("scoring")
+    prepared = prepare(spec, workload, cluster, report, known=record.search.teacher())
+    _write(prepared, record)
+    studies = _studies(prepared, record, studies_at, strategy)
     by_budget = {study.budget: study for study in studies}
+    ledger = Ledger(record.read.trials(), record.read.works())
+    before, trials = len(ledger.results), spec.search.trials * len(studies)
 
-    def goes_on(proposal: Proposal, progress: Progress) -> bool:
-        return by_budget[proposal.budget].goes_on(proposal.number, progress.step, progress.top1)
+    def tell(one: Proposal, note: str) -> None:
+        report("trials", len(ledger.results), trials, f"{one.budget} {one.number} {one.method}: {note}")
 
-    trials = spec.search.trials * len(studies)
-    runner = Runner(prepared, tracker, cluster, report, trials=trials, goes_on=goes_on, clock=clock)
-    before = len(runner.results)
-    tracker.expect(trials)
-    tracker.enter("trials")
-    propose = _freely if spec.search.asynchronous else _rounds
-    propose(prepared, studies, runner, strategy)
+    def should_continue(proposal: Proposal, progress: Progress) -> bool:
+        return by_budget[proposal.budget].should_continue(proposal.number, progress.step, progress.top1)
+
+    runner = Runner(prepared, cluster, record.trials, ledger, account, report=tell, should_continue=should_continue)
+    record.search.expect(trials)
+    record.search.enter("trials")
+    propose = _asynchronously if spec.search.asynchronous else _in_rounds
+    propose(prepared, studies, runner, ledger, strategy)
     importance = {study.budget: study.importance() for study in studies}
-    tracker.write_importance({name: importance[name] for name in prepared.reach if name in importance})
-    if (ended := len(runner.results)) < trials:
+    record.search.write_importance({name: importance[name] for name in prepared.first_plans if name in importance})
+    if (ended := len(ledger.results)) < trials:
         log.warning(
             "time is up after %d of %d trials (search.timeout); the same command goes on from there", ended, trials
         )
     return ended > before
 
 
-def _studies(prepared: Prepared, tracker: Tracker, studies_at: Storage, strategy: Strategy) -> list[BudgetStudy]:
-    """One study per budget that some method can meet, the tightest first: neighbours lie side by side.
+def _write(prepared: Prepared, record: Record) -> None:
+    """Record what is known before any trial, and warn of every method that cannot meet a budget."""
+    record.search.write_limits({target.name: target.limits for target in prepared.targets})
+    record.search.write_devices(prepared.fitter.stopwatch.described())
+    record.search.write_teacher(prepared.teacher)
+    unreachable = {
+        budget: {**prepared.refused, **{method: why for method, why in found.items() if isinstance(why, str)}}
+        for budget, found in prepared.first_plans.items()
+    }
+    record.search.write_unreachable(unreachable)
+    for why in dict.fromkeys(why for found in unreachable.values() for why in found.values()):
+        log.warning(why)
 
-    What was able when a budget came in stays so: predictions of latency differ from day to day, and a study cannot.
+
+def _studies(prepared: Prepared, record: Record, studies_at: Storage, strategy: Strategy) -> list[BudgetStudy]:
+    """Return a study per budget that some method can meet, the tightest first: neighbours lie side by side.
+
+    The methods a budget's study began with stay its methods: predictions of latency differ from day to day, and a study
+    cannot.
     """
     spec = prepared.spec
-    able = {
+    capable = {
         name: {"methods": [one.name for one in methods], "macs": _size(prepared, name)}
-        for name in prepared.reach
-        if (methods := prepared.able(name))
-    } | tracker.able()
-    tracker.write_able(able)
+        for name in prepared.first_plans
+        if (methods := prepared.capable(name))
+    } | record.search.capable()
+    record.search.write_capable(capable)
     found = [
         BudgetStudy(
             studies_at,
-            f"{tracker.run_id}/{name}",
+            f"{record.search.run_id}/{name}",
             name,
-            [named(method) for method in able[name]["methods"]],
+            [named(method) for method in capable[name]["methods"]],
             spec.search.seed,
             labels=spec.recovery.labels,
             warmup=2 * rung(spec.recovery.steps),
             strategy=strategy,
         )
-        for name in able
+        for name in capable
     ]
-    return sorted(found, key=lambda study: (able[study.budget]["macs"], study.budget))
+    return sorted(found, key=lambda study: (capable[study.budget]["macs"], study.budget))
 
 
 def _size(prepared: Prepared, budget: str) -> int:
-    """The most MACs that any method's first plan for a budget leaves."""
-    return max(plan.macs for plan in prepared.reach[budget].values() if not isinstance(plan, str))
+    """Return the most MACs that any method's first plan for a budget leaves."""
+    return max(plan.macs for plan in prepared.first_plans[budget].values() if not isinstance(plan, str))
 
 
-def _rounds(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, strategy: Strategy) -> None:
-    """Asks, runs and tells whole rounds until every budget has its trials or time is up.
+def _in_rounds(
+    prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, ledger: Ledger, strategy: Strategy
+) -> None:
+    """Ask, run and tell whole rounds until every budget has its trials or time is up.
 
     All budgets go through their rounds side by side, so that what one learns from its neighbours does not depend on
     when a driver was killed.
@@ -196,16 +210,16 @@ def _rounds(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
         starts = {study.budget: _start(study, studies) if turn and strategy.shares else None for study in now}
         rounds = {study.budget: list(_round(study, turn, trials, starts[study.budget])) for study in now}
         asked = [proposal for one in rounds.values() for proposal in one]
-        missing = [proposal for proposal in asked if not runner.knows(proposal)]
+        missing = [proposal for proposal in asked if not ledger.knows(proposal)]
         for _ in runner.run([missing]):
             pass
         for study in now:
             for proposal in rounds[study.budget]:
-                _tell(study, prepared, runner.results[proposal.key])
+                _tell(study, prepared, ledger.results[proposal.key])
 
 
 def _round(study: BudgetStudy, turn: int, trials: int, start: Start | None) -> Iterator[Proposal]:
-    """What a killed driver left of this budget's round, and enough new proposals to make it whole.
+    """Yield the proposals of this budget's round that a killed driver left, and enough new ones to make it whole.
 
     The first of a round is a neighbour's best, where that is new here.
     """
@@ -224,15 +238,17 @@ def _start(study: BudgetStudy, studies: Sequence[BudgetStudy]) -> Start | None:
     return None
 
 
-def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, strategy: Strategy) -> None:
-    """Asks whenever a worker is free, the budget with the fewest trials first, and tells as trials end."""
+def _asynchronously(
+    prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, ledger: Ledger, strategy: Strategy
+) -> None:
+    """Ask whenever a worker is free, the budget with the fewest trials first, and tell as trials end."""
     trials = prepared.spec.search.trials
     deadline = time.monotonic() + prepared.spec.search.timeout
     by_budget = {study.budget: study for study in studies}
 
     def proposals() -> Iterator[list[Proposal]]:
         for study in studies:
-            yield from ([one] for one in study.unfinished() if not runner.knows(one))
+            yield from ([one] for one in study.unfinished() if not ledger.knows(one))
         while time.monotonic() < deadline:
             if not (left := [study for study in studies if study.asked < trials]):
                 return
@@ -242,8 +258,8 @@ def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
 
     for study in studies:
         for one in study.unfinished():
-            if runner.knows(one):
-                _tell(study, prepared, runner.results[one.key])
+            if ledger.knows(one):
+                _tell(study, prepared, ledger.results[one.key])
     for candidate in runner.run(proposals()):
         _tell(by_budget[candidate.budget], prepared, candidate)
 
@@ -251,7 +267,7 @@ def _freely(prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, 
 def _tell(study: BudgetStudy, prepared: Prepared, found: Candidate) -> None:
     """Tells Optuna what came of a trial; one over a limit, as a gated model may be, counts as infeasible."""
     if found.state == "complete":
-        excess = found.excess(prepared.target(study.budget).declared())
+        excess = prepared.target(study.budget).limits.excess(found.costs)
         study.tell(found.trial, found.top1_validation, excess)
     elif found.state == "stopped":
         study.tell_stopped(found.trial)

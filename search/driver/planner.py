@@ -45,7 +45,7 @@ class Planner:
         return self._profiles[()].macs
 
     def spent(self) -> dict[str, float]:
-        """What scoring took since this was last asked: shards that ran, and seconds of workers."""
+        """Return the shards that ran, and their seconds of workers, since this was last asked."""
         taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
         return taken
 

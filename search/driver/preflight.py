@@ -1,4 +1,4 @@
-"""What is known before anything is trained: what each method can reach, and about how long a search would take."""
+"""Tell, before anything is trained, how far each method can reach and about how long a search would take."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
-from search.driver.fitting import least_latency
 from search.driver.prepare import Prepared, prepare
+from search.limits import Limits, latency_on
 from search.results import BudgetReach, MethodReach, Preflight
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
-from search.trials import LATENCY
+from search.spec.targets import Target
+from search.trials import costs_of
 from search.workload import Workload, load
 
 TIMED_STEPS = 4
@@ -57,8 +58,8 @@ def _found(prepared: Prepared) -> Preflight:
         budgets=tuple(
             BudgetReach(
                 target.name,
-                target.declared(),
-                {name: _obstacle(plan, target.budget) for name, plan in prepared.reach[target.name].items()},
+                target.limits,
+                {name: _obstacle(plan, target) for name, plan in prepared.first_plans[target.name].items()},
             )
             for target in prepared.targets
         ),
@@ -66,12 +67,15 @@ def _found(prepared: Prepared) -> Preflight:
     )
 
 
-def _obstacle(found: Plan | str, budget: Budget) -> str | None:
+def _obstacle(found: Plan | str, target: Target) -> str | None:
     """Why a method has no plan that can win the budget, or None."""
-    if isinstance(found, str) or budget.allows(found.macs, found.params, found.macs_expected):
-        return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    planned = Limits(target.budget.declared())
+    if planned.met_by(costs_of(found, {}, top1_drop=None)):
+        return None
     return (
-        f"budget {budget.name!r} limits MACs, which {found.method} meets on average only: {found.macs_expected:,} are "
+        f"budget {target.name!r} limits MACs, which {found.method} meets on average only: {found.macs_expected:,} are "
         f"expected, {found.macs:,} with every channel; limit macs_expected instead to let it win"
     )
 
@@ -85,7 +89,7 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
         limit = {cost: 1}
         nothing = Budget("nothing", limit.get("macs"), limit.get("params"), channels)
         try:
-            plan = prepared.planner.plan(name, nothing, defaults(named(name)))
+            plan = prepared.fitter.planner.plan(name, nothing, defaults(named(name)))
             least[cost] = getattr(plan, cost)
         except Infeasible as error:
             least[cost] = error.least[cost]
@@ -101,10 +105,10 @@ def _least_latency(prepared: Prepared, name: str, budget: Budget) -> dict[str, f
     if not devices:
         return {}
     try:
-        found = least_latency(name, budget, devices, prepared.planner, prepared.stopwatch, workload=prepared.workload)
+        found = prepared.fitter.least_latency(name, budget, devices)
     except MethodError:  # a chain's links take other shares of this cut, and may miss it
         return {}
-    return {f"{LATENCY}{device}": ms for device, ms in found.items()}
+    return {latency_on(device): ms for device, ms in found.items()}
 
 
 def _minutes(prepared: Prepared) -> float:
@@ -122,7 +126,7 @@ def _minutes(prepared: Prepared) -> float:
 
 
 def _timing_seconds(prepared: Prepared) -> float:
-    """What all trials wait for devices: a student is timed once on each, twice where its latency is limited."""
+    """Return the seconds all trials wait for devices: a student is timed once on each, twice if that is limited."""
     sessions = 0.0
     for name, device in prepared.spec.devices.items():
         if device.runtime == "profile":
@@ -134,7 +138,7 @@ def _timing_seconds(prepared: Prepared) -> float:
 
 
 def _seconds(workload: Workload, settings: RecoverySpec) -> tuple[float, float]:
-    """What a training step and an evaluation take."""
+    """Return the seconds of a training step and of an evaluation."""
     model = copy.deepcopy(workload.teacher)
     quick = Recipe(TIMED_STEPS, batch_size=settings.batch_size, learning_rate=1e-6, precision=settings.precision)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What is known before any training: the profile, every method's scores, and which budgets each can meet."""
+"""Prepare a search: the profile, every method's scores, and which budgets each method can meet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from cluster import Cluster
 from methods import named
-from methods.base import KnobValue, MethodError, Plan
+from methods.base import KnobValue, Plan
 from methods.chain import AnyMethod, Chain
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.training import Recipe, evaluate
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
-from search.driver.fitting import reachable
+from search.driver.fitting import Fitter
 from search.driver.planner import Planner
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
@@ -25,30 +25,33 @@ from search.trials import Latency, Teacher
 from search.workload import Workload
 
 RUNGS = 5
-"""How often recovery is looked at; a trial can be given up at each but the last."""
+"""Looks at recovery; a trial can be stopped early at each but the last."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the first trial: `reach` says per budget which methods can meet it, or why not."""
+    """A search before its first trial.
+
+    `refused` says why methods cannot handle the network at all. `first_plans` holds, per budget and other method, the
+    plan with default knobs that is predicted to meet it, or why there is none.
+    """
 
     spec: SearchSpec
     workload: Workload
     profile: Profile
     teacher: Teacher
     targets: tuple[Target, ...]
-    planner: Planner
-    stopwatch: Stopwatch
+    fitter: Fitter
     refused: Mapping[str, str]
-    reach: Mapping[str, Mapping[str, Plan | str]]
+    first_plans: Mapping[str, Mapping[str, Plan | str]]
 
     def target(self, name: str) -> Target:
         """The budget of that name, with all its limits."""
         return next(target for target in self.targets if target.name == name)
 
-    def able(self, budget: str) -> list[AnyMethod]:
+    def capable(self, budget: str) -> list[AnyMethod]:
         """The methods that can meet a budget, the baseline last."""
-        return [named(name) for name, found in self.reach[budget].items() if isinstance(found, Plan)]
+        return [named(name) for name, found in self.first_plans[budget].items() if isinstance(found, Plan)]
 
 
 def prepare(
@@ -80,10 +83,9 @@ def prepare(
     planner = Planner(workload, found, cluster, report)
     firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, able)]
     planner.score(list({method.name: method for method in firsts}.values()))
-    reach = {
-        target.name: {name: _reach(name, target, planner, stopwatch, workload) for name in able} for target in targets
-    }
-    return Prepared(spec, workload, found, teacher, targets, planner, stopwatch, refused, reach)
+    fitter = Fitter(planner, stopwatch, workload.teacher)
+    plans = {target.name: {name: fitter.reachable(name, target) for name in able} for target in targets}
+    return Prepared(spec, workload, found, teacher, targets, fitter, refused, plans)
 
 
 def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:
@@ -95,13 +97,6 @@ def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher
         size_bytes=size_bytes(workload.teacher),
         latency_ms=latency_ms,
     )
-
-
-def _reach(name: str, target: Target, planner: Planner, stopwatch: Stopwatch, workload: Workload) -> Plan | str:
-    try:
-        return reachable(name, target, planner, stopwatch, workload)
-    except MethodError as error:
-        return str(error)
 
 
 def rung(steps: int) -> int:

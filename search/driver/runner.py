@@ -1,10 +1,9 @@
-"""Trials as they are proposed: planned, timed, trained on the cluster, and each on record when it has ended."""
+"""Run trials as they are proposed: planned, timed, trained on the cluster, and each on record when it has ended."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,15 +12,15 @@ from methods import named
 from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
 from methods.training import Recipe
-from search.base import Report, SearchError
-from search.driver.fitting import Wish, fit
+from search.driver.account import Account
+from search.driver.ledger import Ledger
 from search.driver.prepare import Prepared, recipe
-from search.frontier import beats
-from search.record.tracker import Tracker
-from search.trials import Candidate, Fitted, Proposal, State
+from search.driver.sizing import Request
+from search.record.trial_runs import TrialRuns
+from search.trials import Candidate, Fitted, Proposal, State, Top1
 
-GoesOn = Callable[[Proposal, Progress], bool]
-"""Whether a running trial is worth going on with, from what it just reached."""
+ShouldContinue = Callable[[Proposal, Progress], bool]
+"""Whether a running trial is worth its next steps, by its latest figure."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Planned:
 
     @property
     def work(self) -> str:
-        """A name for what would be trained, and how: trials that share it are trained once."""
+        """A name for the training it asks for: trials that share it are trained once."""
         plan = {
             key: value for key, value in self.fitted.plan.to_json().items() if key not in ("loss", "bound", "notes")
         }
@@ -43,195 +42,126 @@ class Planned:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-ACCOUNT_S = 10
-"""Seconds between two writes of what the search has taken so far, while trials end; a kill forgets as much at most."""
-
-
-class Clock:
-    """Wall seconds, told once each."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def passed(self) -> float:
-        """The seconds that are still to be told."""
-        return time.monotonic() - self._last
-
-    def lap(self) -> float:
-        """The seconds since this was last asked."""
-        passed = self.passed()
-        self._last += passed
-        return passed
-
-
 class Runner:
-    """Runs proposals and is the only one that writes what comes of them.
+    """Runs proposals and alone writes how they end: it hears the cluster's events and fills the record and the ledger.
 
     Args:
-        report: told how many of `trials` in all have ended.
-        goes_on: asked at every step of recovery but the last.
-        clock: whose laps are recorded whenever a trial has ended.
+        report: told a word on a trial whenever something happens to it.
+        should_continue: asked at every step of recovery but the last.
     """
 
     def __init__(
         self,
         prepared: Prepared,
-        tracker: Tracker,
         cluster: Cluster,
-        report: Report,
+        runs: TrialRuns,
+        ledger: Ledger,
+        account: Account,
         *,
-        trials: int,
-        goes_on: GoesOn,
-        clock: Clock,
+        report: Callable[[Proposal, str], None],
+        should_continue: ShouldContinue,
     ) -> None:
         self._prepared = prepared
-        self._tracker = tracker
         self._cluster = cluster
+        self._runs = runs
+        self._ledger = ledger
+        self._account = account
         self._report = report
-        self._trials = trials
-        self._goes_on = goes_on
-        self.results: dict[tuple[str, int], Candidate] = {(one.budget, one.trial): one for one in tracker.trials()}
-        self._unbeaten: list[Candidate] = []
-        for one in self.results.values():
-            self._compare(one)
-        self._sources = tracker.works()
-        self._training: list[Planned] = []
+        self._should_continue = should_continue
         self._ended: list[Candidate] = []
-        self._twins: list[Planned] = []
-        self._last: dict[int, Progress] = {}
-        self._clock = clock
-        self._is_owing = False
-
-    def knows(self, proposal: Proposal) -> bool:
-        """Whether what came of a proposal is on record.
-
-        Raises:
-            SearchError: the record is of another proposal of that number, so the studies are not the record's.
-        """
-        found = self.results.get(proposal.key)
-        if found is None:
-            return False
-        asked = proposal.method, dict(proposal.knobs) | {f"recovery.{key}": v for key, v in proposal.recovery.items()}
-        if (found.method, dict(found.knobs)) != asked:
-            raise SearchError(
-                f"trial {proposal.number} of budget {proposal.budget!r} is on record as {found.method}, but Optuna "
-                f"proposes {proposal.method} or other knobs for it; expected the studies this search began with; give "
-                "their place as tracking.studies, or run the search under another name with --fork"
-            )
-        return True
 
     def run(self, batches: Iterable[Sequence[Proposal]]) -> Iterator[Candidate]:
-        """Runs proposals in batches, each taken when a worker is free for it; yields every trial as it ends.
+        """Run proposals in batches, each taken when a worker is free for it; yield every trial as it ends.
 
         A trial whose plan and recipe were trained before takes that outcome; one whose twin is being trained waits.
         """
         waiting: Iterable[Planned] = (ready for batch in batches for ready in self._planned(batch))
         while True:
-            self._training, self._twins, self._last = [], [], {}
-            for event in self._cluster.run(trial, self._items(waiting), self._decide):
-                self._hear(event)
+            training, twins, latest = list[Planned](), list[Planned](), dict[int, Progress]()
+
+            def should_continue(index: int, progress: Progress, training: Sequence[Planned] = training) -> bool:
+                is_last = progress.step >= progress.steps
+                return is_last or self._should_continue(training[index].proposal, progress)
+
+            for event in self._cluster.run(trial, self._items(waiting, training, twins), should_continue):
+                self._hear(training[event.index], event, latest)
                 yield from self._drained()
             yield from self._drained()
-            if not self._twins:
-                self._account()
+            if not twins:
+                self._account.write(self._prepared.fitter)
                 return
-            waiting = self._twins
+            waiting = twins
 
     def _drained(self) -> Iterator[Candidate]:
-        """What ended since this was last asked."""
+        """Yield the trials that ended since this was last asked."""
         ended, self._ended = self._ended, []
-        self._is_owing |= len(ended) > 0
-        if self._clock.passed() > ACCOUNT_S:
-            self._account()
+        if ended:
+            self._account.owe()
+        if self._account.is_due:
+            self._account.write(self._prepared.fitter)
         yield from ended
 
-    def _account(self) -> None:
-        """Adds to the record what was taken since this was last done, if any trial has ended since."""
-        if self._is_owing:
-            spent = self._prepared.planner.spent() | self._prepared.stopwatch.spent()
-            self._tracker.add(wall_s=self._clock.lap(), **spent)
-            self._is_owing = False
-
     def _planned(self, proposals: Sequence[Proposal]) -> Iterator[Planned]:
-        """Puts proposals on record, plans them and times their students together; those without a plan end here."""
+        """Put proposals on record, plan them and time their students together; those without a plan end here."""
         prepared = self._prepared
-        runs = [self._tracker.start_trial(proposal) for proposal in proposals]
-        wishes = [Wish(one.method, prepared.target(one.budget), one.knobs) for one in proposals]
-        found = fit(wishes, prepared.planner, prepared.stopwatch, prepared.workload)
-        for proposal, run_id, fitted in zip(proposals, runs, found, strict=True):
+        runs = [self._runs.start(proposal) for proposal in proposals]
+        requests = [Request(one.method, prepared.target(one.budget), one.knobs) for one in proposals]
+        for proposal, run_id, fitted in zip(proposals, runs, prepared.fitter.fit(requests), strict=True):
             if isinstance(fitted, Fitted):
                 yield Planned(proposal, run_id, fitted, recipe(prepared.spec.recovery, proposal.recovery))
             else:
                 state: State = "infeasible" if isinstance(fitted, Infeasible) else "failed"
-                self._end(self._tracker.fail(run_id, state, str(fitted), device_s=0.0))
-                self._tell(proposal, state)
+                self._end(proposal, self._runs.fail(run_id, state, str(fitted), device_s=0.0), state)
 
-    def _items(self, waiting: Iterable[Planned]) -> Iterator[tuple[object, ...]]:
-        """The arguments of `trial` beside the bench, for what has to be trained."""
+    def _items(
+        self, waiting: Iterable[Planned], training: list[Planned], twins: list[Planned]
+    ) -> Iterator[tuple[object, ...]]:
+        """Yield the arguments of `trial` beside the worker's inputs; fill `training` in their order, and `twins`."""
         begun: set[str] = set()
         for one in waiting:
-            self._tracker.planned(one.run_id, one.fitted, one.work)
-            if (source := self._sources.get(one.work)) is not None:
-                self._end(self._tracker.reuse(one.run_id, source))
-                self._tell(one.proposal, "trained before")
+            self._runs.planned(one.run_id, one.fitted, one.work)
+            if (source := self._ledger.works.get(one.work)) is not None:
+                self._end(one.proposal, self._runs.reuse(one.run_id, source), "trained before")
             elif one.work in begun:
-                self._twins.append(one)
+                twins.append(one)
             else:
                 begun.add(one.work)
-                self._training.append(one)
+                training.append(one)
                 seed = one.proposal.seed(self._prepared.spec.search.seed)
                 yield named(one.proposal.method), one.fitted.plan, one.how, seed
 
-    def _decide(self, index: int, progress: Progress) -> bool:
-        """Whether a trial goes on; its last step is its end anyway."""
-        is_last = progress.step >= progress.steps
-        return is_last or self._goes_on(self._training[index].proposal, progress)
-
-    def _hear(self, event: Event) -> None:
-        """Puts on record what a worker says."""
-        one = self._training[event.index]
+    def _hear(self, one: Planned, event: Event, latest: dict[int, Progress]) -> None:
+        """Put a worker's event on record; `latest` holds the last figure of each trial."""
         if isinstance(event, Step):
-            last = self._last.get(event.index)
-            if last is None or event.value.step > last.step:  # one that lost its worker says it all again
-                self._last[event.index] = event.value
-                self._tracker.progress(one.run_id, event.value.step, event.value.top1)
-            self._tell(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
-            return
-        if isinstance(event, Done):
-            ended = self._complete(one, event.value, event.seconds)
-            note = f"top-1 {event.value.top1_validation:.4f}"
+            known = latest.get(event.index)
+            if known is None or event.value.step > known.step:  # one that lost its worker says it all again
+                latest[event.index] = event.value
+                self._runs.progress(one.run_id, event.value.step, event.value.top1)
+            self._report(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
+        elif isinstance(event, Done):
+            found = self._complete(one, event.value, event.seconds)
+            self._end(one.proposal, found, f"top-1 {event.value.top1_validation:.4f}")
         elif isinstance(event, Stopped):
-            last = self._last[event.index]
-            ended = self._tracker.stop(one.run_id, last.step, last.top1, event.seconds)
-            note = f"given up at step {last.step}, top-1 {last.top1:.4f}"
+            last = latest[event.index]
+            found = self._runs.stop(one.run_id, last.step, last.top1, event.seconds)
+            self._end(one.proposal, found, f"given up at step {last.step}, top-1 {last.top1:.4f}")
         else:
-            ended = self._tracker.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
-            note = f"failed: {event.error}"
-        self._end(ended)
-        self._tell(one.proposal, note)
+            found = self._runs.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
+            self._end(one.proposal, found, f"failed: {event.error}")
 
     def _complete(self, one: Planned, outcome: Outcome, seconds: float) -> Candidate:
+        """End a trial that was trained to its last step; its weights are kept only where they may be needed."""
         drop = self._prepared.teacher.top1_validation - outcome.top1_validation
-        costs = Candidate(
+        reached = Candidate(
             one.run_id, one.proposal.number, one.proposal.budget, one.proposal.method, {}, "complete",
             macs=outcome.macs, macs_expected=outcome.macs_expected, params=outcome.params,
-            size_bytes=outcome.size_bytes, top1_validation=outcome.top1_validation, top1_drop=drop,
-            latency_ms={device: timing.latency_ms for device, timing in one.fitted.timings.items()},
+            size_bytes=outcome.size_bytes, timings=one.fitted.timings, top1=Top1(outcome.top1_validation, drop=drop),
         )  # fmt: skip
-        is_beaten = any(beats(found, costs) for found in self._unbeaten)
-        self._sources[one.work] = one.run_id
-        return self._tracker.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=not is_beaten)
+        keep = not self._ledger.is_beaten(reached)
+        self._ledger.works[one.work] = one.run_id
+        return self._runs.complete(one.run_id, outcome, seconds, top1_drop=drop, keep_weights=keep)
 
-    def _end(self, found: Candidate) -> None:
-        self.results[found.budget, found.trial] = found
-        self._compare(found)
+    def _end(self, proposal: Proposal, found: Candidate, note: str) -> None:
+        self._ledger.add(found)
         self._ended.append(found)
-
-    def _compare(self, found: Candidate) -> None:
-        """Keeps those that nothing beats: who is beaten by any other is beaten by one of these."""
-        if found.state == "complete" and not any(beats(one, found) for one in self._unbeaten):
-            self._unbeaten = [*(one for one in self._unbeaten if not beats(found, one)), found]
-
-    def _tell(self, one: Proposal, note: str) -> None:
-        label = f"{one.budget} {one.number} {one.method}"
-        self._report("trials", len(self.results), self._trials, f"{label}: {note}")
+        self._report(proposal, note)

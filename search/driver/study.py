@@ -37,10 +37,10 @@ RECOVERY: dict[str, Knob] = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a search does beyond drawing at random; the benchmark of its quality switches these off.
+    """A search's means beyond drawing at random; the benchmark of its quality switches them off.
 
-    It `models` what was told (TPE), `starts` with every method's defaults, `stops` what falls behind in recovery, and
-    `shares` good proposals between neighbouring budgets.
+    It `models` told trials (TPE), `starts` with every method's defaults, `stops` trials that fall behind in recovery,
+    and `shares` good proposals between neighbouring budgets.
     """
 
     models: bool = True
@@ -56,11 +56,11 @@ ENOUGH = 10
 """Complete trials, below which nothing is said of what decided top-1."""
 
 KEPT = 2 / 3
-"""A trial goes on while it would be among this share of the told ones. A median gave up trials close to the best: most
-accuracies of one budget lie close together, and how they are ordered changes while the learning rate falls."""
+"""A trial continues while it would be among this share of the told ones. A median stopped trials close to the best:
+most accuracies of one budget lie close together, and how they are ordered changes while the learning rate falls."""
 
 BEST, LATEST = 100, 200
-"""How many trials the sampler sees of a budget that has more: the time of a draw grows with them. TPE models the best
+"""Trials that the sampler sees of a budget that has more: the time of a draw grows with them. TPE models the best
 25 by themselves, and those are the same here; of the others, from which it tells them, old ones weigh little anyway."""
 
 Start: TypeAlias = Mapping[str, Any]
@@ -79,7 +79,7 @@ class _Seen(optuna.Study):
 
 
 class BudgetStudy:
-    """The trials of one budget: each method first with its defaults, then whatever the sampler draws.
+    """The trials of one budget: each method first with its defaults, then the sampler's draws.
 
     Every draw is seeded by the search's seed and the trial's number, so a search that was killed and resumed proposes
     what an undisturbed one would have.
@@ -116,7 +116,7 @@ class BudgetStudy:
 
     @property
     def round(self) -> int:
-        """How many proposals make a round: one per method, so that no search depends on its number of workers."""
+        """The proposals in a round: one per method, so that no search depends on its number of workers."""
         return len(self._methods)
 
     def unfinished(self) -> list[Proposal]:
@@ -144,13 +144,13 @@ class BudgetStudy:
         return self._proposal(Trial(self._sampling(number), trial._trial_id))
 
     def best(self) -> Start | None:
-        """What the best told trial within the limits proposed, if there is one."""
+        """Return the proposal of the best told trial within the limits, if there is one."""
         ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = max(filter(_fits, ended), key=lambda trial: (trial.value, -trial.number), default=None)
         return None if best is None else best.params
 
-    def goes_on(self, number: int, step: int, top1: float) -> bool:
-        """Takes in what a running trial reached at a step of recovery; False where it should be given up.
+    def should_continue(self, number: int, step: int, top1: float) -> bool:
+        """Take in what a running trial reached at a step of recovery; False if it should be stopped early.
 
         It is compared with trials that were told as complete, never with those beside it: timing decides nothing.
         """
@@ -174,12 +174,12 @@ class BudgetStudy:
         self._study.tell(number, top1, state=TrialState.COMPLETE)
 
     def tell_stopped(self, number: int) -> None:
-        """Ends a trial that `goes_on` gave up; the sampler learns from what it reached."""
+        """Ends a trial that `should_continue` stopped early; the sampler learns from what it reached."""
         self.told += 1
         self._study.tell(number, state=TrialState.PRUNED)
 
     def importance(self) -> dict[str, float]:
-        """How much each knob decided of top-1, as shares that add up to 1; empty below `ENOUGH` complete trials.
+        """Return each knob's share in what decided top-1; the shares add up to 1. Empty below `ENOUGH` complete trials.
 
         Only knobs that had several values count.
         Source: PED-ANOVA (Watanabe, Bansal, Hutter 2023), as Optuna has it.
@@ -211,7 +211,7 @@ class BudgetStudy:
             return TPESampler(seed=seed, n_startup_trials=len(self._methods), multivariate=True, group=True)
 
     def _pruner(self, warmup: int) -> BasePruner:
-        """Gives up what is behind `KEPT` of the trials told as complete at the same step, after `warmup` steps."""
+        """Stop early what is behind `KEPT` of the trials told as complete at the same step, after `warmup` steps."""
         return PercentilePruner(100 * KEPT, n_startup_trials=len(self._methods), n_warmup_steps=warmup)
 
     def _defaults(self, method: str) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class BudgetStudy:
 
 
 def _asked(trials: Sequence[FrozenTrial]) -> int:
-    """How many trials there are, ended or not; what is only queued is none yet."""
+    """Count the trials, ended or not; a queued one is none yet."""
     return sum(trial.state != TrialState.WAITING for trial in trials)
 
 

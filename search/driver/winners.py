@@ -15,18 +15,19 @@ from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report, SpecError, TrackingError
 from search.frontier import frontier
+from search.limits import latency_on
 from search.record.logged_models import Models
+from search.record.record import Record
 from search.record.registry import Registry, check_alias, of_a_budget
 from search.record.searches import find_search
 from search.record.store import FAULTS, connect, unwritable
-from search.record.tracker import Tracker
 from search.results import BudgetResult, SearchResult
 from search.spec import SearchSpec
-from search.trials import LATENCY, Candidate
+from search.trials import Candidate
 from search.workload import Workload
 
 IMAGES = 16
-"""How many calibration images a stored program is compared with its student on."""
+"""Calibration images on which a stored program is compared with its student."""
 
 TAG_BYTES = 65_535
 """The longest tag: MLflow takes 100,000 characters, but the column of its MySQL stores holds this many bytes."""
@@ -48,7 +49,7 @@ def check_model(spec: SearchSpec) -> None:
         raise TrackingError(unwritable(uri, str(error))) from error
 
 
-def register(spec: SearchSpec, workload: Workload, tracker: Tracker, report: Report) -> None:
+def register(spec: SearchSpec, workload: Workload, record: Record, report: Report) -> None:
     """Stores every frontier member and registers the winners; what is already there stays.
 
     The test set is read here and nowhere else: once for the teacher, once per registered version.
@@ -58,19 +59,19 @@ def register(spec: SearchSpec, workload: Workload, tracker: Tracker, report: Rep
         WorkloadError: a student's exported program does not do what the student does; it is not registered.
     """
     check_model(spec)
-    result = tracker.result()
+    result = record.read.result()
     if result.teacher.top1_test is None:
         test = evaluate(workload.teacher.cpu(), workload.splits.test, workload.metric)
-        tracker.write_teacher(replace(result.teacher, top1_test=test))
-    uris = _store(workload, tracker, result, report)
+        record.search.write_teacher(replace(result.teacher, top1_test=test))
+    uris = _store(workload, record, result, report)
     trained = _trained(result)
     for budget in result.budgets:
         if budget.winner is None:
             continue
         run_id = budget.winner.run_id
-        known = tracker.registry.version_of(run_id, budget.name)
-        tags = known.tags if known else _tags(spec, workload, tracker, result, budget)
-        tracker.registry.register(budget.name, run_id, uris[trained[run_id]], tags, budget.limits)
+        known = record.registry.version_of(run_id, budget.name)
+        tags = known.tags if known else _tags(spec, workload, record, result, budget)
+        record.registry.register(budget.name, run_id, uris[trained[run_id]], tags, budget.limits)
 
 
 def promote(uri: str, name: str, budget: str, alias: str) -> dict[str, Any]:
@@ -84,39 +85,39 @@ def promote(uri: str, name: str, budget: str, alias: str) -> dict[str, Any]:
         TrackingError: there is no such search, or no winner is registered for the budget.
     """
     check_alias(alias)
-    tracker = find_search(uri, name)
-    known = [one.name for one in tracker.result().budgets]
+    record = find_search(uri, name)
+    known = [one.name for one in record.read.result().budgets]
     if budget not in known:
         raise SpecError(
             f"search {name!r} has no budget {budget!r}; expected one of {', '.join(known)}; correct the budget"
         )
     if alias in known:
         raise SpecError(of_a_budget(alias))
-    return tracker.registry.promote(budget, alias)
+    return record.registry.promote(budget, alias)
 
 
-def student(workload: Workload, tracker: Tracker, run_id: str) -> nn.Module:
+def student(workload: Workload, record: Record, run_id: str) -> nn.Module:
     """The student of a trial whose weights were kept, in eval mode."""
-    plan = tracker.plan(run_id)
-    return rebuild(workload.teacher.cpu(), named(plan.method), plan, tracker.weights(run_id))
+    plan = record.read.plan(run_id)
+    return rebuild(workload.teacher.cpu(), named(plan.method), plan, record.read.weights(run_id))
 
 
-def _store(workload: Workload, tracker: Tracker, result: SearchResult, report: Report) -> dict[str, str]:
+def _store(workload: Workload, record: Record, result: SearchResult, report: Report) -> dict[str, str]:
     """The URI of the stored model of every run that trained a winner or a member of a frontier.
 
     The teacher is stored with the search itself, so that a student can be measured beside it again.
     """
-    images, models = workload.splits.calibration[:IMAGES], Models(tracker.client)
-    if models.stored(tracker.run_id) is None:
+    images, models = workload.splits.calibration[:IMAGES], Models(record.client)
+    if models.stored(record.search.run_id) is None:
         report("storing models", 0, 1, "the teacher")
-        models.store(tracker.run_id, workload.teacher.cpu(), images)
+        models.store(record.search.run_id, workload.teacher.cpu(), images)
     trained = _trained(result)
     winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
     members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
     uris: dict[str, str] = {}
     for done, run_id in enumerate(members):
         report("storing models", done, len(members), "")
-        uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, tracker, run_id), images)
+        uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, record, run_id), images)
     report("storing models", len(members), len(members), "")
     return uris
 
@@ -133,19 +134,19 @@ def _frontier_runs(result: SearchResult) -> list[str]:
 
 
 def _tags(
-    spec: SearchSpec, workload: Workload, tracker: Tracker, result: SearchResult, budget: BudgetResult
+    spec: SearchSpec, workload: Workload, record: Record, result: SearchResult, budget: BudgetResult
 ) -> dict[str, object]:
-    """All that a version says of itself: where it is from, every limit and every measured value."""
+    """Return the tags of a version: its origin, every limit and every measured value."""
     winner = budget.winner
     assert winner is not None
     trained = _trained(result)[winner.run_id]
-    found, models = student(workload, tracker, trained), Models(tracker.client)
+    found, models = student(workload, record, trained), Models(record.client)
     origin = {
         "method": winner.method,
         "knobs": _json(winner.knobs),
-        "spec_hash": tracker.spec_digest,
+        "spec_hash": record.search.spec_digest,
         "teacher_hash": workload.fingerprint,
-        "teacher_uri": models.stored(tracker.run_id),
+        "teacher_uri": models.stored(record.search.run_id),
         "git_commit": commit(spec.folder),
         "onnx_uri": models.onnx_uri(trained),
     }
@@ -160,13 +161,14 @@ def _measured(winner: Candidate, result: SearchResult) -> dict[str, object]:
 
     Beside it stands the teacher's when the search began, which it is scaled to.
     """
-    names = ("top1_validation", "top1_drop", "macs", "macs_expected", "params", "size_bytes")
-    values = {name: getattr(winner, name) for name in names}
+    assert winner.top1 is not None
+    values: dict[str, object] = {"top1_validation": winner.top1.validation, "top1_drop": winner.top1.drop}
+    values |= {name: getattr(winner, name) for name in ("macs", "macs_expected", "params", "size_bytes")}
     for device, times in winner.latency_ms.items():
-        values |= {f"{LATENCY}{device}/{key}": value for key, value in times.items()}
-        values[f"teacher_{LATENCY}{device}/p50"] = result.teacher.latency_ms[device]["p50"]
+        values |= {f"{latency_on(device)}/{key}": value for key, value in times.items()}
+        values[f"teacher_{latency_on(device)}/p50"] = result.teacher.latency_ms[device]["p50"]
         values[f"is_predicted/{device}"] = str(bool(result.devices.get(device, {}).get("is_predicted"))).lower()
-    return values | {f"noise/{device}": share for device, share in winner.noise.items()}
+    return values | {f"noise/{device}": timing.noise for device, timing in winner.timings.items()}
 
 
 def commit(folder: str) -> str | None:

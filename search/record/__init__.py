@@ -1,5 +1,6 @@
-"""What a search leaves in MLflow.
+"""The record of a search in MLflow.
 
-Read `tracker` first (the runs of a search), then `searches` (where a search is found), `store` (the connection),
-`entries` (the names of metrics), `logged_models`, `registry`, `lease` (one driver at a time), `progress` and `changes`.
+Read `record` first (the record of one search), then `searches` (finding and opening it), `search_run` and `trial_runs`
+(writing), `reading`, `entries` (the names of metrics and tags), `store` (the connection), `lease` (one driver at a
+time), `logged_models` and `registry` (the winners), `progress` and `changes` (of the spec).
 """

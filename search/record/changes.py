@@ -1,4 +1,4 @@
-"""What may change between two sittings of one search, and how a person is told that more did."""
+"""Tell whether a spec changed between two sittings of one search in more than it may."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_unchanged(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two specs, as lines `key: old, now new`; added budgets and devices do not count.
+    """Return the differences between two specs, as lines `key: old, now new`; added budgets and devices do not count.
 
     >>> changes({"seed": 0, "budgets": {"a": 1}}, {"seed": 1, "budgets": {"a": 1, "b": 2}})
     ['seed: 0, now 1']

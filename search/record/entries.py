@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
-from search.trials import Candidate, Fitted, State, Teacher
+from mlflow.entities import Metric, RunData
+
+from search.trials import Candidate, Fitted, State, Stop, Teacher, Timing, Top1
 
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 
@@ -15,7 +18,7 @@ FIGURES = (
     *("top1_surgery", "top1_bn", "top1_validation"),
     *("macs", "macs_expected", "macs_expected_validation", "macs_worst", "params", "size_bytes"),
 )
-"""What is recorded of an outcome as MLflow metrics; those of a gated model only where it is one."""
+"""The metrics recorded of an outcome; some exist only for a gated model."""
 
 
 def of_teacher(teacher: Teacher) -> dict[str, float]:
@@ -55,9 +58,8 @@ def candidate_of(
     Args:
         ended: when the run did, in Unix seconds.
     """
-    shares = ("top1_surgery", "top1_bn", "top1_validation", "top1_drop", "top1_last")
-    known: dict[str, Any] = {key: int(figures[key]) for key in (*COUNTS, "stopped_at") if key in figures}
-    known |= {key: figures[key] for key in shares if key in figures}
+    counted: dict[str, Any] = {key: int(figures[key]) for key in COUNTS if key in figures}
+    is_complete, is_stopped = "top1_validation" in figures, "stopped_at" in figures
     return Candidate(
         run_id=run_id,
         trial=int(params["trial"]),
@@ -65,16 +67,47 @@ def candidate_of(
         method=params["method"],
         knobs=json.loads(tags["paredown.knobs"]),
         state=cast(State, tags["paredown.state"]),
-        latency_ms=_nested("latency_ms", figures),
-        teacher_latency_ms=_nested("teacher_latency_ms", figures),
-        noise={key.removeprefix("noise/"): value for key, value in figures.items() if key.startswith("noise/")},
+        timings=_timings(figures),
+        top1=_top1(figures) if is_complete else None,
+        stop=Stop(int(figures["stopped_at"]), figures["top1_last"]) if is_stopped else None,
         same_as=tags.get("paredown.same_as"),
         seconds=figures.get("seconds", 0.0),
         device_s=figures.get("device_s", 0.0),
         ended=ended,
         error=tags.get("paredown.error"),
-        **known,
+        **counted,
     )
+
+
+def candidate_of_run(run_id: str, data: RunData, ended_ms: int | None) -> Candidate:
+    """Return the trial that an ended run is of, without its plan."""
+    ended = 0.0 if ended_ms is None else ended_ms / 1000
+    return candidate_of(data.metrics, data.params, data.tags, run_id=run_id, ended=ended)
+
+
+def metrics_of(figures: Mapping[str, float], now: int, step: int = 0) -> list[Metric]:
+    """Return figures as MLflow's metrics of the time `now`."""
+    return [Metric(key, float(value), now, step) for key, value in figures.items()]
+
+
+def now_ms() -> int:
+    """Return Unix time as MLflow counts it, in milliseconds."""
+    return int(time.time() * 1000)
+
+
+def _timings(figures: Mapping[str, float]) -> dict[str, Timing]:
+    """Return the timings by device that `of_fitted` wrote down."""
+    teachers = _nested("teacher_latency_ms", figures)
+    return {
+        device: Timing(times, teachers.get(device, {}), figures.get(f"noise/{device}"))
+        for device, times in _nested("latency_ms", figures).items()
+    }
+
+
+def _top1(figures: Mapping[str, float]) -> Top1:
+    """Return what a complete trial reached."""
+    surgery, bn, drop = (figures.get(f"top1_{key}") for key in ("surgery", "bn", "drop"))
+    return Top1(figures["top1_validation"], surgery, bn, drop)
 
 
 def prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from mlflow.tracking import MlflowClient
 
 from search import cache
 from search.base import SearchError, TrackingError
-from search.record.store import FAULTS, at_once, connect, experiment_of, sqlite_path, unwritable
+from search.record.store import FAULTS, connect, experiment_of, failing_fast, sqlite_path, unwritable
 
 log = logging.getLogger(__name__)
 
 TAG = "paredown.driver"
 BEAT_S, SILENT_S = 5.0, 16.0
-"""How often a driver says that it is there, and after how long without a word another may take its place."""
+"""Seconds between two words of a driver, and seconds without a word after which another may take its place."""
 
 
 @contextmanager
@@ -69,13 +69,13 @@ def _leased(uri: str, name: str) -> Iterator[None]:
         yield
     finally:
         has_ended.set()
-        with suppress(*FAULTS), at_once():
+        with suppress(*FAULTS), failing_fast():
             beating.join(BEAT_S)
             client.delete_experiment_tag(experiment, TAG)
 
 
 def _word() -> str:
-    """What a driver says: who it is, and something new each time."""
+    """Build a driver's word: its name, and something new each time."""
     return f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}"
 
 

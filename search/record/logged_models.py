@@ -24,10 +24,10 @@ from torch.export import ExportedProgram
 
 from search.base import WorkloadError, first_line
 from search.export import ExportError, exported, onnx_program, parity
-from search.record.store import connect, whole
+from search.record.store import connect, holding_signals
 
 TOLERANCE = 1e-4
-"""How far the outputs of a stored program may lie from the student's, as a share of the largest one or of 1."""
+"""The most that outputs of a stored program may differ from the student's, as a share of the largest one or of 1."""
 
 
 class Models:
@@ -98,7 +98,7 @@ class Models:
             self._client.delete_logged_model(left.model_id)
         made = self._client.create_logged_model(experiment, name, source_run_id=run_id, params=run.data.params)
         requirements = [f"{package}=={version(package)}" for package in packages]
-        with whole():
+        with holding_signals():
             Model.log(None, flavor, run_id=run_id, model_id=made.model_id, pip_requirements=requirements, **model)
         return str(made.model_uri)
 
@@ -135,7 +135,7 @@ def _onnx(student: nn.Module, program: ExportedProgram, images: np.ndarray) -> b
 
 
 def _outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    """What `model` gives for the images, `(n, classes)`."""
+    """Return the outputs of `model` for the images, `(n, classes)`."""
     with torch.no_grad():
         found: np.ndarray = model(torch.from_numpy(images)).numpy()
     return found

@@ -1,17 +1,17 @@
-"""How far a search is, read from its record by anybody who can reach the store; the driver is not asked."""
+"""Tell how far a search is, from its record alone: anybody who can reach the store may ask, and the driver is not."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from search.base import TrackingError
 from search.frontier import winner
+from search.record.record import Record
+from search.record.search_run import Phase
 from search.record.searches import find_begun
 from search.record.store import FAULTS, unwritable
-from search.record.tracker import Phase, Tracker
 from search.results import BudgetResult
 from search.trials import Candidate
 
@@ -40,23 +40,22 @@ class Progress:
 
 
 def progress(uri: str, name: str) -> Progress:
-    """How far search `name` of the MLflow store at `uri` is.
+    """Return how far search `name` of the MLflow store at `uri` is.
 
     Raises:
         TrackingError: the store cannot be reached, or holds no such search.
     """
     try:
-        tracker = find_begun(uri, name)
-        return so_far(tracker, name, tracker.trials())
+        record = find_begun(uri, name)
+        return so_far(record, name, record.read.trials())
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
 
 
-def so_far(tracker: Tracker, name: str, trials: Sequence[Candidate]) -> Progress:
-    """How far the search is that `tracker` found under this name, of which these trials have ended."""
-    run = tracker.client.get_run(tracker.run_id)
-    tags = run.data.tags
-    limits: dict[str, dict[str, float]] = json.loads(tags["paredown.limits"])
+def so_far(record: Record, name: str, trials: Sequence[Candidate]) -> Progress:
+    """Return the progress of the search `record` is of, of which these trials have ended."""
+    run = record.client.get_run(record.search.run_id)
+    tags, limits = run.data.tags, record.read.limits()
     winners = {budget: winner(trials, limit) for budget, limit in limits.items()}
     return Progress(
         name=name,

@@ -6,6 +6,7 @@ may be cut short by a kill and taken again: what is there already is found and u
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search.base import SpecError, TrackingError
+from search.limits import TOP1_DROP, Costs, Limits, latencies_in
 from search.record.store import connect
-from search.trials import LATENCY
 
 MADE_BY = "paredown.search"
 """The tag of a registered model that names the search it was made for."""
@@ -59,9 +60,7 @@ class Registry:
                 "aliases it may move; rename the search, or name the model as tracking.registered_model to share it"
             )
 
-    def register(
-        self, budget: str, run_id: str, uri: str, tags: Mapping[str, object], limits: Mapping[str, float]
-    ) -> Version:
+    def register(self, budget: str, run_id: str, uri: str, tags: Mapping[str, object], limits: Limits) -> Version:
         """The version of a trial's model for a budget, added with `tags` if it is not there; its alias moves if better.
 
         Better than none, than a version whose own tags do not meet `limits`, than one of lower validation top-1, and
@@ -69,12 +68,12 @@ class Registry:
 
         Args:
             uri: of the stored model, which another run may have stored that trained the very same.
-            limits: the budget's, by cost; `tags` name measured values as `search.trials.cost_of` does, with a latency
-                under `latency_ms/DEVICE/p50`.
+            limits: the budget's, by cost; `tags` name measured values as the costs are named, with a latency under
+                `latency_ms/DEVICE/p50`.
         """
         made = self.version_of(run_id, budget) or self._add(budget, run_id, uri, tags)
         held = self.holder(budget)
-        if held is None or not _fits(held.tags, limits) or _rank(held.tags) < _rank(made.tags):
+        if held is None or not limits.met_by(costs_of_tags(held.tags)) or _rank(held.tags) < _rank(made.tags):
             self._client.set_registered_model_alias(self.model, budget, str(made.version))
         return made
 
@@ -188,23 +187,19 @@ def _version(found: ModelVersion) -> Version:
     return Version(found.run_id, int(found.version), dict(found.tags))
 
 
-def _fits(tags: Mapping[str, str], limits: Mapping[str, float]) -> bool:
-    """Whether the measured values among the tags meet every limit; what is not there does not."""
-    return all(_cost(tags, cost) <= limit for cost, limit in limits.items())
-
-
-def _cost(tags: Mapping[str, str], cost: str) -> float:
-    """A measured value among the tags, as `search.trials.cost_of` of a candidate."""
-    if cost.startswith(LATENCY):
-        return float(tags.get(f"{cost}/p50", "inf"))
-    if cost == "macs_expected" and cost not in tags:
-        return _cost(tags, "macs")
-    return float(tags.get(cost, "inf"))
+def costs_of_tags(tags: Mapping[str, str]) -> Costs:
+    """Return the measured costs among a version's tags; without gates expected MACs are the MACs."""
+    names = ("macs", "macs_expected", "params", "size_bytes", TOP1_DROP)
+    found = {cost: float(tags[cost]) for cost in names if cost in tags}
+    if "macs" in found:
+        found.setdefault("macs_expected", found["macs"])
+    medians = {key.removesuffix("/p50"): value for key, value in tags.items() if key.endswith("/p50")}
+    return found | {cost: float(medians[cost]) for cost in latencies_in(medians)}
 
 
 def _rank(tags: Mapping[str, str]) -> tuple[float, float]:
-    """What makes a version better: more validation top-1, then fewer MACs."""
-    return _top1(tags), -_cost(tags, "macs")
+    """Return the order of versions: more validation top-1 first, then fewer MACs."""
+    return _top1(tags), -costs_of_tags(tags).get("macs", math.inf)
 
 
 def _top1(tags: Mapping[str, str]) -> float:

@@ -1,4 +1,4 @@
-"""Which record is a search's: found by its name, and opened for a driver to go on with."""
+"""Find the record of a search by its name, or open it for a driver to resume."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mlflow.tracking import MlflowClient
 
 from search.base import TrackingError, masked
 from search.record.changes import check_unchanged
+from search.record.record import Record
 from search.record.store import FAULTS, artifact, check_store, connect, experiment_of, sqlite_path, unwritable
-from search.record.tracker import Tracker
 
 
-def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, model: str) -> Tracker:
+def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, model: str) -> Record:
     """The record of search `name`: the one there is, to go on with, or a new one.
 
     Args:
@@ -51,7 +51,7 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
         client.log_dict(run_id, dict(decisive), f"decisive-{digest}.json")
         for key, value in {"spec": spec, "registered_model": model, "digest": digest}.items():
             client.set_tag(run_id, f"paredown.{key}", value)  # the digest last: by then its file is whole
-        return Tracker(client, experiment, client.get_run(run_id))
+        return Record(client, experiment, client.get_run(run_id))
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
 
@@ -73,21 +73,21 @@ def _digest(decisive: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def find_search(uri: str, name: str) -> Tracker:
+def find_search(uri: str, name: str) -> Record:
     """The latest record of search `name`, which has its teacher's figures.
 
     Raises:
         TrackingError: the store holds no such search; the message lists those it has.
     """
-    tracker = find_begun(uri, name)
-    if tracker.teacher() is None:
+    record = find_begun(uri, name)
+    if record.search.teacher() is None:
         raise TrackingError(
             f"search {name!r} in {masked(uri)} has only begun; expected its teacher's figures; try again later"
         )
-    return tracker
+    return record
 
 
-def find_begun(uri: str, name: str) -> Tracker:
+def find_begun(uri: str, name: str) -> Record:
     """The latest record of search `name`, however little it holds. Raises as `find_search` does."""
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
@@ -100,11 +100,11 @@ def find_begun(uri: str, name: str) -> Tracker:
         others = {experiment.name for experiment in client.search_experiments()} - {"Default", name}
         held = ", ".join(sorted(others)) or "no other"
         raise TrackingError(f"no search {name!r} in {masked(uri)}; it holds {held}; check the name")
-    return Tracker(client, found.experiment_id, parents[0])
+    return Record(client, found.experiment_id, parents[0])
 
 
 @dataclass(frozen=True)
-class Recorded:
+class Listed:
     """A search as a store lists it: `started` and `ended` are Unix times in seconds, of its latest sitting's end."""
 
     name: str
@@ -113,7 +113,7 @@ class Recorded:
     ended: float | None
 
 
-def recorded(uri: str) -> list[Recorded]:
+def list_searches(uri: str) -> list[Listed]:
     """The searches of the MLflow store at `uri`, the latest first, 1,000 at most.
 
     Raises:
@@ -127,9 +127,9 @@ def recorded(uri: str) -> list[Recorded]:
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
     latest = {run.info.experiment_id: run for run in reversed(runs)}
-    return [_recorded(names[experiment], run) for experiment, run in reversed(latest.items())]
+    return [_listed(names[experiment], run) for experiment, run in reversed(latest.items())]
 
 
-def _recorded(name: str, run: Run) -> Recorded:
+def _listed(name: str, run: Run) -> Listed:
     started, ended = (None if time is None else time / 1000 for time in (run.info.start_time, run.info.end_time))
-    return Recorded(name, run.data.tags.get("paredown.phase", "starting"), started, ended)
+    return Listed(name, run.data.tags.get("paredown.phase", "starting"), started, ended)

@@ -1,4 +1,4 @@
-"""The MLflow store: how it is reached, and whether it can be used. Every other file gets its client here."""
+"""Reach the MLflow store, and check that it can be used; every other file gets its client here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -24,15 +25,15 @@ from search.base import TrackingError, masked
 
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 PATIENCE = {RETRIES: "5", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""How MLflow's client waits for a server that is gone: about a minute, so that one may restart, where its own defaults
-take four, and Ctrl-C has to wait for as long. Who sets these variables decides otherwise."""
+"""The patience of MLflow's client with a server that is gone: about a minute, so that the server may restart. Its own
+defaults take four, and Ctrl-C has to wait for as long. Set these variables yourself to decide otherwise."""
 
 FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
-"""What a store that cannot be used raises: a server, a database, a file, a driver that is not installed."""
+"""The errors of a store that cannot be used: a server, a database, a file, a driver that is not installed."""
 
 
 def check_store(uri: str) -> None:
-    """Makes sure that the MLflow store can be read and written, before anything costs time.
+    """Check that the MLflow store can be read and written, before anything costs time.
 
     Raises:
         TrackingError: it cannot.
@@ -51,7 +52,7 @@ def check_store(uri: str) -> None:
 
 
 def check_artifacts(uri: str, name: str) -> None:
-    """Makes sure that files can be kept in the MLflow store, in the experiment of search `name`, and read again.
+    """Check that files can be kept in the MLflow store, in the experiment of search `name`, and read again.
 
     Raises:
         TrackingError: they cannot; a server may well be reached and its files not be.
@@ -69,13 +70,13 @@ def check_artifacts(uri: str, name: str) -> None:
 
 
 def _quiet() -> None:
-    """Has MLflow keep its news to itself."""
+    """Silence MLflow's own log."""
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def unwritable(uri: str, reason: str) -> str:
-    """What to tell of a store that cannot be used, without its password."""
+    """Build the message about a store that cannot be used, without its password."""
     return masked(
         f"cannot use the MLflow store {uri}: {textwrap.shorten(reason, 300)}; expected a store this process may read "
         "and write; correct tracking.uri, or the permissions of its folder"
@@ -88,10 +89,10 @@ def is_store_fault(error: Exception) -> bool:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until what is inside is done.
+def holding_signals() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block is done.
 
-    Where an interrupt cuts SQLAlchemy short, the database stays locked for as long as this process lives.
+    If an interrupt cuts SQLAlchemy short, the database stays locked for as long as this process lives.
     """
     came: list[int] = []
     before: dict[int, Any] = {}
@@ -108,8 +109,8 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Has calls of a server fail at the first try: what is to be put down when it is gone already."""
+def failing_fast() -> Iterator[None]:
+    """Let calls of a server fail at the first try, for what is written when the server may be gone already."""
     before = os.environ.get(RETRIES, PATIENCE[RETRIES])
     os.environ[RETRIES] = "0"
     try:
@@ -129,26 +130,26 @@ class _Client(MlflowClient):
 def _wholly(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def held(*args: Any, **kwargs: Any) -> Any:
-        with whole():
+        with holding_signals():
             return call(*args, **kwargs)
 
     return held
 
 
 def artifact(client: MlflowClient, run_id: str, name: str) -> bytes:
-    """The content of a file that a run keeps; a folder of MLflow's own choice would never be removed."""
+    """Return the content of a file that a run keeps; MLflow would never remove a folder of its own choice."""
     with tempfile.TemporaryDirectory() as folder:
         return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def _create(path: Path) -> None:
-    """Makes an empty MLflow database."""
+    """Make an empty MLflow database."""
     _quiet()
     MlflowClient(tracking_uri=f"sqlite:///{path.resolve()}").search_experiments(max_results=1)
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the store at `uri`, which becomes this process's own; a local database's path is made absolute."""
+    """Return a client of the store at `uri`, which becomes this process's own; a local path is made absolute."""
     _quiet()
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -164,10 +165,24 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def experiment_of(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of search `name`'s experiment, made where there is none; its files lie beside a local database."""
+    """Return the id of search `name`'s experiment, made if there is none; its files lie beside a local database."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     path = sqlite_path(uri)
     place = None if path is None else (path.resolve().with_suffix(".artifacts") / name).as_uri()
     return str(client.create_experiment(name, place))
+
+
+def child_runs(client: MlflowClient, experiment: str, parent: str) -> list[Run]:
+    """Return all runs of an experiment whose parent is that run."""
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=1000, page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found

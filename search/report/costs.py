@@ -5,13 +5,13 @@ The report and the terminal show the same rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from search.limits import TOP1_DROP, device_of, latencies_in, latency_on
 from search.results import BudgetResult, SearchResult
-from search.trials import LATENCY, Candidate, cost_of
+from search.trials import Candidate
 from search.units import count, lost, milliseconds, size
 
 NAMES = {
@@ -95,9 +95,8 @@ def name(cost: str, devices: Mapping[str, Mapping[str, Any]]) -> str:
     >>> name("macs", {}), name("latency_ms/nano", {"nano": {"is_predicted": True}})
     ('MACs', 'predicted latency on nano')
     """
-    if not cost.startswith(LATENCY):
+    if (device := device_of(cost)) is None:
         return NAMES[cost]
-    device = cost.removeprefix(LATENCY)
     return f"{'predicted ' if is_predicted(device, devices) else ''}latency on {device}"
 
 
@@ -114,7 +113,7 @@ def shown(cost: str, value: float | None) -> str:
     """
     if value is None:
         return "—"
-    if cost.startswith(LATENCY):
+    if device_of(cost) is not None:
         return milliseconds(value)
     return {"size_bytes": size, "top1_drop": lost}.get(cost, count)(value)
 
@@ -132,14 +131,14 @@ def columns(result: SearchResult) -> list[str]:
     limited = {cost: None for budget in result.budgets for cost in budget.limits}
     is_gated = any(budget.winner and budget.winner.macs_expected is not None for budget in result.budgets)
     expected = ["macs_expected"] if is_gated or "macs_expected" in limited else []
-    timed = dict.fromkeys([*latencies(result), *(cost for cost in limited if cost.startswith(LATENCY))])
+    timed = dict.fromkeys([*latencies(result), *latencies_in(limited)])
     return ["macs", *expected, "params", "size_bytes", *timed, "top1_drop"]
 
 
 def latencies(result: SearchResult) -> list[str]:
     """The devices' latencies that were measured or predicted, as costs."""
     found = [result.teacher.latency_ms, *(candidate.latency_ms for candidate in result.complete())]
-    return list(dict.fromkeys(f"{LATENCY}{device}" for latency_ms in found for device in latency_ms))
+    return list(dict.fromkeys(latency_on(device) for latency_ms in found for device in latency_ms))
 
 
 def _row(result: SearchResult, budget: BudgetResult, cost: str) -> Row:
@@ -147,25 +146,21 @@ def _row(result: SearchResult, budget: BudgetResult, cost: str) -> Row:
     row = Row(cost, name(cost, result.devices), teacher=of_teacher(result, cost, best), limit=budget.limits.get(cost))
     if best is None:
         return row
-    value = _lost(result, best) if cost == "top1_drop" else cost_of(best, cost)
-    return replace(row, value=_finite(value), noise=best.noise.get(cost.removeprefix(LATENCY)))
+    value = _lost(result, best) if cost == TOP1_DROP else best.costs.get(cost)
+    timing = best.timings.get(device_of(cost) or "")
+    return replace(row, value=value, noise=None if timing is None else timing.noise)
 
 
 def of_teacher(result: SearchResult, cost: str, best: Candidate | None = None) -> float | None:
     """What the teacher costs; a search without its reference latency has the one that was measured beside `best`."""
-    device = cost.removeprefix(LATENCY)
-    if cost == "top1_drop":
+    if cost == TOP1_DROP:
         return None
-    if best is not None and device in best.teacher_latency_ms and device not in result.teacher.latency_ms:
-        return best.teacher_latency_ms[device]["p50"]
-    return _finite(cost_of(result.teacher, cost))
+    timing = None if best is None else best.timings.get(device_of(cost) or "")
+    beside = None if timing is None else timing.teacher_latency_ms.get("p50")
+    return result.teacher.costs.get(cost, beside)
 
 
 def _lost(result: SearchResult, best: Candidate) -> float:
     """What the winner lost of top-1, also where the search did not record it."""
-    assert best.top1_validation is not None
-    return result.teacher.top1_validation - best.top1_validation if best.top1_drop is None else best.top1_drop
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    assert best.top1 is not None
+    return result.teacher.top1_validation - best.top1.validation if best.top1.drop is None else best.top1.drop

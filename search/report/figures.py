@@ -13,9 +13,10 @@ from html import escape
 from typing import Any
 
 from search.frontier import frontier
+from search.limits import device_of, latency_on
 from search.report.costs import is_predicted, shown
 from search.results import SearchResult, history
-from search.trials import LATENCY, Candidate, Teacher, cost_of
+from search.trials import Candidate, Teacher
 from search.units import count, knobs, milliseconds, percent
 
 LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "alds": "ALDS", "uniform": "Uniform"}
@@ -68,11 +69,11 @@ def figure(result: SearchResult, axis: str, marks: Mapping[str, Mark]) -> dict[s
     Candidates that were not measured on the device of an axis are left out of it.
     """
     best = frontier(result.teacher, result.candidates, axis)
-    whole = cost_of(result.teacher, axis)
+    whole = result.teacher.costs[axis]
     strong = {point["run_id"] for point in best}
     steps = [(100 * point[axis] / whole, 100 * point["top1_validation"]) for point in best]
     placed = _placed(result.complete(), axis)
-    edge = max([100.0] + [100 * cost_of(candidate, axis) / whole for candidate in placed])
+    edge = max([100.0] + [100 * candidate.costs[axis] / whole for candidate in placed])
     traces = [_step_line([*steps, (max(100.0, steps[-1][0]), steps[-1][1])])]
     for method, mark in marks.items():
         found = [candidate for candidate in placed if candidate.method == method]
@@ -134,7 +135,7 @@ def _growth_layout(title: str, suffix: str) -> dict[str, Any]:
 
 def _placed(candidates: Sequence[Candidate], axis: str) -> list[Candidate]:
     """Those with a cost on `axis`."""
-    return [candidate for candidate in candidates if math.isfinite(cost_of(candidate, axis))]
+    return [candidate for candidate in candidates if axis in candidate.costs]
 
 
 def _dots(
@@ -152,9 +153,9 @@ def _dots(
 
 
 def _places(result: SearchResult, axis: str, drawn: Sequence[Candidate]) -> dict[str, Any]:
-    whole = cost_of(result.teacher, axis)
+    whole = result.teacher.costs[axis]
     return {
-        "x": [100 * cost_of(candidate, axis) / whole for candidate in drawn],
+        "x": [100 * candidate.costs[axis] / whole for candidate in drawn],
         "y": [100 * (candidate.top1_validation or 0) for candidate in drawn],
     }
 
@@ -195,13 +196,14 @@ def _teacher_star(result: SearchResult) -> dict[str, Any]:
 
 def _hover(result: SearchResult, candidate: Candidate) -> str:
     """What a point says of itself. Plotly reads tags in it, so the texts of users are escaped."""
+    assert candidate.top1 is not None
     expected = "" if candidate.macs_expected is None else f" (expected {count(candidate.macs_expected)})"
     lines = [
         f"<b>{escape(method_label(candidate.method))}</b> · {escape(candidate.budget)} #{candidate.trial}",
         f"knobs: {escape(knobs(candidate.knobs))}",
-        f"top-1 after surgery {percent(candidate.top1_surgery)}",
-        f"top-1 after BN {percent(candidate.top1_bn)}",
-        f"top-1 after recovery <b>{percent(candidate.top1_validation)}</b>",
+        f"top-1 after surgery {percent(candidate.top1.surgery)}",
+        f"top-1 after BN {percent(candidate.top1.bn)}",
+        f"top-1 after recovery <b>{percent(candidate.top1.validation)}</b>",
         f"MACs {count(candidate.macs)}, {percent((candidate.macs or 0) / result.teacher.macs)}{expected}",
         f"params {count(candidate.params)}, {percent((candidate.params or 0) / result.teacher.params)}",
     ]
@@ -212,18 +214,18 @@ def _times(result: SearchResult, one: Teacher | Candidate) -> list[str]:
     """One line of hover text per device: the median, and whether it was predicted or noisy."""
     lines = []
     for device, times in one.latency_ms.items():
-        share = times["p50"] / cost_of(result.teacher, f"{LATENCY}{device}")
+        share = times["p50"] / result.teacher.costs.get(latency_on(device), math.inf)
         notes = [percent(share)] if isinstance(one, Candidate) and share else []
         notes += ["predicted"] if is_predicted(device, result.devices) else []
-        notes += ["noisy"] if isinstance(one, Candidate) and device in one.noise else []
+        notes += ["noisy"] if isinstance(one, Candidate) and one.timings[device].noise is not None else []
         lines.append(escape(f"{device} p50 {', '.join([milliseconds(times['p50']), *notes])}"))
     return lines
 
 
 def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
-    whole = cost_of(result.teacher, axis)
+    whole = result.teacher.costs[axis]
     axes = {"gridcolor": "--line", "zeroline": False, "ticksuffix": " %", "fixedrange": False}
-    predicted = " (predicted)" if is_predicted(axis.removeprefix(LATENCY), result.devices) else ""
+    predicted = " (predicted)" if is_predicted(device_of(axis) or "", result.devices) else ""
     title = {"text": f"share of the teacher's {shown(axis, whole)}{predicted}", "standoff": 12}
     rows = _limit_rows(result, axis, edge)
     return _look() | {
@@ -264,7 +266,7 @@ def _limit_rows(result: SearchResult, axis: str, edge: float) -> list[tuple[floa
     named: dict[float, list[str]] = {}
     for budget in result.budgets:
         if axis in budget.limits:
-            named.setdefault(100 * budget.limits[axis] / cost_of(result.teacher, axis), []).append(budget.name)
+            named.setdefault(100 * budget.limits[axis] / result.teacher.costs[axis], []).append(budget.name)
     ends: dict[int, float] = {}
     rows: list[tuple[float, str, int]] = []
     for x, names in sorted(named.items()):

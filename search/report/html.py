@@ -16,12 +16,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from search.frontier import volume
+from search.limits import device_of, latency_on
 from search.report import costs
 from search.report.costs import Row
 from search.report.figures import TEACHER_MARK, figure, history_figures, method_marks
 from search.report.plans import plan_view
 from search.results import BudgetResult, SearchResult
-from search.trials import LATENCY, Candidate
+from search.trials import Candidate
 from search.units import count, duration, knobs, lost, milliseconds, percent, points, size
 
 LEAST_SHARE = 0.005
@@ -75,7 +76,7 @@ def _charts(result: SearchResult) -> list[Chart]:
 def _tables(result: SearchResult) -> dict[str, Any]:
     """What the template lays out beside the charts, by the names it has there."""
     columns = [cost for cost in costs.columns(result) if cost != "top1_drop"]
-    timed = [cost.removeprefix(LATENCY) for cost in columns if cost.startswith(LATENCY)]
+    timed = [device for cost in columns if (device := device_of(cost)) is not None]
     others = [device for device in timed if device not in result.devices]
     facts = dict.fromkeys(("runtime", "threads", "batch", "host", "processor", "is_predicted"))
     own = {budget.name: [one for one in result.candidates if one.budget == budget.name] for budget in result.budgets}
@@ -98,7 +99,7 @@ def _tables(result: SearchResult) -> dict[str, Any]:
         "failures": _failures(result),
         "has_expected": "macs_expected" in result.axes,
         "devices": {device: facts | dict(result.devices.get(device, {})) for device in [*result.devices, *others]},
-        "timed": {device: f"{LATENCY}{device}" for device in timed},
+        "timed": {device: latency_on(device) for device in timed},
     }
 
 
@@ -131,7 +132,7 @@ def _meters(result: SearchResult, budget: BudgetResult) -> list[Row]:
     """The costs a budget's tile shows: limited ones, MACs and params, expected MACs of a gated winner, one latency."""
     rows = {cost: row for cost, row in costs.rows(result, budget).items() if cost != "top1_drop"}
     always = {"macs", "params"} | ({"macs_expected"} if budget.winner and budget.winner.macs_expected else set())
-    latencies = [row for row in rows.values() if row.cost.startswith(LATENCY)]
+    latencies = [row for row in rows.values() if device_of(row.cost) is not None]
     if not any(row.limit is not None for row in latencies):
         always |= {row.cost for row in latencies[:1]}
     return [row for row in rows.values() if row.limit is not None or row.cost in always]
@@ -150,7 +151,7 @@ def _in_order(result: SearchResult) -> list[Candidate]:
 
 def _reasons(result: SearchResult) -> dict[str, list[str]]:
     """Per budget why methods have no plan, each naming its least reachable cost, and what the first such trial told."""
-    reasons = {budget.name: list(result.beyond.get(budget.name, {}).values()) for budget in result.budgets}
+    reasons = {budget.name: list(result.unreachable.get(budget.name, {}).values()) for budget in result.budgets}
     for candidate in _in_order(result):
         if candidate.state == "infeasible" and candidate.error and not reasons[candidate.budget]:
             reasons[candidate.budget].append(candidate.error)

@@ -237,12 +237,12 @@ def _record(job: Job, place: Place) -> SearchResult:
         Refused: there is none yet.
     """
     name = watching.name_of(job)
-    tracker = watching.recorded(place.uri, lambda: find_search(place.uri, name))
-    if tracker is None:
+    found = watching.recorded(place.uri, lambda: find_search(place.uri, name))
+    if found is None:
         raise Refused(
             404, f"search {job.id!r} has found nothing yet; expected its teacher's figures first; try again later"
         )
-    return tracker.result()
+    return found.read.result()
 
 
 def _pages(inner: FastAPI, settings: Settings) -> None:

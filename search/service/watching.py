@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from starlette.concurrency import run_in_threadpool
 from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
 from search.base import TrackingError, masked
+from search.limits import latency_on
 from search.record.progress import Progress, so_far
-from search.record.searches import Recorded, find_begun
-from search.record.searches import recorded as on_record
+from search.record.searches import Listed, find_begun, list_searches
 from search.record.store import FAULTS, check_store, unwritable
 from search.service.guard import Refused
 from search.service.metadata import NAME, URI, search_of
-from search.trials import LATENCY, Candidate, Teacher, cost_of
+from search.trials import Candidate, Teacher
 
 T = TypeVar("T")
 
@@ -93,10 +92,10 @@ def ours(place: Place) -> list[Job]:
     """The searches recorded in this store, the latest first; after those with a job here those of another cluster."""
     found = submitted(place)
     names = {name_of(job) for job in found}
-    return found + [_past(one, place.uri) for one in on_record(place.uri) if one.name not in names]
+    return found + [_past(one, place.uri) for one in list_searches(place.uri) if one.name not in names]
 
 
-def _past(one: Recorded, uri: str) -> Job:
+def _past(one: Listed, uri: str) -> Job:
     """A search without a job, as one that is over."""
     status = {"done": "succeeded", "stopped": "stopped"}.get(one.phase, "failed")
     left = f"its record ends at {one.phase!r}, and no job here goes on with it; submit its spec again"
@@ -149,14 +148,14 @@ def in_short(job: Job) -> View:
 def look(job: Job, uri: str) -> Look:
     """How far a search is and what it found; it has ended when its job has, whatever the record of a sitting says."""
     view, name = in_short(job), name_of(job)
-    tracker = recorded(uri, lambda: find_begun(uri, name))
-    if tracker is None:
+    found = recorded(uri, lambda: find_begun(uri, name))
+    if found is None:
         return Look(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
-    trials = tracker.trials()
-    far = so_far(tracker, name, trials)
+    trials = found.read.trials()
+    far = so_far(found, name, trials)
     is_telling = not job.is_over and far.phase not in ENDED
     told = view.model_copy(update=_known(far) | ({"phase": far.phase} if is_telling else {}))
-    teacher = tracker.teacher()
+    teacher = found.search.teacher()
     return Look(told, None if teacher is None else points(teacher, trials))
 
 
@@ -180,7 +179,7 @@ def recorded(uri: str, seek: Callable[[], T]) -> T | None:
 
 def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
     """Every candidate that was measured to the end, its costs as shares of the teacher's."""
-    axes = ["macs", "params", *(f"{LATENCY}{device}" for device in teacher.latency_ms)]
+    axes = ["macs", "params", *map(latency_on, teacher.latency_ms)]
     complete = [one for one in trials if one.state == "complete"]
     return {
         "teacher": teacher.top1_validation,
@@ -190,8 +189,7 @@ def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _point(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
-    shares = {axis: cost_of(one, axis) / cost_of(teacher, axis) for axis in axes}
-    costs = {axis: share for axis, share in shares.items() if math.isfinite(share)}
+    costs = {axis: one.costs[axis] / teacher.costs[axis] for axis in axes if axis in one.costs}
     named = {"run_id": one.run_id, "budget": one.budget, "trial": one.trial, "method": one.method}
     return named | {"top1": one.top1_validation, "costs": costs}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from methods import METHODS, named
-from methods.base import Budget
+from search.limits import TOP1_DROP, Limits, latency_on
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
 from search.spec.documents import nearest
 from search.spec.targets import Target
@@ -266,14 +266,12 @@ class SearchSpec(_Strict):
         device = self.device_of(budget)
         units = {
             name: limit.of(getattr(teacher, "macs" if name == "macs_expected" else name))
-            for name in ("macs", "params", "macs_expected", "size_bytes")
+            for name in ("macs", "macs_expected", "params", "size_bytes")
             if (limit := getattr(budget, name)) is not None
         }
-        size = units.pop("size_bytes", None)
-        return Target(
-            budget=Budget(budget.name, channels=self.devices[device].channels, **units),
-            device=device,
-            size_bytes=size,
-            latency_ms=budget.latency.of(teacher.latency_ms[device]["p50"]) if budget.latency else None,
-            top1_drop=budget.top1_drop,
-        )
+        limits = Limits(units)
+        if budget.latency is not None:
+            limits[latency_on(device)] = budget.latency.of(teacher.latency_ms[device]["p50"])
+        if budget.top1_drop is not None:
+            limits[TOP1_DROP] = budget.top1_drop
+        return Target(budget.name, limits, device, self.devices[device].channels)

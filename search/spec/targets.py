@@ -1,37 +1,34 @@
-"""A budget as the search sees it: what allocators meet by construction, and what has to be measured."""
+"""A budget as the search sees it: its limits in absolute units, and the part of them that allocators meet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from methods.base import Budget
-from search.trials import LATENCY
+from search.limits import Limits, latency_on
 
 
 @dataclass(frozen=True)
 class Target:
-    """One budget's limits in absolute units, all to be met at once.
+    """One budget's limits, all to be met at once, and the device whose latency and channel multiple it means."""
 
-    `budget` holds those that a plan meets by construction. `size_bytes` are those of the stored weights, `latency_ms`
-    is the median on `device`, and `top1_drop` how much validation top-1 may be lost to the teacher.
-    """
-
-    budget: Budget
+    name: str
+    limits: Limits
     device: str
-    size_bytes: int | None = None
-    latency_ms: float | None = None
-    top1_drop: float | None = None
+    channels: int = 1
 
     @property
-    def name(self) -> str:
-        """The budget's name."""
-        return self.budget.name
+    def budget(self) -> Budget:
+        """The limits that a plan meets by construction; the others are measured."""
+        planned = {cost: int(self.limits[cost]) for cost in ("macs", "macs_expected", "params") if cost in self.limits}
+        return Budget(self.name, channels=self.channels, **planned)
 
-    def declared(self) -> dict[str, float]:
-        """Every limit by the name of its cost, as `search.trials.cost_of` knows it."""
-        measured = {
-            "size_bytes": self.size_bytes,
-            f"{LATENCY}{self.device}": self.latency_ms,
-            "top1_drop": self.top1_drop,
-        }
-        return self.budget.declared() | {cost: limit for cost, limit in measured.items() if limit is not None}
+    @property
+    def size_bytes(self) -> int | None:
+        """The limit on the stored weights."""
+        return int(self.limits["size_bytes"]) if "size_bytes" in self.limits else None
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The limit on the median latency on the device."""
+        return self.limits.get(latency_on(self.device))

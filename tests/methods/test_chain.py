@@ -15,7 +15,7 @@ from methods.chain import Chain, plan_of, student_of
 from methods.network import Profile, count_macs, count_params, profile
 from methods.protocol import Method, defaults
 from methods.uniform import Uniform
-from tests.support.networks import residual
+from tests.support.networks import fits, residual
 
 IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 TEACHER = residual()
@@ -59,7 +59,7 @@ def test_both_limits_are_shared_out() -> None:
     first, last = links(planned(CHAIN, budget))
     assert first.macs <= 0.75 * FOUND.macs + 1
     assert first.params <= 0.75 * FOUND.params + 1
-    assert budget.allows(last.macs, last.params)
+    assert fits(budget, last.macs, last.params)
 
 
 def test_a_link_that_cannot_take_its_share_does_what_it_can() -> None:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.frontier import beats, frontier, hypervolume, non_dominated, volume, winner
+from search.limits import Limits
 from search.results import BudgetResult, Cost, Moment, SearchResult, history
-from search.trials import Candidate, Teacher, cost_of
+from search.trials import Candidate, Teacher, Timing, Top1
+from tests.support.results import nested
 
 Point = tuple[float, float]
 
@@ -35,7 +37,7 @@ def candidate(run_id: str = "a", **values: Any) -> Candidate:
         "size_bytes": 400,
         "top1_validation": 0.8,
     }
-    return Candidate(run_id, **(known | values))
+    return Candidate(run_id, **nested(known | values))
 
 
 def dominates(one: Point, other: Point) -> bool:
@@ -43,7 +45,7 @@ def dominates(one: Point, other: Point) -> bool:
 
 
 def swept_area(points: list[Point], reference: float) -> Fraction:
-    """The same volume cell by cell: every cell between neighbouring coordinates counts if some point covers it."""
+    """Return the same volume cell by cell: a cell between neighbouring coordinates counts if some point covers it."""
     costs = sorted({Fraction(0), Fraction(reference)} | {min(Fraction(c), Fraction(reference)) for c, _ in points})
     heights = sorted({Fraction(0)} | {Fraction(t) for _, t in points})
     area = Fraction(0)
@@ -98,11 +100,11 @@ def test_winner_may_come_from_another_budget_and_meets_every_limit() -> None:
         candidate("fits", top1_validation=0.85, macs=600, params=150, budget="tiny"),
         candidate("worse", top1_validation=0.84),
     ]
-    best = winner(found, {"macs": 600, "params": 150})
+    best = winner(found, Limits({"macs": 600, "params": 150}))
     assert best is not None
     assert best.run_id == "fits"
-    assert winner(found, {"macs": 10}) is None
-    assert winner([], {}) is None
+    assert winner(found, Limits({"macs": 10})) is None
+    assert winner([], Limits()) is None
 
 
 def test_ties_go_to_macs_then_params_then_trial_then_run_id() -> None:
@@ -115,7 +117,7 @@ def test_ties_go_to_macs_then_params_then_trial_then_run_id() -> None:
     ]
     for start in range(len(ladder)):
         for rest in (ladder[start:], ladder[start:][::-1]):
-            assert winner(rest, {}) is ladder[start]
+            assert winner(rest, Limits()) is ladder[start]
 
 
 def test_frontier_holds_the_teacher_until_a_student_beats_it() -> None:
@@ -165,7 +167,7 @@ def test_what_is_beaten_wins_nothing_and_stands_on_no_frontier(
 ) -> None:
     found = list(drawn)
     beaten = {other.run_id for one in found for other in found if beats(one, other)}
-    best = winner(found, limits)
+    best = winner(found, Limits(limits))
     assert not any(stands(run_id, found) for run_id in beaten)
     assert best is None or best.run_id not in beaten
 
@@ -173,8 +175,7 @@ def test_what_is_beaten_wins_nothing_and_stands_on_no_frontier(
 @given(candidates("one"), candidates("other"))
 def test_what_is_not_beaten_can_still_win_or_stand(one: Candidate, other: Candidate) -> None:
     """The converse: weights that nothing can ask for are not kept. Its own costs are the limits it can still win."""
-    own = {cost: cost_of(other, cost) for cost in LIMITED if cost_of(other, cost) < float("inf")}
-    budgets = [{cost: limit} for cost, limit in own.items()]
+    budgets = [Limits({cost: limit}) for cost, limit in other.costs.items()]
     wins = any(winner([one, other], limits) is other for limits in budgets)
     above = replace(TIMED, top1_validation=-1.0)  # a teacher that hides no student
     alone = any(other.run_id == point["run_id"] for axis in EVERY_AXIS for point in frontier(above, [other, one], axis))
@@ -194,12 +195,12 @@ def test_beating_looks_at_size_and_at_every_device_of_either() -> None:
     better = candidate("better", top1_validation=0.9, latency_ms=times)
     assert beats(better, first)
     assert not beats(replace(better, size_bytes=401), first)
-    assert not beats(replace(better, latency_ms={}), first)
-    assert not beats(replace(better, latency_ms={"cpu-1": {"p50": 2.1}}), first)
-    assert beats(better, replace(first, latency_ms={}))
+    assert not beats(replace(better, timings={}), first)
+    assert not beats(replace(better, timings={"cpu-1": Timing({"p50": 2.1}, {})}), first)
+    assert beats(better, replace(first, timings={}))
     cheaper = candidate("cheaper", macs=400, params=50, latency_ms={"cpu-1": {"p50": 1.9}})
     assert beats(cheaper, first)
-    assert not beats(replace(cheaper, latency_ms=times), first)
+    assert not beats(replace(cheaper, timings={device: Timing(found, {}) for device, found in times.items()}), first)
 
 
 def test_latency_is_an_axis_for_those_measured_there() -> None:
@@ -212,8 +213,8 @@ def test_latency_is_an_axis_for_those_measured_there() -> None:
     assert [(point["run_id"], point["latency_ms/cpu-1"]) for point in points] == [("fast", 1.0), (None, 4.0)]
     assert points[0]["latency_ms"] == {"cpu-1": {"min": 0.9, "p50": 1.0, "p95": 1.1}}
     assert volume(teacher, [fast, lost], "latency_ms/cpu-1") == pytest.approx(0.75 * 0.8)
-    assert winner([fast, lost], {"latency_ms/cpu-1": 2.0}) is fast
-    assert winner([fast, lost], {"macs": 600}) is lost
+    assert winner([fast, lost], Limits({"latency_ms/cpu-1": 2.0})) is fast
+    assert winner([fast, lost], Limits({"macs": 600})) is lost
 
 
 def test_history_grows_in_the_order_trials_ended() -> None:
@@ -221,9 +222,9 @@ def test_history_grows_in_the_order_trials_ended() -> None:
     early = candidate("early", macs=250, device_s=5.0, ended=10.0, budget="tiny")
     stopped = candidate("stopped", state="stopped", macs=None, device_s=2.0, ended=20.0)
     budgets = [
-        BudgetResult("half", {"macs": 500}),
-        BudgetResult("tiny", {"macs": 300}),
-        BudgetResult("no", {"macs": 1}),
+        BudgetResult("half", Limits({"macs": 500})),
+        BudgetResult("tiny", Limits({"macs": 300})),
+        BudgetResult("no", Limits({"macs": 1})),
     ]
     result = SearchResult("x", TEACHER, budgets, [late, stopped, early], Cost(9, 17, 3, 1), "", "")
     first = {"half": 0.8, "tiny": 0.8}
@@ -244,7 +245,7 @@ def test_history_grows_in_the_order_trials_ended() -> None:
     )
 )
 def test_history_never_falls(found: list[Candidate]) -> None:
-    result = SearchResult("x", TEACHER, [BudgetResult("half", {"macs": 500})], found, Cost(0, 0, 0, 0), "", "")
+    result = SearchResult("x", TEACHER, [BudgetResult("half", Limits({"macs": 500}))], found, Cost(0, 0, 0, 0), "", "")
     moments = history(result)
     assert len(moments) == len(found)
     for before, after in pairwise(moments):
@@ -255,15 +256,17 @@ def test_history_never_falls(found: list[Candidate]) -> None:
 def test_expected_macs_are_a_cost_of_their_own() -> None:
     gated = candidate("gated", macs=1010, macs_expected=400, top1_validation=0.85)
     still = candidate("still", macs=450, top1_validation=0.8)
-    assert winner([gated, still], {"macs": 500}) == still
-    assert winner([gated, still], {"macs_expected": 500}) == gated
-    assert winner([gated, still], {"macs_expected": 500, "macs": 1000}) == still
-    assert gated.excess({"macs": 505, "macs_expected": 500}) == pytest.approx({"macs": 1.0, "macs_expected": -0.2})
+    assert winner([gated, still], Limits({"macs": 500})) == still
+    assert winner([gated, still], Limits({"macs_expected": 500})) == gated
+    assert winner([gated, still], Limits({"macs_expected": 500, "macs": 1000})) == still
+    assert Limits(macs=505, macs_expected=500).excess(gated.costs) == pytest.approx(
+        {"macs": 1.0, "macs_expected": -0.2}
+    )
     assert [point["run_id"] for point in frontier(TEACHER, [gated, still], "macs")] == ["still", None]
     assert [point["macs_expected"] for point in frontier(TEACHER, [gated, still], "macs_expected")] == [400, 1000]
     assert not beats(still, gated)
     assert not beats(gated, still)
-    assert beats(still, replace(gated, macs_expected=450, top1_validation=0.7))
+    assert beats(still, replace(gated, macs_expected=450, top1=Top1(0.7)))
 
 
 def test_beating_needs_more_than_a_tie_on_one_axis() -> None:
@@ -280,15 +283,15 @@ def test_complete_candidate_without_its_cost_is_refused() -> None:
         candidate(macs=None)
     with pytest.raises(ValueError, match="top1_validation is nan"):
         candidate(top1_validation=float("nan"))
-    assert not candidate(state="infeasible", macs=None, params=None).fits({"macs": 5})
+    assert not candidate(state="infeasible", macs=None, params=None).fits(Limits(macs=5))
 
 
 def test_json_has_exactly_the_keys_other_programs_read() -> None:
     times = {"cpu-1": {"min": 1.0, "p50": 1.5, "p95": 2.0}}
     best = candidate("run-7", latency_ms=times, macs_expected=410, plan={"choices": {}}, knobs={"rank": 2})
     budgets = [
-        BudgetResult("half", {"macs": 500}, best, "models:/digits@half", "half", 0.79),
-        BudgetResult("tiny", {"macs": 50, "latency_ms/cpu-1": 0.5, "top1_drop": 0.01}),
+        BudgetResult("half", Limits({"macs": 500}), best, "models:/digits@half", "half", 0.79),
+        BudgetResult("tiny", Limits({"macs": 50, "latency_ms/cpu-1": 0.5, "top1_drop": 0.01})),
     ]
     result = SearchResult("digits", TEACHER, budgets, [best], Cost(12.5, 40.0, 3, 1), "2026-01-02T03:04:05Z", "name: x")
     values = result.to_json()

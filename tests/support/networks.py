@@ -8,6 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from methods.base import Budget
+
+
+def fits(budget: Budget, macs: int, params: int) -> bool:
+    """Whether a network without gates meets every limit of a budget."""
+    costs = {"macs": macs, "params": params}
+    return all(costs[cost] <= limit for cost, limit in budget.limits().items())
+
 
 def plain() -> nn.Module:
     """Three convolutions in a row and a classifier."""

@@ -1,15 +1,19 @@
 """A finished search as plain data, with figures such as a search of resnet8 on digits ends with."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from search.frontier import winner
+from search.limits import Limits
 from search.results import BudgetResult, Cost, SearchResult
-from search.trials import Candidate, Latency, Teacher
+from search.trials import Candidate, Latency, Stop, Teacher, Timing, Top1
 
 DEVICES = {
     "cpu-1": {"runtime": "onnxruntime", "threads": 1, "batch": 1, "host": "bench-3", "is_predicted": False}
     | {"processor": "x86_64, 16 cores"},
-    "nano": {"runtime": "profile", "threads": 1, "batch": 1, "host": None, "processor": None, "is_predicted": True},
+    "nano": Limits(
+        {"runtime": "profile", "threads": 1, "batch": 1, "host": None, "processor": None, "is_predicted": True}
+    ),
 }
 
 
@@ -22,13 +26,23 @@ def times(cpu: float, nano: float) -> Latency:
 
 
 TEACHER = Teacher(0.972, 0.966, 12_500_000, 78_042, 317_400, times(0.412, 3.1))
-LIMITS: dict[str, dict[str, float]] = {
-    "half": {"macs": 6_250_000},
-    "tiny": {"macs": 3_125_000, "params": 31_216},
-    "edge": {"latency_ms/cpu-1": 0.2472, "macs": 6_250_000, "top1_drop": 0.02},
-    "nano": {"latency_ms/nano": 1.24, "size_bytes": 200_000},
-    "dust": {"macs": 1000, "top1_drop": 0.005},
+LIMITS: dict[str, Limits] = {
+    "half": Limits({"macs": 6_250_000}),
+    "tiny": Limits({"macs": 3_125_000, "params": 31_216}),
+    "edge": Limits({"latency_ms/cpu-1": 0.2472, "macs": 6_250_000, "top1_drop": 0.02}),
+    "nano": Limits({"latency_ms/nano": 1.24, "size_bytes": 200_000}),
+    "dust": Limits({"macs": 1000, "top1_drop": 0.005}),
 }
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a candidate, its timings, top-1 and stop made of flat ones."""
+    flat = dict(values)
+    latency, beside, noise = (flat.pop(name, {}) for name in ("latency_ms", "teacher_latency_ms", "noise"))
+    timings = {one: Timing(times, beside.get(one, {}), noise.get(one)) for one, times in latency.items()}
+    validation, surgery, bn, drop = (flat.pop(f"top1_{name}", None) for name in ("validation", "surgery", "bn", "drop"))
+    top1 = None if validation is None else Top1(validation, surgery, bn, drop)
+    return flat | {"timings": timings, "top1": top1}
 
 
 def trial(number: int, budget: str, method: str, share: float, top1: float, **values: Any) -> Candidate:
@@ -53,7 +67,9 @@ def trial(number: int, budget: str, method: str, share: float, top1: float, **va
         "device_s": 12.5 + share,
         "ended": 1_700_000_000.0 + 10 * number,
     }
-    return Candidate(f"{budget}-{number:02d}-{method}", number, budget, method, state="complete", **(known | values))
+    return Candidate(
+        f"{budget}-{number:02d}-{method}", number, budget, method, state="complete", **nested(known | values)
+    )
 
 
 def stopped(number: int, budget: str, method: str, share: float, top1: float, step: int) -> Candidate:
@@ -68,11 +84,8 @@ def stopped(number: int, budget: str, method: str, share: float, top1: float, st
         macs=round(share * TEACHER.macs),
         params=round(0.9 * share * TEACHER.params),
         size_bytes=round(0.92 * share * TEACHER.size_bytes),
-        latency_ms=times(0.412 * (0.15 + 0.8 * share), 3.1 * (0.05 + 0.9 * share)),
-        top1_surgery=top1 - 0.2,
-        top1_bn=top1 - 0.05,
-        top1_last=top1,
-        stopped_at=step,
+        timings=nested({"latency_ms": times(0.412 * (0.15 + 0.8 * share), 3.1 * (0.05 + 0.9 * share))})["timings"],
+        stop=Stop(step, top1),
         device_s=3.4,
         ended=1_700_000_000.0 + 10 * number + 5,
     )
@@ -112,8 +125,10 @@ def search() -> SearchResult:
     spent = sum(one.device_s for one in found)
     cost = Cost(wall_s=104.0, device_s=spent, trials=len(found), stopped=2)
     importance = {
-        "half": {"method": 0.55, "recovery.learning_rate": 0.27, "itpruner.beta_rel": 0.13, "recovery.distill": 0.05},
-        "tiny": {"method": 0.41, "alds.measure": 0.002, "recovery.distill": 0.588},
+        "half": Limits(
+            {"method": 0.55, "recovery.learning_rate": 0.27, "itpruner.beta_rel": 0.13, "recovery.distill": 0.05}
+        ),
+        "tiny": Limits({"method": 0.41, "alds.measure": 0.002, "recovery.distill": 0.588}),
     }
     spec = "name: digits\nmodel: {source: zoo, name: resnet8}\n"
     return SearchResult("digits", TEACHER, budgets, found, cost, "2026-03-04T05:06:07+00:00", spec, DEVICES, importance)

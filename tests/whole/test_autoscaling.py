@@ -94,7 +94,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 def nodes() -> list[dict[str, float]]:
-    """What the nodes beside the head have, of those that live."""
+    """Return the resources of the living nodes beside the head."""
     return [
         {name: amount for name, amount in node["Resources"].items() if name in ("CPU", "GPU")}
         for node in ray.nodes()

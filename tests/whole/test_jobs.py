@@ -50,7 +50,7 @@ class Head:
         )
 
     def told(self, folder: Path, *arguments: object) -> Any:
-        """What a command that has to succeed prints, as JSON."""
+        """Run a command that has to succeed; return the JSON it prints."""
         ended = self.run(folder, *arguments, "--json")
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
@@ -84,7 +84,7 @@ def store(folder: Path) -> str:
 
 
 def trials(folder: Path) -> int:
-    """How many trials of the folder's search have ended."""
+    """Count the trials of the folder's search that have ended."""
     try:
         return progress(store(folder), "digits").trials
     except SearchError:
@@ -93,11 +93,11 @@ def trials(folder: Path) -> int:
 
 def table(folder: Path) -> list[tuple[Any, ...]]:
     """Every trial with its plan, and how it ended."""
-    tracker = find_search(store(folder), "digits")
+    record = find_search(store(folder), "digits")
     return [
-        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.top1_last,
-         tracker.plan(one.run_id).choices if one.macs else None)
-        for one in tracker.trials()
+        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.stop,
+         record.read.plan(one.run_id).choices if one.macs else None)
+        for one in record.read.trials()
     ]  # fmt: skip
 
 
@@ -120,9 +120,9 @@ def test_a_job_that_was_stopped_and_submitted_again_ends_as_an_undisturbed_searc
     assert 1 <= stopped["progress"]["trials"] < stopped["progress"]["expected"] == 5
     log = head.run(here, "logs", "digits-1").stdout
     assert f"To go on:  paredown submit spec.yaml --address {head.address}" in log
-    tracker = find_search(store(here), "digits")
-    assert tracker.client.get_run(tracker.run_id).info.status == "KILLED"
-    assert not tracker.client.search_runs(["1"], "attributes.status = 'RUNNING'")
+    record = find_search(store(here), "digits")
+    assert record.client.get_run(record.search.run_id).info.status == "KILLED"
+    assert not record.client.search_runs(["1"], "attributes.status = 'RUNNING'")
 
     again = head.told(here, "submit", "spec.yaml")
     assert (again["id"], again["metadata"]) == ("digits-2", first["metadata"])

@@ -1,4 +1,4 @@
-"""What dies on a cluster of several nodes: whatever it is, a search ends as an undisturbed one, or says what to do."""
+"""Things die on a cluster of several nodes: a search ends as an undisturbed one all the same, or says what to do."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from cluster.head import free_ports
 from search.base import Report
 from search.driver import loop
 from search.driver.prepare import prepare
+from search.record.record import Record
 from search.record.searches import find_search
-from search.record.tracker import Tracker
 from search.workload import Workload, load
 from tests.support.mlflow_servers import mlflow_server
 from tests.support.searches import SPEC, inline, parsed, place, quiet
@@ -108,7 +108,7 @@ def workers(raylets: Raylets, context: object, count: int) -> Iterator[RayCluste
 
 
 @pytest.fixture(scope="module")
-def calm(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+def calm(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
     """The record of a search that nothing disturbs, in one process."""
     here = place(tmp_path_factory.mktemp("calm"), teacher)
     uri = f"sqlite:///{here / 'paredown.db'}"
@@ -119,28 +119,28 @@ def calm(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     return find_search(uri, "digits")
 
 
-def table(tracker: Tracker) -> list[tuple[Any, ...]]:
-    """What must not depend on who died: every trial with its plan, and how it ended."""
+def table(record: Record) -> list[tuple[Any, ...]]:
+    """Return what must not depend on deaths: every trial with its plan and its end."""
     return [
-        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.top1_last, one.stopped_at,
-         one.macs, one.params, tracker.plan(one.run_id).choices)
-        for one in tracker.trials()
+        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.stop,
+         one.macs, one.params, record.read.plan(one.run_id).choices)
+        for one in record.read.trials()
     ]  # fmt: skip
 
 
-def check_recorded_once(tracker: Tracker) -> None:
+def check_recorded_once(record: Record) -> None:
     """Every trial and every rung of it is on record once, every run has ended, every winner is one version."""
-    trials = tracker.trials()
+    trials = record.read.trials()
     assert set(Counter((one.budget, one.trial) for one in trials).values()) == {1}
-    experiment = tracker.client.get_experiment_by_name("digits")
+    experiment = record.client.get_experiment_by_name("digits")
     assert experiment is not None
-    runs = tracker.client.search_runs([experiment.experiment_id])
+    runs = record.client.search_runs([experiment.experiment_id])
     assert len(runs) == len(trials) + 1
     assert {run.info.status for run in runs} == {"FINISHED"}
     for one in trials:
-        steps = [rung.step for rung in tracker.client.get_metric_history(one.run_id, "top1")]
+        steps = [rung.step for rung in record.client.get_metric_history(one.run_id, "top1")]
         assert len(steps) == len(set(steps)), steps
-    versions = tracker.client.search_model_versions("name='digits'")
+    versions = record.client.search_model_versions("name='digits'")
     assert Counter(found.tags["budget"] for found in versions) == {"half": 1}
 
 
@@ -194,7 +194,7 @@ def striking(raylets: Raylets, struck: list[str]) -> Report:
 
 
 def test_a_search_that_loses_nodes_and_workers_ends_as_an_undisturbed_one(
-    raylets: Raylets, calm: Tracker, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    raylets: Raylets, calm: Record, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     struck: list[str] = []
 
@@ -305,7 +305,7 @@ def test_memory_and_store_that_are_full_end_in_words() -> None:
 
 
 def ended(uri: str) -> int:
-    """How many trials are on record; none before the search is."""
+    """Count the trials on record; none before the search is."""
     client = MlflowClient(uri)
     try:
         found = client.get_experiment_by_name("digits")
@@ -333,7 +333,7 @@ def command(raylets: Raylets) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.live
 def test_a_search_whose_mlflow_server_dies_stops_and_goes_on(
-    raylets: Raylets, calm: Tracker, teacher: Path, tmp_path: Path
+    raylets: Raylets, calm: Record, teacher: Path, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
     uri = f"http://127.0.0.1:{port}"

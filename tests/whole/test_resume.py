@@ -71,12 +71,12 @@ def runs(folder: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
 
 
 def table(folder: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on kills: every trial with its plan, and how it ended."""
-    tracker = find_search(f"sqlite:///{folder / 'paredown.db'}", "digits")
+    """Return what must not depend on kills: every trial with its plan and its end."""
+    record = find_search(f"sqlite:///{folder / 'paredown.db'}", "digits")
     return [
-        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.top1_last, one.stopped_at,
-         one.macs, one.params, tracker.plan(one.run_id).choices if one.macs else None)
-        for one in tracker.trials()
+        (one.budget, one.trial, one.method, one.knobs, one.state, one.top1_validation, one.stop,
+         one.macs, one.params, record.read.plan(one.run_id).choices if one.macs else None)
+        for one in record.read.trials()
     ]  # fmt: skip
 
 
@@ -88,21 +88,21 @@ def check_records(folder: Path) -> None:
     assert set(Counter((run.data.params["budget"], run.data.params["trial"]) for run in ended).values()) == {1}
     assert {run.info.run_id for run in ended} == {run.info.run_id for run in kept}
 
-    tracker = find_search(f"sqlite:///{folder / 'paredown.db'}", "digits")
+    record = find_search(f"sqlite:///{folder / 'paredown.db'}", "digits")
     kept_at = storage(str(folder / "paredown.studies"))
     states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
     for name in ("half", "small", "edge"):
-        told = optuna.load_study(study_name=f"{tracker.run_id}/{name}", storage=kept_at).trials
-        recorded = [one for one in tracker.trials() if one.budget == name]
+        told = optuna.load_study(study_name=f"{record.search.run_id}/{name}", storage=kept_at).trials
+        recorded = [one for one in record.read.trials() if one.budget == name]
         assert [trial.state for trial in told] == [states[one.state] for one in recorded]
         assert [trial.value for trial in told if trial.state == TrialState.COMPLETE] == [
             one.top1_validation for one in recorded if one.state == "complete"
         ]
-    versions = tracker.client.search_model_versions("name='digits'")
+    versions = record.client.search_model_versions("name='digits'")
     assert Counter(found.tags["budget"] for found in versions) == {
-        budget.name: 1 for budget in tracker.result().budgets if budget.winner is not None
+        budget.name: 1 for budget in record.read.result().budgets if budget.winner is not None
     }
-    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert record.client.get_run(record.search.run_id).info.status == "FINISHED"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def wait_for_trials(folder: Path, process: subprocess.Popen[str], count: int) ->
 
 
 def ended(folder: Path) -> int:
-    """How many trials are on record; none while the store is being made."""
+    """Count the trials on record; none while the store is being made."""
     try:
         return sum("paredown.state" in run.data.tags for run in runs(folder))
     except MlflowException:

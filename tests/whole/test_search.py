@@ -56,7 +56,7 @@ def test_a_search_from_spec_to_registry(wanted: schema.SearchSpec, tmp_path: Pat
     assert len(result.candidates) == 8
     assert {one.method for one in result.candidates} == {"itpruner", "alds", "uniform"}
     assert all(one.state == "complete" and one.latency_ms["cpu-1"]["min"] > 0 for one in result.candidates)
-    assert find_search(wanted.tracking.uri, "digits").result() == result
+    assert find_search(wanted.tracking.uri, "digits").read.result() == result
 
     client = MlflowClient()
     experiment = client.get_experiment_by_name("digits")
@@ -100,7 +100,7 @@ def test_chains_and_gates_in_one_search(wanted: schema.SearchSpec, tmp_path: Pat
     chains = [one for one in result.candidates if one.method == "itpruner+alds"]
     assert len(chains) == 2
     for chain in chains:
-        links = find_search(wanted.tracking.uri, "digits").plan(chain.run_id).choices["links"]
+        links = find_search(wanted.tracking.uri, "digits").read.plan(chain.run_id).choices["links"]
         assert [link["method"] for link in links] == ["itpruner", "alds"]
         assert result.teacher.macs > links[0]["macs"] > links[1]["macs"] == chain.macs
 
@@ -182,7 +182,7 @@ def test_a_search_on_ray_follows_the_plans_of_this_process(wanted: schema.Search
     result = loop.search(wanted, on_ray, quiet)
     assert [one.state for one in result.candidates] == ["complete"] * 8
     for one in result.candidates:
-        plan = planned.reach[one.budget][one.method]
+        plan = planned.first_plans[one.budget][one.method]
         assert isinstance(plan, Plan)
         if one.trial < 3:
             assert (one.macs, one.params) == (plan.macs, plan.params)

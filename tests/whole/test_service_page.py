@@ -27,7 +27,7 @@ from tests.support.searches import SPEC, inline, parsed, place, quiet
 
 LONG = SPEC.replace("name: digits", "name: long").replace("trials: 3", "trials: 500") + "cluster: {max_parallel: 1}\n"
 LONG_S = 240
-"""How long a machine shared with other jobs may take for what takes seconds on an idle one."""
+"""Seconds that a machine shared with other jobs may take for what takes one second on an idle one."""
 
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on PATH"),

@@ -22,7 +22,7 @@ from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.network import Layer, Profile, count_macs, count_params, profile
 from methods.training import recalibrate
 from tests.methods.alds.test_spectra import merged
-from tests.support.networks import NETWORKS
+from tests.support.networks import NETWORKS, fits
 
 CALIBRATION = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_the_plan_says_what_its_student_costs(
         assert (plan.macs, plan.params) == (count_macs(one, EXAMPLE), count_params(one))
     student.load_state_dict(fitted.state_dict())
     assert torch.equal(student(EXAMPLE), fitted(EXAMPLE))
-    assert budget.allows(plan.macs, plan.params)
+    assert fits(budget, plan.macs, plan.params)
     assert (
         plan.bound == plan.loss == ALDS().allocate(scores, rows, budget, {"measure": measure, "schemes": schemes}).loss
     )

@@ -18,7 +18,7 @@ from methods.itpruner import ITPruner, importance, redundancy
 from methods.itpruner.hsic import nhsic
 from methods.network import Profile, count_macs, count_params, profile
 from methods.protocol import defaults
-from tests.support.networks import NETWORKS
+from tests.support.networks import NETWORKS, fits
 
 METHOD = ITPruner(batch=16)
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -80,7 +80,7 @@ def test_every_wiring_is_scored_cut_and_counted_as_planned(name: str) -> None:
     plan = METHOD.allocate(scores, rows, budget, knobs())
     student = METHOD.apply(network, Plan.from_json(json.loads(json.dumps(plan.to_json()))))
     assert (count_macs(student, IMAGES), count_params(student)) == (plan.macs, plan.params)
-    assert budget.allows(plan.macs, plan.params)
+    assert fits(budget, plan.macs, plan.params)
     assert student(IMAGES[:2]).isfinite().all()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert plan.loss > 0
@@ -103,10 +103,10 @@ def test_students_meet_every_limit_they_were_planned_for(
         criterion=data.draw(st.sampled_from(["l1", "l2", "bn_gamma", "fpgm"])),
     )
     least = METHOD.allocate(scores, rows, cheapest(rows, scores, budget.channels), chosen)
-    if budget.allows(least.macs, least.params):
+    if fits(budget, least.macs, least.params):
         plan = METHOD.allocate(scores, rows, budget, chosen)
         student = METHOD.apply(network, plan)
-        assert budget.allows(count_macs(student, IMAGES), count_params(student))
+        assert fits(budget, count_macs(student, IMAGES), count_params(student))
     else:
         with pytest.raises(Infeasible, match="drawn") as caught:
             METHOD.allocate(scores, rows, budget, chosen)

@@ -24,7 +24,7 @@ from methods.practise.selection import pairwise_error
 from methods.training import Recipe, recalibrate
 from search.workload.samples import Arrays
 from tests.methods.practise.test_blocks import DEEP, deep, silenced
-from tests.support.networks import NETWORKS, _seeded
+from tests.support.networks import NETWORKS, _seeded, fits
 
 IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 selectors = st.sampled_from(["pairwise", "additive"])
@@ -57,7 +57,7 @@ def test_the_plan_says_what_its_student_costs(name: str, selector: str, macs: fl
         return
     student = PRACTISE().apply(network, Plan.from_json(json.loads(json.dumps(plan.to_json()))))
     assert (plan.macs, plan.params) == (count_macs(student, IMAGES), count_params(student))
-    assert budget.allows(plan.macs, plan.params)
+    assert fits(budget, plan.macs, plan.params)
     assert student(IMAGES).shape == network(IMAGES).shape
     assert plan == PRACTISE().allocate(scores, rows, budget, {"selector": selector})
 

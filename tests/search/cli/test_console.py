@@ -59,7 +59,7 @@ def test_result_says_what_the_search_took(terminal: io.StringIO) -> None:
 
 def test_result_of_a_search_without_latency(terminal: io.StringIO) -> None:
     full = results.search()
-    found = [replace(one, latency_ms={}, teacher_latency_ms={}, noise={}) for one in full.candidates[:6]]
+    found = [replace(one, timings={}) for one in full.candidates[:6]]
     teacher = replace(full.teacher, latency_ms={})
     budgets = [replace(full.budgets[0], winner=found[0])]
     console.show_result(replace(full, candidates=found, teacher=teacher, budgets=budgets, devices={}), None)

@@ -19,6 +19,7 @@ import typer
 import yaml
 
 from search.cli import main
+from search.limits import Limits
 from search.results import BudgetResult, Cost, SearchResult
 from search.spec import reading
 from search.trials import Candidate, Teacher
@@ -398,7 +399,7 @@ def result(*states: str) -> SearchResult:
     return SearchResult(
         "tiny",
         Teacher(top1_validation=0.9, top1_test=None, macs=100, params=10, size_bytes=40),
-        [BudgetResult("half", {"macs": 50})],
+        [BudgetResult("half", Limits(macs=50))],
         candidates,
         Cost(1.0, 1.0, len(states), 0),
         "2026-01-01T00:00:00+00:00",

@@ -19,8 +19,10 @@ from methods.pipeline import size_bytes
 from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
-from search.driver.fitting import ROUNDS, Wish, fit, least_latency, reachable
+from search.driver.fitting import ROUNDS, Fitter
 from search.driver.planner import Planner
+from search.driver.sizing import Request
+from search.limits import Limits, latency_on
 from search.spec import reading, schema
 from search.spec.targets import Target
 from search.trials import Fitted
@@ -44,7 +46,7 @@ def quiet(stage: str, done: int, total: int, note: str) -> None:
 
 @dataclass(frozen=True)
 class Shop:
-    """All that a fit needs, and the teacher's figures."""
+    """Everything a fit needs, and the teacher's figures."""
 
     workload: Workload
     profile: Profile
@@ -52,15 +54,20 @@ class Shop:
     stopwatch: Stopwatch
     teacher_ms: float
 
-    def fit(self, *wishes: Wish) -> list[Fitted | MethodError]:
-        return fit(wishes, self.planner, self.stopwatch, self.workload)
+    def fit(self, *requests: Request) -> list[Fitted | MethodError]:
+        return self.fitter.fit(requests)
 
-    def wish(
+    @property
+    def fitter(self) -> Fitter:
+        return Fitter(self.planner, self.stopwatch, self.workload.teacher)
+
+    def request(
         self, method: str, *, ms: float | None = None, macs: int | None = None, params: int | None = None,
         size_bytes: int | None = None,
-    ) -> Wish:  # fmt: skip
-        budget = Budget("tight", macs=macs, params=params, channels=4)
-        return Wish(method, Target(budget, "edge", size_bytes, ms), defaults(named(method)))
+    ) -> Request:  # fmt: skip
+        given = {"macs": macs, "params": params, "size_bytes": size_bytes, latency_on("edge"): ms}
+        limits = Limits({cost: limit for cost, limit in given.items() if limit is not None})
+        return Request(method, Target("tight", limits, "edge", channels=4), defaults(named(method)))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,7 @@ def ms(found: Fitted | MethodError) -> float:
 def every(shop: Shop) -> list[tuple[Plan, float]]:
     """Uniform's plan for every ask there is, and what its student takes: the slow way to the best plan."""
     found = []
-    for ask in Bracket.below(shop.profile.macs, shop.profile.macs).asks:
+    for ask in Bracket.below(shop.profile.macs, shop.profile.macs, 1.0).asks:
         try:
             plan = shop.planner.plan("uniform", Budget("b", macs=ask, channels=4), defaults(named("uniform")))
         except Infeasible:
@@ -97,10 +104,10 @@ def every(shop: Shop) -> list[tuple[Plan, float]]:
 
 
 def test_without_limits_on_size_or_latency_the_plan_is_the_methods_own(shop: Shop) -> None:
-    wish = shop.wish("alds", macs=shop.profile.macs // 2, params=shop.profile.params // 2)
-    (found,) = shop.fit(wish)
+    request = shop.request("alds", macs=shop.profile.macs // 2, params=shop.profile.params // 2)
+    (found,) = shop.fit(request)
     assert isinstance(found, Fitted)
-    assert found.plan == shop.planner.plan("alds", wish.target.budget, wish.knobs)
+    assert found.plan == shop.planner.plan("alds", request.target.budget, request.knobs)
     assert found.rounds == 0
     assert found.timings.keys() == {"edge"}
 
@@ -111,7 +118,7 @@ def test_the_largest_plan_within_the_limits_is_found(
     shop: Shop, every: list[tuple[Plan, float]], latency: float, macs: float
 ) -> None:
     limit, most = latency * shop.teacher_ms, int(macs * shop.profile.macs)
-    (found,) = shop.fit(shop.wish("uniform", ms=limit, macs=most))
+    (found,) = shop.fit(shop.request("uniform", ms=limit, macs=most))
     known = [plan.macs for plan, took in every if took <= limit and plan.macs <= most]
     if isinstance(found, Fitted):
         assert ms(found) <= limit
@@ -127,7 +134,7 @@ def test_the_largest_plan_within_the_limits_is_found(
 @given(st.floats(0.25, 1.0), st.floats(0.25, 1.0))
 def test_a_larger_limit_on_latency_never_gives_fewer_macs(shop: Shop, one: float, other: float) -> None:
     limits = sorted((one * shop.teacher_ms, other * shop.teacher_ms))
-    found = shop.fit(*(shop.wish("uniform", ms=limit) for limit in limits))
+    found = shop.fit(*(shop.request("uniform", ms=limit) for limit in limits))
     macs = [fitted.plan.macs if isinstance(fitted, Fitted) else 0 for fitted in found]
     assert macs == sorted(macs)
 
@@ -136,11 +143,11 @@ def test_a_larger_limit_on_latency_never_gives_fewer_macs(shop: Shop, one: float
 def test_every_method_meets_latency_and_params_at_once(shop: Shop, method: str) -> None:
     share = {"practise": 0.9}.get(method, 0.8)
     params = int(0.95 * shop.profile.params)  # one block is all that practise can drop
-    wishes = [
-        shop.wish(method, ms=share * shop.teacher_ms, params=params),
-        shop.wish(method, ms=shop.teacher_ms),
+    requests = [
+        shop.request(method, ms=share * shop.teacher_ms, params=params),
+        shop.request(method, ms=shop.teacher_ms),
     ]
-    tight, loose = shop.fit(*wishes)
+    tight, loose = shop.fit(*requests)
     assert ms(tight) <= share * shop.teacher_ms
     assert isinstance(tight, Fitted)
     assert tight.plan.params <= params
@@ -149,7 +156,7 @@ def test_every_method_meets_latency_and_params_at_once(shop: Shop, method: str) 
 
 def test_who_is_too_slow_is_told_by_how_much(shop: Shop, every: list[tuple[Plan, float]]) -> None:
     least = min(took for _, took in every)
-    (found,) = shop.fit(shop.wish("uniform", ms=least / 2))
+    (found,) = shop.fit(shop.request("uniform", ms=least / 2))
     assert isinstance(found, Infeasible)
     assert found.least == {"latency_ms/edge": pytest.approx(least)}
     assert "uniform is predicted to take, with these knobs, at least" in str(found)
@@ -158,7 +165,9 @@ def test_who_is_too_slow_is_told_by_how_much(shop: Shop, every: list[tuple[Plan,
 
 
 def test_gates_save_no_latency_here(shop: Shop) -> None:
-    gated, whole = shop.fit(shop.wish("manidp", ms=0.9 * shop.teacher_ms), shop.wish("manidp", ms=shop.teacher_ms))
+    gated, whole = shop.fit(
+        shop.request("manidp", ms=0.9 * shop.teacher_ms), shop.request("manidp", ms=shop.teacher_ms)
+    )
     assert isinstance(gated, Infeasible)
     assert gated.least["latency_ms/edge"] == pytest.approx(shop.teacher_ms)
     assert isinstance(whole, Fitted)
@@ -169,53 +178,55 @@ def test_gates_save_no_latency_here(shop: Shop) -> None:
 @given(st.floats(0.1, 1.0))
 def test_the_size_of_the_weights_is_met_and_used(shop: Shop, share: float) -> None:
     limit = int(share * size_bytes(shop.workload.teacher))
-    (found,) = shop.fit(shop.wish("itpruner", size_bytes=limit))
+    (found,) = shop.fit(shop.request("itpruner", size_bytes=limit))
     assert isinstance(found, Fitted)
     student = named("itpruner").apply(shop.workload.teacher, found.plan)
     assert size_bytes(student) <= limit
-    more = replace(shop.wish("itpruner").target.budget, params=found.plan.params, macs=shop.profile.macs)
+    more = replace(shop.request("itpruner").target.budget, params=found.plan.params, macs=shop.profile.macs)
     assert found.plan.loss <= shop.planner.plan("itpruner", more, defaults(named("itpruner"))).loss
     assert size_bytes(student) >= 0.8 * limit
 
 
 def test_size_and_latency_are_met_together(shop: Shop) -> None:
     limit, took = size_bytes(shop.workload.teacher) // 2, 0.9 * shop.teacher_ms
-    (found,) = shop.fit(shop.wish("uniform", ms=took, size_bytes=limit))
+    (found,) = shop.fit(shop.request("uniform", ms=took, size_bytes=limit))
     assert ms(found) <= took
     assert isinstance(found, Fitted)
     assert size_bytes(named("uniform").apply(shop.workload.teacher, found.plan)) <= limit
 
 
 def test_who_is_too_large_is_told_by_how_much(shop: Shop) -> None:
-    (found,) = shop.fit(shop.wish("uniform", size_bytes=2000))
+    (found,) = shop.fit(shop.request("uniform", size_bytes=2000))
     assert isinstance(found, Infeasible)
     least = found.least["size_bytes"]
     assert least > 2000
     assert f"uniform reaches no less than {least / 1000:.1f} kB ({least / 2000 - 1:.0%} more)" in str(found)
-    (met,) = shop.fit(shop.wish("uniform", size_bytes=least))
+    (met,) = shop.fit(shop.request("uniform", size_bytes=least))
     assert isinstance(met, Fitted)
 
 
 def test_an_unmeetable_wish_spares_the_others(shop: Shop) -> None:
-    beyond, fine = shop.fit(shop.wish("uniform", macs=1), shop.wish("uniform", macs=shop.profile.macs))
+    beyond, fine = shop.fit(shop.request("uniform", macs=1), shop.request("uniform", macs=shop.profile.macs))
     assert isinstance(beyond, Infeasible)
     assert beyond.least["macs"] == 10_600
     assert isinstance(fine, Fitted)
 
 
 def test_reach_is_told_without_measuring(shop: Shop, every: list[tuple[Plan, float]]) -> None:
-    def reach(wish: Wish) -> Plan | str:
-        return reachable(wish.method, wish.target, shop.planner, shop.stopwatch, shop.workload)
+    def reach(request: Request) -> Plan | str:
+        return shop.fitter.reachable(request.method, request.target)
 
     least = min(took for _, took in every)
-    plan = reach(shop.wish("uniform", ms=1.01 * least))
+    plan = reach(shop.request("uniform", ms=1.01 * least))
     assert isinstance(plan, Plan)
-    assert "predicted to take, with these knobs, at least" in str(reach(shop.wish("uniform", ms=0.99 * least)))
-    assert "predicted to take, with these knobs, at least" in str(reach(shop.wish("manidp", ms=0.99 * shop.teacher_ms)))
-    assert isinstance(reach(shop.wish("uniform", macs=shop.profile.macs)), Plan)
-    assert "reaches no less than" in str(reach(shop.wish("uniform", macs=1)))
+    assert "predicted to take, with these knobs, at least" in str(reach(shop.request("uniform", ms=0.99 * least)))
+    assert "predicted to take, with these knobs, at least" in str(
+        reach(shop.request("manidp", ms=0.99 * shop.teacher_ms))
+    )
+    assert isinstance(reach(shop.request("uniform", macs=shop.profile.macs)), Plan)
+    assert "reaches no less than" in str(reach(shop.request("uniform", macs=1)))
     fewest = Budget("b", macs=10_600, channels=4)
-    told = least_latency("uniform", fewest, ["edge"], shop.planner, shop.stopwatch, workload=shop.workload)
+    told = shop.fitter.least_latency("uniform", fewest, ["edge"])
     assert told == {"edge": pytest.approx(least)}
 
 
@@ -225,10 +236,14 @@ def test_on_a_real_device_the_measured_student_meets_the_limit(shop: Shop) -> No
     stopwatch = Stopwatch({"here": schema.DeviceSpec(channels=4)}, Path(), shop.workload, cluster, quiet)
     teacher_ms = stopwatch.teacher()["here"]["p50"]
 
-    def wish(limit: float) -> Wish:
-        return Wish("uniform", Target(Budget("b", channels=4), "here", latency_ms=limit), defaults(named("uniform")))
+    def request(limit: float) -> Request:
+        return Request(
+            "uniform", Target("b", Limits({latency_on("here"): limit}), "here", channels=4), defaults(named("uniform"))
+        )
 
-    easy, hard = fit([wish(2 * teacher_ms), wish(teacher_ms / 1000)], shop.planner, stopwatch, shop.workload)
+    easy, hard = Fitter(shop.planner, stopwatch, shop.workload.teacher).fit(
+        [request(2 * teacher_ms), request(teacher_ms / 1000)]
+    )
     assert isinstance(easy, Fitted)
     assert easy.rounds == 1
     assert easy.plan.macs == shop.profile.macs
@@ -243,14 +258,10 @@ Latency = Callable[[int], float]
 
 def closed_in(took: Latency, *, top: int, aim: float) -> tuple[int | None, int]:
     """The largest ask whose plan is not over `aim`, as the bracket finds it, and how many plans that took."""
-    bracket = Bracket.below(top, top)
-
-    def is_over(point: Point) -> bool:
-        return point.predicted > aim
-
-    while (macs := bracket.next(is_over, aim)) is not None:
+    bracket = Bracket.below(top, top, aim)
+    while (macs := bracket.next()) is not None:
         bracket.points.append(Point(macs, Plan("uniform", macs, 0, {}, 0.0), took(macs)))
-    best = bracket.best(is_over)
+    best = bracket.best()
     return best.asked if best else None, len(bracket.points)
 
 
@@ -261,7 +272,7 @@ def test_the_bracket_ends_at_the_largest_ask_that_fits(aim: float, power: float,
     def took(macs: int) -> float:
         return intercept + (1 - intercept) * (macs / top) ** power
 
-    asks = Bracket.below(top, top).asks
+    asks = Bracket.below(top, top, 1.0).asks
     found, plans = closed_in(took, top=top, aim=aim)
     fitting = bisect_right([took(ask) for ask in asks], aim)
     assert found == (asks[fitting - 1] if fitting else None)
@@ -269,11 +280,11 @@ def test_the_bracket_ends_at_the_largest_ask_that_fits(aim: float, power: float,
 
 
 def test_the_bracket_goes_no_lower_than_a_method_can() -> None:
-    bracket = Bracket.below(1000, 1000)
+    bracket = Bracket.below(1000, 1000, 1.0)
     bracket.points.append(Point(1000, Plan("uniform", 1000, 0, {}, 0.0), predicted=10.0))
     bracket.refuse(950, least=400)
     assert bracket.asks == [1000]
-    bracket = Bracket.below(1000, 1000)
+    bracket = Bracket.below(1000, 1000, 1.0)
     bracket.points.append(Point(1000, Plan("uniform", 1000, 0, {}, 0.0), predicted=10.0))
     bracket.refuse(200, least=400)
     assert bracket.asks[0] == 400

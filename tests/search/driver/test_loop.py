@@ -1,4 +1,5 @@
-"""How a search spends its seconds: nothing is scored or trained twice, and what falls behind is given up."""
+"""A search spends no second twice: nothing is scored or trained again, and a trial that falls behind is stopped
+early."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from optuna.trial import TrialState
 from search.driver import loop
 from search.driver.study import storage
 from search.record.changes import SpecChanged
+from search.record.record import Record
 from search.record.searches import find_search
-from search.record.tracker import Tracker
 from search.results import SearchResult
 from search.spec.reading import renamed
 from tests.support.searches import SPEC, inline, parsed, place, quiet
@@ -34,13 +35,13 @@ def search(folder: Path, text: str = SPEC) -> SearchResult:
     return loop.search(parsed(folder, text), inline, quiet)
 
 
-def record(name: str = "digits") -> Tracker:
+def record(name: str = "digits") -> Record:
     return find_search("sqlite:///paredown.db", name)
 
 
-def shards(tracker: Tracker) -> float:
-    """How many scoring shards have run for this search."""
-    found: float = tracker.client.get_run(tracker.run_id).data.metrics["scoring_shards"]
+def shards(record: Record) -> float:
+    """Count the scoring shards that have run for this search."""
+    found: float = record.client.get_run(record.search.run_id).data.metrics["scoring_shards"]
     return found
 
 
@@ -57,8 +58,8 @@ def test_budgets_and_trials_added_to_a_finished_search_reuse_every_score(here: P
     assert edge.limits.keys() == {"latency_ms/rock", "size_bytes", "top1_drop"}
     for one in more.candidates:
         if one.budget == "edge" and one.state == "complete":
-            assert one.excess(edge.limits)["latency_ms/rock"] <= 0
-            assert one.excess(edge.limits)["size_bytes"] <= 0
+            assert edge.limits.excess(one.costs)["latency_ms/rock"] <= 0
+            assert edge.limits.excess(one.costs)["size_bytes"] <= 0
     with pytest.raises(SpecChanged, match=r"budgets.edge: .*, now gone"):
         search(here, SHORT)
 
@@ -85,11 +86,11 @@ def test_a_changed_spec_is_refused_and_forked(here: Path) -> None:
     changed = SHORT.replace("steps: 5", "steps: 6")
     with pytest.raises(SpecChanged, match=r"(?s)recovery.steps: 5, now 6.*--fork"):
         search(here, changed)
-    assert record().result() == first
+    assert record().read.result() == first
     forked = loop.search(renamed(parsed(here, changed), "digits-2"), inline, quiet)
     assert forked.name == "digits-2"
     assert forked.budgets[0].model_uri == "models:/digits-2@half"
-    assert record().result() == first
+    assert record().read.result() == first
 
 
 def test_what_falls_behind_is_given_up_and_costs_are_told(here: Path) -> None:
@@ -98,12 +99,12 @@ def test_what_falls_behind_is_given_up_and_costs_are_told(here: Path) -> None:
     assert stopped
     assert result.cost.stopped == len(stopped)
     for one in stopped:
-        assert one.stopped_at in (8, 12, 16)
-        assert one.top1_last is not None
+        assert one.stop is not None
+        assert one.stop.step in (8, 12, 16)
         assert one.top1_validation is None
         assert one.device_s > 0
         assert one.macs is not None
-    told = optuna.load_study(study_name=f"{record().run_id}/half", storage=storage("paredown.studies")).trials
+    told = optuna.load_study(study_name=f"{record().search.run_id}/half", storage=storage("paredown.studies")).trials
     assert {trial.number for trial in told if trial.state == TrialState.PRUNED} == {one.trial for one in stopped}
     for trial, one in zip(told, result.candidates, strict=True):
         rungs = record().client.get_metric_history(one.run_id, "top1")

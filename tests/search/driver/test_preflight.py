@@ -1,4 +1,4 @@
-"""What is said before anything is trained, where it takes more than a table of yes and no."""
+"""The answers of `paredown check` that take more than a table of yes and no."""
 
 from __future__ import annotations
 

@@ -149,16 +149,16 @@ def test_what_is_behind_two_thirds_of_told_trials_is_given_up(tmp_path: Path) ->
     curves = [[0.2, 0.6], [0.4, 0.8], [0.3, 0.7]]
     for curve in curves:
         number = made.ask().number
-        assert all(made.goes_on(number, step, top1) for step, top1 in enumerate(curve, start=1))
+        assert all(made.should_continue(number, step, top1) for step, top1 in enumerate(curve, start=1))
         made.tell(number, curve[-1])
     ahead, level, behind = (made.ask().number for _ in range(3))
-    assert made.goes_on(ahead, 1, 0.9)
-    assert made.goes_on(level, 1, 0.27)
-    assert not made.goes_on(behind, 1, 0.26)
+    assert made.should_continue(ahead, 1, 0.9)
+    assert made.should_continue(level, 1, 0.27)
+    assert not made.should_continue(behind, 1, 0.26)
     made.tell_stopped(behind)
     assert made.told == 4
     again = study(tmp_path / "s")
-    assert not again.goes_on(behind, 1, 0.26)
+    assert not again.should_continue(behind, 1, 0.26)
     assert [proposal.number for proposal in again.unfinished()] == [ahead, level]
 
 
@@ -166,8 +166,8 @@ def test_a_trial_is_not_given_up_for_one_that_is_still_running(tmp_path: Path) -
     made = study(tmp_path / "s")
     numbers = [made.ask().number for _ in range(6)]
     for number in numbers[:5]:
-        made.goes_on(number, 1, 0.9)
-    assert made.goes_on(numbers[5], 1, 0.1)
+        made.should_continue(number, 1, 0.9)
+    assert made.should_continue(numbers[5], 1, 0.1)
 
 
 def test_a_good_proposal_starts_a_neighbour_once(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_random_search_starts_with_no_defaults_and_gives_nothing_up(tmp_path: 
     assert found[0][0].recovery["distill"] != RECOVERY["distill"].default
     for top1 in (0.9, 0.8, 0.7, 0.1):
         number = drawn[0].ask().number
-        assert drawn[0].goes_on(number, 1, top1)
+        assert drawn[0].should_continue(number, 1, top1)
         drawn[0].tell(number, top1)
 
 

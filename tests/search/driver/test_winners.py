@@ -25,10 +25,10 @@ from methods.training.recipe import WHOLE, Chance
 from methods.uniform import Uniform
 from search.driver.winners import TAG_BYTES, register, student
 from search.record.logged_models import Models, load_model
+from search.record.record import Record
 from search.record.registry import version_tags
 from search.record.searches import open_search
 from search.record.store import check_store
-from search.record.tracker import Tracker
 from search.spec import reading, schema
 from search.trials import Fitted, Proposal, Teacher, Timing
 from search.workload import Workload, loading
@@ -91,7 +91,7 @@ class Counted:
 
     @property
     def times(self) -> float:
-        """How many times the whole set was read."""
+        """The number of times the whole set was read."""
         return sum(self.batches) / len(self)
 
 
@@ -101,7 +101,7 @@ class Search:
 
     spec: schema.SearchSpec
     workload: Workload
-    tracker: Tracker
+    record: Record
     test: Counted
     trials: int = 0
 
@@ -115,10 +115,10 @@ class Search:
         """The run of a trial that was planned and timed."""
         proposal = Proposal(budget, self.trials, "uniform", {"criterion": "l1"}, {"learning_rate": 0.1})
         self.trials += 1
-        run_id = self.tracker.start_trial(proposal)
+        run_id = self.record.trials.start(proposal)
         times = {"min": latency_ms - 0.1, "p50": latency_ms, "p95": latency_ms + 0.5}
         both = {"cpu-1": Timing(times, times, noise=0.25), "nano": Timing(times, times)}
-        self.tracker.planned(run_id, Fitted(plan, both, 1), f"work {self.trials}")
+        self.record.trials.planned(run_id, Fitted(plan, both, 1), f"work {self.trials}")
         return run_id
 
     def train(
@@ -128,12 +128,12 @@ class Search:
         plan = replace(self.plan(macs), notes=notes)
         run_id = self.begin(budget, plan, latency_ms)
         outcome = replace(_outcome(self.workload, plan), top1_validation=top1)
-        self.tracker.complete(run_id, outcome, 1.0, top1_drop=0.95 - top1, keep_weights=True)
+        self.record.trials.complete(run_id, outcome, 1.0, top1_drop=0.95 - top1, keep_weights=True)
         return run_id
 
     def register(self) -> None:
-        """What the end of a search does."""
-        register(self.spec, self.workload, self.tracker, quiet)
+        """Do what the end of a search does."""
+        register(self.spec, self.workload, self.record, quiet)
 
     def version(self, budget: str) -> dict[str, str]:
         """The tags of the version that a budget's alias points at."""
@@ -141,7 +141,7 @@ class Search:
 
 
 def _outcome(made: Workload, plan: Plan) -> Outcome:
-    """What a trial without recovery gives."""
+    """Return the outcome of a trial without recovery."""
     steps = trial(made.bench(), Uniform(), plan, Recipe(steps=0), 0)
     while True:
         try:
@@ -167,40 +167,40 @@ def searched(tmp_path: Path, empty: Path) -> Search:
     made = loading.load(wanted, quiet)
     test = Counted(made.splits.test)
     made = replace(made, splits=replace(made.splits, test=test))
-    tracker = open_search(wanted.tracking.uri, "tiny", decisive=wanted.decisive(), spec=wanted.text, model="tiny")
+    record = open_search(wanted.tracking.uri, "tiny", decisive=wanted.decisive(), spec=wanted.text, model="tiny")
     rows = profile(made.teacher, made.example)
     teacher = Teacher(
         top1_validation=0.95, top1_test=None, macs=rows.macs, params=rows.params, size_bytes=size_bytes(made.teacher),
         latency_ms={device: {"min": 1.8, "p50": 2.0, "p95": 2.5} for device in wanted.devices},
     )  # fmt: skip
-    tracker.write_teacher(teacher)
-    tracker.write_limits({target.name: target.declared() for target in wanted.targets(teacher)})
-    tracker.write_devices(DEVICES)
-    return Search(wanted, made, tracker, test)
+    record.search.write_teacher(teacher)
+    record.search.write_limits({target.name: target.limits for target in wanted.targets(teacher)})
+    record.search.write_devices(DEVICES)
+    return Search(wanted, made, record, test)
 
 
 def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: Search) -> None:
     run_id = searched.train("half", 0.5, top1=0.8)
     searched.register()
-    result = searched.tracker.result()
+    result = searched.record.read.result()
     half, slim, none = result.budgets
     assert (half.alias, half.model_uri, slim.model_uri) == ("half", "models:/tiny@half", "models:/tiny@slim")
     assert none.winner is none.model_uri is None
 
     tags = searched.version("slim")
     assert half.winner is not None
-    assert json.loads(tags["plan"]) == searched.tracker.plan(run_id).to_json() == half.winner.plan
+    assert json.loads(tags["plan"]) == searched.record.read.plan(run_id).to_json() == half.winner.plan
     assert json.loads(tags["knobs"]) == {"criterion": "l1", "recovery.learning_rate": 0.1}
     for name, device in searched.spec.devices.items():
         assert schema.DeviceSpec.model_validate_json(tags[f"device_spec/{name}"]) == device
     expected = {
         "budget": "slim",
         "method": "uniform",
-        "spec_hash": searched.tracker.spec_digest,
+        "spec_hash": searched.record.search.spec_digest,
         "teacher_hash": searched.workload.fingerprint,
         "device": "cpu-1",
         "host": "bench",
-        "onnx_uri": Models(searched.tracker.client).onnx_uri(run_id),
+        "onnx_uri": Models(searched.record.client).onnx_uri(run_id),
         "top1_validation": "0.8",
         "top1_test": repr(slim.top1_test),
         "top1_drop": repr(0.95 - 0.8),
@@ -213,7 +213,7 @@ def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: S
         "is_predicted/cpu-1": "false",
         "is_predicted/nano": "true",
         "noise/cpu-1": "0.25",
-        "teacher_uri": Models(searched.tracker.client).stored(searched.tracker.run_id),
+        "teacher_uri": Models(searched.record.client).stored(searched.record.search.run_id),
         "teacher_latency_ms/cpu-1/p50": "2.0",
         "teacher_latency_ms/nano/p50": "2.0",
     }
@@ -228,21 +228,19 @@ def test_a_version_says_where_it_is_from_and_how_it_meets_its_limits(searched: S
     model: Any = load_model(searched.spec.tracking.uri, "models:/tiny@half")
     images = torch.from_numpy(searched.workload.splits.calibration)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), student(searched.workload, searched.tracker, run_id)(images))
+        torch.testing.assert_close(model(images), student(searched.workload, searched.record, run_id)(images))
 
 
 def test_the_test_set_is_read_once_per_version_and_once_for_the_teacher(searched: Search) -> None:
     run_id = searched.train("half", 0.5, top1=0.8)
     searched.register()
     assert searched.test.times == 3  # the teacher, half, slim
-    known = searched.tracker.result()
+    known = searched.record.read.result()
     searched.register()
-    assert searched.tracker.result() == known
+    assert searched.record.read.result() == known
     assert searched.test.times == 3
 
-    found = evaluate(
-        student(searched.workload, searched.tracker, run_id), searched.test.inner, searched.workload.metric
-    )
+    found = evaluate(student(searched.workload, searched.record, run_id), searched.test.inner, searched.workload.metric)
     assert [budget.top1_test for budget in known.budgets] == [found, found, None]
     searched.train("half", 0.55, top1=0.85, latency_ms=1.9)  # too slow for slim
     searched.register()
@@ -251,22 +249,22 @@ def test_the_test_set_is_read_once_per_version_and_once_for_the_teacher(searched
 
 
 def _winners(searched: Search) -> list[Any]:
-    return [one.winner for one in searched.tracker.result().budgets if one.winner is not None]
+    return [one.winner for one in searched.record.read.result().budgets if one.winner is not None]
 
 
 def test_a_reused_trial_shares_the_stored_model(searched: Search) -> None:
     source = searched.train("half", 0.5, top1=0.8, latency_ms=1.9)
     run_id = searched.begin("slim", searched.plan(0.5), 1.0)
-    searched.tracker.reuse(run_id, source)
+    searched.record.trials.reuse(run_id, source)
     searched.register()
     half, slim = _winners(searched)
     assert (half.run_id, slim.run_id, slim.same_as) == (source, run_id, source)
     client = MlflowClient()
     versions = {one.tags["budget"]: one for one in client.search_model_versions("name = 'tiny'")}
     assert {budget: one.run_id for budget, one in versions.items()} == {"half": source, "slim": run_id}
-    assert versions["half"].source == versions["slim"].source == Models(searched.tracker.client).stored(source)
+    assert versions["half"].source == versions["slim"].source == Models(searched.record.client).stored(source)
     assert searched.version("slim")["onnx_uri"] == searched.version("half")["onnx_uri"]
-    assert Models(searched.tracker.client).stored(run_id) is None
+    assert Models(searched.record.client).stored(run_id) is None
 
 
 def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> None:
@@ -275,7 +273,7 @@ def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> 
     beaten = searched.train("half", 0.58, top1=0.4, latency_ms=1.5)
     searched.register()
     assert {one.run_id for one in _winners(searched)} == {best}
-    stored = {run_id for run_id in (best, cheap, beaten) if Models(searched.tracker.client).stored(run_id)}
+    stored = {run_id for run_id in (best, cheap, beaten) if Models(searched.record.client).stored(run_id)}
     assert stored == {best, cheap}
 
 
@@ -284,21 +282,21 @@ def test_a_better_model_of_another_search_keeps_the_alias(searched: Search) -> N
     searched.register()
     uri, decisive = searched.spec.tracking.uri, searched.spec.decisive()
     other = open_search(uri, "second", decisive=decisive, spec="", model="tiny")
-    teacher = searched.tracker.teacher()
+    teacher = searched.record.search.teacher()
     assert teacher is not None
-    other.write_teacher(replace(teacher, top1_test=None))
-    other.write_limits(
-        json.loads(json.dumps({one.name: dict(one.limits) for one in searched.tracker.result().budgets}))
+    other.search.write_teacher(replace(teacher, top1_test=None))
+    other.search.write_limits(
+        json.loads(json.dumps({one.name: dict(one.limits) for one in searched.record.read.result().budgets}))
     )
-    second = replace(searched, tracker=other)
+    second = replace(searched, record=other)
     worse = second.train("half", 0.4, top1=0.7)
     second.register()
-    half, slim, _ = other.result().budgets
+    half, slim, _ = other.read.result().budgets
     assert half.winner is not None
     assert (half.winner.run_id, half.alias, half.model_uri) == (worse, None, "models:/tiny/3")
     assert (slim.alias, slim.model_uri) == (None, "models:/tiny/4")
     assert half.top1_test == slim.top1_test is not None
-    assert searched.tracker.result().budgets[0].alias == "half"
+    assert searched.record.read.result().budgets[0].alias == "half"
     holder = other.registry.holder("half")
     assert holder is not None
     assert holder.run_id == first
@@ -320,7 +318,7 @@ def test_a_killed_registration_goes_on(searched: Search, monkeypatch: pytest.Mon
     versions = MlflowClient().search_model_versions("name = 'tiny'")
     assert sorted(one.tags["budget"] for one in versions) == ["half", "slim"]
     assert searched.test.times == 3
-    assert [one.alias for one in searched.tracker.result().budgets] == ["half", "slim", None]
+    assert [one.alias for one in searched.record.read.result().budgets] == ["half", "slim", None]
     assert {run.info.status for run in MlflowClient().search_runs(["1"], "tags.`paredown.state` != ''")} == {"FINISHED"}
 
 

@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Has this process look like another machine's: its locks are no use, and it waits for less long."""
+    """Make this process look like another machine's: its locks are no use, and it waits for less long."""
     monkeypatch.setattr(lease, "BEAT_S", 0.5)
     monkeypatch.setattr(lease, "SILENT_S", 4.0)
 

@@ -1,4 +1,4 @@
-"""How far a search is, read from its record while it runs, after it was stopped, and where there is none."""
+"""Progress is read from the record while a search runs, after it was stopped, and if there is none."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from search.base import SpecError, TrackingError, WorkloadError
 from search.driver.winners import commit, promote
+from search.limits import Limits
 from search.record.logged_models import Models, load_model
 from search.record.registry import Registry, Version, version_tags
 from search.record.searches import open_search
@@ -28,7 +29,7 @@ from search.record.store import connect
 from search.trials import Teacher
 
 IMAGES = np.random.default_rng(0).normal(size=(8, 1, 4, 4)).astype(np.float32)
-LIMITS = {"macs": 100, "latency_ms/cpu-1": 2.0}
+LIMITS = Limits({"macs": 100, "latency_ms/cpu-1": 2.0})
 TAGS = {"top1_validation": 0.9, "macs": 90, "latency_ms/cpu-1/p50": 1.5}
 
 
@@ -214,14 +215,14 @@ def test_a_driver_killed_at_any_step_leaves_nothing_twice(store: Store, monkeypa
         ("worse", {"top1_validation": 0.89}, LIMITS, False),
         ("equal", {}, LIMITS, False),
         ("cheaper", {"macs": 50}, LIMITS, True),
-        ("over-macs", {"top1_validation": 0.5, "macs": 80}, {"macs": 85}, True),
-        ("over-latency", {"top1_validation": 0.5, "latency_ms/cpu-1/p50": 1}, {"latency_ms/cpu-1": 1.4}, True),
-        ("not-measured", {"top1_validation": 0.5, "top1_drop": 0.01}, {"top1_drop": 0.02}, True),
-        ("ungated", {"top1_validation": 0.5}, {"macs_expected": 90}, False),
+        ("over-macs", {"top1_validation": 0.5, "macs": 80}, Limits({"macs": 85}), True),
+        ("over-latency", {"top1_validation": 0.5, "latency_ms/cpu-1/p50": 1}, Limits({"latency_ms/cpu-1": 1.4}), True),
+        ("not-measured", {"top1_validation": 0.5, "top1_drop": 0.01}, Limits({"top1_drop": 0.02}), True),
+        ("ungated", {"top1_validation": 0.5}, Limits({"macs_expected": 90}), False),
     ],
 )
 def test_an_alias_moves_only_to_what_is_better(
-    store: Store, stored: str, name: str, second: dict[str, float], limits: dict[str, float], moves: bool
+    store: Store, stored: str, name: str, second: dict[str, float], limits: Limits, moves: bool
 ) -> None:
     registry = store.registry(name)
     first = registry.register("half", store.run(), stored, TAGS, LIMITS)
@@ -247,7 +248,7 @@ def test_a_version_made_by_hand_gives_way(store: Store, stored: str) -> None:
     client.create_registered_model("handmade")
     client.set_registered_model_alias("handmade", "half", client.create_model_version("handmade", stored).version)
     registry = store.registry("handmade")
-    made = registry.register("half", store.run(), stored, TAGS, {})
+    made = registry.register("half", store.run(), stored, TAGS, Limits())
     assert registry.holder("half") == made
 
 
@@ -320,10 +321,10 @@ def test_promote_refuses(store: Store, stored: str, search: str, budget: str, al
 
 def _searched(store: Store, name: str) -> Registry:
     """The registry of a search on record with the budgets half and tiny."""
-    tracker = open_search(store.uri, name, decisive={}, spec="", model=f"{name}-net")
-    tracker.write_teacher(Teacher(top1_validation=0.95, top1_test=None, macs=180, params=51, size_bytes=204))
-    tracker.write_limits({"half": LIMITS, "tiny": {"macs": 1}})
-    return tracker.registry
+    record = open_search(store.uri, name, decisive={}, spec="", model=f"{name}-net")
+    record.search.write_teacher(Teacher(top1_validation=0.95, top1_test=None, macs=180, params=51, size_bytes=204))
+    record.search.write_limits({"half": LIMITS, "tiny": Limits(macs=1)})
+    return record.registry
 
 
 # The commit of the spec's folder

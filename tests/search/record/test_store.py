@@ -36,7 +36,7 @@ def test_a_missing_driver_is_told_without_the_password() -> None:
 
 def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
     """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
-    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
     proposal = Proposal("half", 0, "alds", {}, {"learning_rate": 0.1})
     fallen: list[str] = []
 
@@ -48,12 +48,12 @@ def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
     event.listen(Engine, "before_cursor_execute", interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            tracker.start_trial(proposal)
+            record.trials.start(proposal)
     finally:
         event.remove(Engine, "before_cursor_execute", interrupt)
     assert "INTO runs" in fallen[0]
-    tracker.halt("KILLED")
-    runs = tracker.client.search_runs([tracker.client.get_experiment_by_name("digits").experiment_id])
+    record.halt("KILLED")
+    runs = record.client.search_runs([record.client.get_experiment_by_name("digits").experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -61,7 +61,7 @@ def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
 
 def test_a_trial_is_written_in_few_transactions() -> None:
     """Each waits for the disk; a driver with many workers is held up by nothing else as long."""
-    tracker = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
     plan = Plan("uniform", macs=9, params=9, choices={}, loss=0.1)
     outcome = Outcome(0.1, 0.2, 0.9, macs=9, params=9, size_bytes=36, seconds=60.0, state={"weights": np.zeros(9)})
     commits: list[object] = []
@@ -71,28 +71,28 @@ def test_a_trial_is_written_in_few_transactions() -> None:
 
     event.listen(Engine, "commit", count)
     try:
-        run_id = tracker.start_trial(Proposal("half", 0, "uniform", {"criterion": "l1"}, {"learning_rate": 0.1}))
-        tracker.planned(run_id, Fitted(plan, {}, 0), "work")
+        run_id = record.trials.start(Proposal("half", 0, "uniform", {"criterion": "l1"}, {"learning_rate": 0.1}))
+        record.trials.planned(run_id, Fitted(plan, {}, 0), "work")
         for step in range(1, 6):
-            tracker.progress(run_id, step, step / 10)
-        assert not tracker.client.get_metric_history(run_id, "top1")
-        found = tracker.complete(run_id, outcome, 60.0, top1_drop=0.05, keep_weights=True)
+            record.trials.progress(run_id, step, step / 10)
+        assert not record.client.get_metric_history(run_id, "top1")
+        found = record.trials.complete(run_id, outcome, 60.0, top1_drop=0.05, keep_weights=True)
     finally:
         event.remove(Engine, "commit", count)
     assert len(commits) <= 9
-    assert tracker.trials() == [found]
+    assert record.read.trials() == [found]
     assert (found.state, found.top1_validation, found.device_s) == ("complete", 0.9, 60.0)
-    rungs = tracker.client.get_metric_history(run_id, "top1")
+    rungs = record.client.get_metric_history(run_id, "top1")
     assert {rung.step: rung.value for rung in rungs} == {step: step / 10 for step in range(1, 6)}
 
 
 def test_what_was_taken_adds_up_over_sittings() -> None:
     open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
     for wall_s in (1.5, 2.0):
-        tracker = find_begun("sqlite:///paredown.db", "digits")
-        tracker.add(wall_s=wall_s, scoring_shards=3.0)
-        tracker.add(wall_s=1.0)
-    taken = tracker.client.get_run(tracker.run_id).data.metrics
+        record = find_begun("sqlite:///paredown.db", "digits")
+        record.search.add(wall_s=wall_s, scoring_shards=3.0)
+        record.search.add(wall_s=1.0)
+    taken = record.client.get_run(record.search.run_id).data.metrics
     assert (taken["wall_s"], taken["scoring_shards"]) == (5.5, 6.0)
 
 

@@ -16,6 +16,7 @@ from methods.network import ChannelGroup
 from methods.network.groups import Member
 from methods.network.widths import to_choices
 from search.frontier import winner
+from search.limits import Limits
 from search.report.figures import LABELS, TEACHER_MARK, figure, history_figures, method_marks
 from search.report.html import headline, html
 from search.report.plans import Bar, plan_view
@@ -85,12 +86,13 @@ def candidate(run_id: str, method: str, **values: Any) -> Candidate:
         "top1_validation": 0.953,
         "seconds": 12.34,
     }
-    return Candidate(run_id, method=method, **(known | values))
+    return Candidate(run_id, method=method, **results.nested(known | values))
 
 
 def search_result(candidates: list[Candidate], **values: Any) -> SearchResult:
     budgets = []
-    for name, limits in LIMITS.items():
+    for name, limit in LIMITS.items():
+        limits = Limits(limit)
         best = winner(candidates, limits)
         registered: dict[str, Any] = (
             {"model_uri": f"models:/digits@{name}", "alias": name, "top1_test": 0.944} if best else {}
@@ -197,7 +199,7 @@ def test_predicted_latency_is_called_so_wherever_it_is_shown() -> None:
 
 def test_a_limit_that_is_missed_is_marked() -> None:
     over = candidate("over", "alds", macs=6_300_000)
-    page = Page(html(search_result([over], budgets=[BudgetResult("half", {"macs": 6_250_000}, over)])))
+    page = Page(html(search_result([over], budgets=[BudgetResult("half", Limits({"macs": 6_250_000}), over)])))
     assert "6.30M · 50.4 %✗ ≤ 6.25M · 50.0 %" in page.text
     assert "✓ ≤" not in page.text
 
@@ -213,7 +215,7 @@ def test_texts_of_users_stay_texts() -> None:
         plan={"method": EVIL, "choices": {EVIL: EVIL, "groups": [[EVIL, 1, 2]]}, "notes": [EVIL]},
     )
     failed = Candidate("f", 0, EVIL, EVIL, {}, "failed", error=EVIL)
-    budget = BudgetResult(EVIL, {"macs": 7_000_000}, evil, EVIL, EVIL, 0.9)
+    budget = BudgetResult(EVIL, Limits({"macs": 7_000_000}), evil, EVIL, EVIL, 0.9)
     told: dict[str, Any] = {"devices": {EVIL: {"host": EVIL, "runtime": EVIL}}, "importance": {EVIL: {EVIL: 1.0}}}
     teacher = replace(TEACHER, latency_ms={EVIL: {"min": 1.0, "p50": 1.0, "p95": 1.0}})
     found = search_result([evil, failed], name=EVIL, budgets=[budget], spec=EVIL, started=EVIL, teacher=teacher, **told)
@@ -272,7 +274,7 @@ def test_history_is_drawn_over_device_time_in_a_fitting_unit() -> None:
 
 def test_near_limits_are_labelled_one_above_the_other_and_equal_ones_together() -> None:
     limits = {"a": 0.5, "b": 0.5, "c": 0.55, "d": 0.9, "e": 0.6}
-    budgets = [BudgetResult(name, {"macs": int(share * TEACHER.macs)}) for name, share in limits.items()]
+    budgets = [BudgetResult(name, Limits({"macs": int(share * TEACHER.macs)})) for name, share in limits.items()]
     drawn = figure(search_result([], budgets=budgets), "macs", {})["layout"]["annotations"]
     assert [(label["text"], label["yshift"]) for label in drawn] == [("a, b", 0), ("c", 15), ("e", 0), ("d", 0)]
 
@@ -313,7 +315,7 @@ def test_search_without_a_winner_still_reports(found: list[Candidate]) -> None:
 
 
 def test_headline_names_only_the_limited_costs() -> None:
-    budget = BudgetResult("small", {"params": 200_000}, candidate("a", "alds", top1_validation=0.972))
+    budget = BudgetResult("small", Limits({"params": 200_000}), candidate("a", "alds", top1_validation=0.972))
     assert headline(search_result([]), budget) == "small: 55.1 % params at ±0.0 points"
 
 

@@ -180,9 +180,9 @@ def test_a_budget_may_limit_expected_macs() -> None:
 def test_several_limits_at_once() -> None:
     text = GOOD.replace("params: 20k, device: server", "device: server, latency: 60 %, size_bytes: 50%, top1_drop: 2 %")
     half, tiny = spec(text).targets(teacher(1000))
-    assert half.declared() == {"macs": 500}
+    assert half.limits == {"macs": 500}
     assert half.device == "edge"
-    assert tiny.declared() == {"macs": 250, "size_bytes": 100_000, "latency_ms/server": 3.0, "top1_drop": 0.02}
+    assert tiny.limits == {"macs": 250, "size_bytes": 100_000, "latency_ms/server": 3.0, "top1_drop": 0.02}
     assert spec(text).needs_latency()
     assert not spec().needs_latency()
 

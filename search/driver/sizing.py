@@ -1,0 +1,117 @@
+"""Plans whose students meet a limit on the size of the stored weights, which no allocator knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+
+from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from methods import named
+from methods.base import Budget, Infeasible, KnobValue, Plan, ScoreError
+from methods.pipeline import size_bytes
+from search.driver.planner import Planner
+from search.spec.targets import Target
+from search.units import size
+
+CORRECTIONS = 4
+"""Corrections of the limit on params before a limit on size is taken to be out of reach."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A method, by name, that is to meet a budget with these knobs."""
+
+    method: str
+    target: Target
+    knobs: Mapping[str, KnobValue]
+
+
+class SizedPlans:
+    """The plans of a request whose students meet its limit on the size of the stored weights.
+
+    No allocator knows that size, so the limit on params is lowered until the built student is small enough; the next
+    plan begins with what was learnt. Without a limit on size every plan is the method's own.
+    """
+
+    def __init__(self, request: Request, planner: Planner, teacher: nn.Module) -> None:
+        self.request = request
+        self._planner = planner
+        self._teacher = teacher
+        self._budget = request.target.budget
+        self._limit = request.target.size_bytes
+        self.most_macs = min(self._budget.limits().get("macs", planner.macs), planner.macs)
+        self._params = None if self._limit is None else max(1, int(self._limit / _parameter_bytes(self._teacher)))
+
+    def largest(self) -> Plan:
+        """Return the plan of most MACs; raises as `plan` does."""
+        return self._asked(self._budget) if self._limit is None else self.plan(self.most_macs)[0]
+
+    def plan(self, macs: int, *, is_first: bool = True) -> tuple[Plan, nn.Module]:
+        """Return the plan of so many MACs and its student.
+
+        Raises:
+            Infeasible: there is none; for the first plan even that of fewest params is too large.
+        """
+        for _ in range(1 + CORRECTIONS):
+            try:
+                plan = self._asked(self._within(macs, self._params))
+            except Infeasible as error:
+                if self._params is None or not is_first:
+                    raise
+                plan = self._smallest(error)
+            student = built(plan, self._teacher)
+            found = size_bytes(student)
+            if self._limit is None or found <= self._limit:
+                return plan, student
+            self._params = max(1, plan.params - ceil((found - self._limit) / _parameter_bytes(student)))
+        raise self._oversized(found, plan.params)
+
+    def _asked(self, budget: Budget) -> Plan:
+        return self._planner.plan(self.request.method, budget, self.request.knobs)
+
+    def _within(self, macs: int, params: int | None) -> Budget:
+        """Return the budget with limits on top of its own."""
+        own = self._budget
+        lowest = [limit for limit in (own.params, params) if limit is not None]
+        return replace(own, macs=min(macs, own.macs or macs), params=min(lowest, default=None))
+
+    def _smallest(self, error: Infeasible) -> Plan:
+        """Return the plan of fewest params, where a limit on size left too few of them.
+
+        Raises:
+            Infeasible: the budget cannot be met without that limit, or that plan is too large.
+        """
+        own = self._within(self.most_macs, None)
+        self._asked(own)
+        fewest = int(error.least["params"])
+        plan = self._asked(replace(own, params=min(fewest, own.params or fewest)))
+        found = size_bytes(built(plan, self._teacher))
+        if self._limit is not None and found > self._limit:
+            raise self._oversized(found, plan.params) from error
+        return plan
+
+    def _oversized(self, found: int, params: int) -> Infeasible:
+        limit, method = self._limit, self.request.method
+        assert limit is not None
+        return Infeasible(
+            f"budget {self._budget.name!r} allows {size(limit)} of weights, but {method} reaches no less than "
+            f"{size(found)} ({found / limit - 1:.0%} more), with {params:,} params; raise it or try another method",
+            {"size_bytes": found},
+        )
+
+
+def built(plan: Plan, teacher: nn.Module) -> nn.Module:
+    """Return the student of a plan, on the CPU, before its weights are fitted to anything."""
+    try:
+        return named(plan.method).apply(teacher.cpu(), plan)
+    except LinAlgError as error:
+        raise ScoreError(f"{plan.method} could not be built: {error}; expected finite weights; try another") from error
+
+
+def _parameter_bytes(model: nn.Module) -> float:
+    """The mean bytes of a parameter."""
+    sizes = [(one.numel(), one.numel() * one.element_size()) for one in model.parameters()]
+    return sum(total for _, total in sizes) / sum(count for count, _ in sizes)
