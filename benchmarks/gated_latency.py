@@ -30,6 +30,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from cluster.devices.meter import interleaved
+from methods.hooks import hooked
 from methods.manidp.executor.build import Executor, executor
 from methods.manidp.executor.parts import Choice
 from methods.manidp.gates import Gated, active, gated, saliencies
@@ -173,10 +174,8 @@ def macs_run(student: Gated, made: Executor, images: Tensor) -> float:
     def recorder(gate: int) -> Callable[[nn.Module, tuple[object, ...], Choice], None]:
         return lambda _module, _given, choice: kept[gate].append(len(choice.subset.rows))
 
-    handles = [chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(made.choosers)]
-    made(images)
-    for handle in handles:
-        handle.remove()
+    with hooked(chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(made.choosers)):
+        made(images)
     return student.fixed_macs + float(gated_macs(student.sites, torch.tensor(kept).T).double().mean())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from methods.alds.spectra import numeric_padding
 from methods.base import ScoreError
+from methods.hooks import hooked
 
 IMAGES, BATCH = 256, 32
 """Calibration images read, and how many at a time."""
@@ -48,22 +50,15 @@ def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> 
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def add(name: str, layer: nn.Module, inputs: Tensor) -> None:
-        rows = input_rows(layer, inputs, len(images)).transpose(0, 1)
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = input_rows(layer, inputs[0], len(images)).transpose(0, 1)
         product = rows.mT @ rows
         sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] += rows.shape[1]
 
-    handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: add(name, module, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
+    with hooked(layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()):
         for batch in torch.split(images, BATCH):
             network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name in names:
         _check(name, sums.get(name))
     return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}

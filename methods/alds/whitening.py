@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
 from methods.alds.spectra import fold, paired
+from methods.hooks import hooked
 from methods.training import recalibrate
 
 FITTED = ("white", "refit")
@@ -121,10 +122,8 @@ def fit_in_order(
     for name in choices:
         teacher.get_submodule(name).register_forward_hook(partial(keep, name))
     teacher(images)
-    handles = [student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices]
-    recalibrate(student, images, batch_size=len(images))
-    for handle in handles:
-        handle.remove()
+    with hooked(student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices):
+        recalibrate(student, images, batch_size=len(images))
 
 
 def _transported(layer: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

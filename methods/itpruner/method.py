@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Range, ScoreError, Scores, Shard
+from methods.hooks import hooked
 from methods.itpruner.authors import reference_widths
 from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
@@ -278,13 +279,10 @@ def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str
 
         return read
 
-    handles = [
+    hooks = (
         model.get_submodule(module).register_forward_pre_hook(reader(name, start, length))
         for name, places in readouts
         for module, start, length in places
-    ]
-    try:
+    )
+    with hooked(hooks):
         yield grams
-    finally:
-        for handle in handles:
-            handle.remove()

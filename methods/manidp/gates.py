@@ -8,7 +8,7 @@ and its activation, a mask scales the channels of high saliency and zeroes the r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeAlias, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from methods.base import Plan
+from methods.hooks import hooked
 from methods.manidp.sites import Site, gate_macs, gated_macs, trace
 
 CLAMP = 1000.0
@@ -172,19 +173,15 @@ def seen(student: Gated) -> Iterator[Seen]:
     """Collects what every mask is given in the last forward pass inside the block, with its gradients."""
     found: Seen = {}
 
-    def recorder(gate: int) -> torch.utils.hooks.RemovableHandle:
+    def recorder(gate: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if len(inputs) == 2:  # not where a depthwise convolution inherits the mask
                 found[gate] = (inputs[0], inputs[1])
 
-        return student.masks[gate].register_forward_pre_hook(record)
+        return record
 
-    handles = [recorder(gate) for gate in range(len(student.masks))]
-    try:
+    with hooked(mask.register_forward_pre_hook(recorder(gate)) for gate, mask in enumerate(student.masks)):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ The profile is plain data (names and integers), so a plan can be computed, check
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.network.coupling import find_groups
 from methods.network.groups import ChannelGroup
 
@@ -105,7 +106,7 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], l
     calls: dict[str, list[_Call]] = {}
     blocks: list[str] = []
 
-    def hook(name: str) -> object:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
                 return
@@ -116,13 +117,9 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], l
 
         return record
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
-    try:
-        with _fastpath_off(), torch.no_grad():
-            output = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name)
+    with hooked(hooks), _fastpath_off(), torch.no_grad():
+        output = model(example)
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise Unsupported(f"the network must return logits of shape (n, classes), but it returned {shape}")

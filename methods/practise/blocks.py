@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from methods.hooks import hooked
 from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
@@ -115,22 +116,19 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
     """The calls of every module that holds weights and children, in the order of their first end."""
     calls: dict[str, _Calls] = {}
 
-    def hook(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
             calls.setdefault(name, []).append(_call(inputs, named, output))
 
         return record
 
-    handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True)
+    hooks = (
+        module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules()
         if name and any(True for _ in module.children()) and has_weights(module)
-    ]
-    try:
+    )
+    with hooked(hooks):
         model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -187,12 +185,8 @@ def _without_branches(module: nn.Module, given: Tensor) -> object:
         return torch.zeros_like(output) if isinstance(output, Tensor) else output
 
     inner = [child for child in module.modules() if child is not module and has_weights(child)]
-    handles = [child.register_forward_hook(silence) for child in inner]
-    try:
+    with hooked(child.register_forward_hook(silence) for child in inner):
         return module(given.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Outline(fx.Tracer):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.base import ScoreError
+from methods.hooks import hooked
 from methods.network.graph import UNTRACEABLE, has_weights, passes_on, replace
 from methods.practise.blocks import drop
 from methods.training.objective import classifier_name, last_map, tapped
@@ -90,15 +91,9 @@ def _maps(
         if len(inputs) == 1 and not named and isinstance(output, Tensor) and len(output) == len(images):
             calls.append((name, output.clone(), len(features)))
 
-    handles = [
-        teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names
-    ]
-    try:
-        with tapped(teacher, tap, classifier_name(teacher)) as features:
-            teacher(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names)
+    with hooked(hooks), tapped(teacher, tap, classifier_name(teacher)) as features:
+        teacher(images)
     runs = Counter(name for name, *_ in calls)
     return {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}, features[-1]
 

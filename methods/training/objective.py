@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods.hooks import hooked
 from methods.training import distributed
 from methods.training.recipe import Objective, Recipe
 
@@ -50,13 +51,9 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
 
         return record
 
-    handles = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name)
+    with hooked(hooks), torch.no_grad():
+        model(images)
     classifier = classifier_name(model)
     for name, is_map, has_weights in reversed(calls):
         if is_map:
@@ -78,10 +75,8 @@ def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[
         handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     else:
         handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
+    with handle:
         yield seen
-    finally:
-        handle.remove()
 
 
 def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Objective:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.manidp.executor.buckets import Entry, latency_table, limits, round_up, unions
 from methods.manidp.executor.parts import ALL, MADE, Choice, Chooser, Cut, accumulate, narrow, scaled, spread
 from methods.manidp.gates import Gate, Gated, Mask, active, saliencies
@@ -100,9 +101,9 @@ def executor(
     choosers = [_chooser(student, gate, seen, table.get(gate), (buckets, multiple)) for gate, seen in enumerate(found)]
     network.add_module("choosers", nn.ModuleList(choosers))
     network.add_module("cuts", nn.ModuleList(cuts))
-    made = Executor(_Rewriter(network, student.sites, folded).rewritten(), choosers, cuts, table)
-    _prepare(made, calibration, cache_bytes)
-    return made
+    finished = Executor(_Rewriter(network, student.sites, folded).rewritten(), choosers, cuts, table)
+    _prepare(finished, calibration, cache_bytes)
+    return finished
 
 
 def _seen(saliency: Tensor, on: Tensor, remove_unused: bool) -> _Seen:
@@ -140,26 +141,24 @@ def _chooser(student: Gated, gate: int, seen: _Seen, table: Sequence[Entry] | No
     return Chooser(student.gates[gate], threshold, seen.left, sets, multiple=multiple, limit=most_gathered)
 
 
-def _prepare(made: Executor, calibration: Tensor, room: int) -> None:
+def _prepare(network: Executor, calibration: Tensor, room: int) -> None:
     """Lays weights ready for the sets that calibration images share, the most frequent first, as far as they fit."""
     wanted: Counter[tuple[int, int, int]] = Counter()
     met = {}
 
-    def recorder(number: int) -> torch.utils.hooks.RemovableHandle:
+    def recorder(number: int) -> Callable[[nn.Module, tuple[Tensor, Choice | None, Choice]], None]:
         def record(_: nn.Module, given: tuple[Tensor, Choice | None, Choice]) -> None:
             inputs, outputs = None if given[1] is None else given[1].subset, given[2].subset
             key = number, ALL if inputs is None else inputs.number, outputs.number
             wanted[key] += 1
             met[key] = given[0], inputs, outputs
 
-        return made.cuts[number].register_forward_pre_hook(record)
+        return record
 
-    handles = [recorder(number) for number in range(len(made.cuts))]
-    made(calibration)
-    for handle in handles:
-        handle.remove()
+    with hooked(cut.register_forward_pre_hook(recorder(number)) for number, cut in enumerate(network.cuts)):
+        network(calibration)
     for key in (key for key, _ in wanted.most_common() if MADE not in key):
-        cut, (x, inputs, outputs) = made.cuts[key[0]], met[key]
+        cut, (x, inputs, outputs) = network.cuts[key[0]], met[key]
         weight, bias = cut.piece(inputs, outputs)
         if weight.nbytes <= room:
             room -= weight.nbytes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.manidp.executor.buckets import best_rows, latency_table, round_up, unions
 from methods.manidp.executor.build import Executor, executor
 from methods.manidp.executor.parts import ALL, MADE, Choice
@@ -65,10 +66,9 @@ def assert_same(made: Executor, student: Gated, x: Tensor) -> None:
 def choices(made: Executor, image: Tensor) -> list[Choice]:
     """What each gate chooses for one image."""
     found: list[Choice] = []
-    handles = [chooser.register_forward_hook(lambda _m, _x, choice: found.append(choice)) for chooser in made.choosers]
-    made(image)
-    for handle in handles:
-        handle.remove()
+    hooks = (chooser.register_forward_hook(lambda _m, _x, choice: found.append(choice)) for chooser in made.choosers)
+    with hooked(hooks):
+        made(image)
     return found
 
 

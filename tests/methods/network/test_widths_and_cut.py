@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Budget, ScoreError
+from methods.hooks import hooked
 from methods.network import ChannelGroup, Profile, count_macs, count_params, profile
 from methods.network.cut import CRITERIA, channel_scores, cut, cut_to, kept_channels
 from methods.network.groups import Member
@@ -97,10 +98,8 @@ def silenced(model: nn.Module, channels: Mapping[str, np.ndarray]) -> Iterator[N
 
         return silence
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(gone)) for name, gone in channels.items()]
-    yield
-    for handle in handles:
-        handle.remove()
+    with hooked(model.get_submodule(name).register_forward_hook(hook(gone)) for name, gone in channels.items()):
+        yield
 
 
 @networks
