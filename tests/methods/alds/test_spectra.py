@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.alds.method import decompose, relative_errors
+from methods.alds import decompose, relative_errors
 from methods.alds.spectra import MEASURES, SCHEMES, GroupedLinear, factors, fold
 from methods.base import Unsupported
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.network import Profile, count_macs, count_params, profile
-from methods.practise import PRACTISE
-from methods.practise.method import interactions, removable_blocks, select
+from methods.practise import PRACTISE, removable_blocks, select
+from methods.practise.method import interactions
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
 from methods.training import Recipe, recalibrate
