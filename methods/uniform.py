@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile
 from methods.network.cut import cut
-from methods.network.widths import from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 
@@ -76,7 +76,8 @@ class Uniform:
 
         fitting = bisect_right(rates, False, key=lambda rate: not fits(rate))
         if fitting == 0:
-            raise infeasible(self.name, budget, profile, {cost: of(widths(rates[0])) for cost, of in costs.items()})
+            least = {name: cost(widths(rates[0])) for name, cost in costs.items()}
+            raise widths_out_of_reach(self.name, budget, profile, least)
         rate = rates[fitting - 1]
         chosen = widths(rate)
         named = {group.name: int(width) for group, width in zip(groups, chosen, strict=True)}

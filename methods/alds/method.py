@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, second_moments
 from methods.alds.options import (
-    COSTS,
     WORK_PER_SECOND,
     Option,
     fitting_seconds,
     foldings,
     moment_bytes,
     options_of,
-    out_of_reach,
+    ranks_out_of_reach,
     solve,
     spectrum_seconds,
 )
@@ -38,6 +37,7 @@ from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network import Layer, Profile
+from methods.network.reach import UNITS
 from methods.protocol import collected, defaults, recover_student, settle_norms
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
@@ -161,13 +161,13 @@ class ALDS:
         """
         knobs = {**defaults(self), **knobs}
         table = self._table(scores, profile, budget, knobs)
-        fixed = {cost: getattr(profile, cost) - sum(getattr(layer, cost) for layer in table) for cost in COSTS}
+        fixed = {cost: getattr(profile, cost) - sum(getattr(layer, cost) for layer in table) for cost in UNITS}
         binding = {cost: limit for cost, limit in budget.limits().items() if limit < getattr(profile, cost)}
         left = {cost: limit - fixed[cost] for cost, limit in binding.items()}
         try:
             chosen, loss, bound = solve(list(table.values()), left, str(knobs["measure"]))
         except Infeasible:
-            raise out_of_reach(table, profile, budget, fixed) from None
+            raise ranks_out_of_reach(self.name, table, profile, budget, fixed) from None
         pairs = [(layer, option) for layer, option in zip(table, chosen, strict=True) if option.rank]
         return Plan(
             method=self.name,

@@ -25,7 +25,7 @@ from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
 from methods.network import ChannelGroup, Profile
 from methods.network.cut import CRITERIA, cut
-from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import WidthCost, from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class ITPruner:
         problem = _problem(profile, budget.channels, worth)
         chosen = problem.path.select(budget.limits())
         if chosen is None:
-            raise infeasible(self.name, budget, profile, problem.path.least())
+            raise widths_out_of_reach(self.name, budget, profile, problem.path.least())
         if is_reference:
             widths = reference_widths(problem.grid, problem.costs, weights, budget.limits())
         else:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
+from methods.base import Budget, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
 from methods.manidp.gates import Gated, gated
 from methods.manidp.objective import GatedObjective
 from methods.manidp.sites import (
@@ -33,11 +33,14 @@ from methods.manidp.sites import (
 )
 from methods.manidp.thresholds import calibrate, least_macs
 from methods.network import Profile, count_params
+from methods.network.reach import out_of_reach
 from methods.protocol import collected, defaults
 from methods.training import Recipe, Samples, recalibrate, recover, train
 
 SEED = 0
 """Of fresh gates, so that a plan says all of a student."""
+
+NO_PARAMETER = {"params": "because it removes no parameter"}
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,15 @@ class ManiDP:
         target = budget.limits().get("macs", profile.macs)
         whole = {"macs": profile.macs, "params": profile.params}
         if target >= profile.macs:
-            _check(budget, whole, profile, {"params": "it removes no parameter"})
+            _check(budget, whole, profile, NO_PARAMETER)
             return Plan(self.name, profile.macs, profile.params, choices={}, loss=0.0)
         sites = from_columns(scores)
         if not sites:
-            raise _infeasible(budget, _no_sites(scores), whole)
+            raise out_of_reach(self.name, budget, profile, whole, why={"macs": _no_sites(scores)} | NO_PARAMETER)
         ungated = profile.macs - int(gated_macs(sites, widths(sites)))
         macs, params = sum(map(gate_macs, sites)), sum(map(gate_params, sites))
         least = {"macs": least_macs(sites, ungated + macs), "params": int(scores["params"][0]) + params}
-        why = {"macs": "one channel per gate", "params": f"its gates add parameters, {params:,} of them"}
+        why = {"macs": "with one channel per gate", "params": f"because its gates add parameters, {params:,} of them"}
         _check(budget, least, profile, why)
         settings = {"thresholds": self.thresholds, "squeeze": self.squeeze, "ungated_macs": ungated}
         columns = {name: column.tolist() for name, column in to_columns(sites).items()}
@@ -195,27 +198,14 @@ class ManiDP:
 
 
 def _check(budget: Budget, least: Mapping[str, int], profile: Profile, why: Mapping[str, str]) -> None:
-    """Refuses a budget that allows less than `least`; `why` explains each."""
-    parts = []
-    for cost, limit in budget.limits().items():
-        if limit < least[cost]:
-            total, unit = getattr(profile, cost), "MACs" if cost == "macs" else cost
-            parts.append(
-                f"allows {limit:,} {unit} ({limit / total:.1%}), but manidp reaches no fewer than {least[cost]:,} "
-                f"({least[cost] / total:.1%}): {why[cost]}"
-            )
-    if parts:
-        raise _infeasible(budget, "; it also ".join(parts), least)
-
-
-def _infeasible(budget: Budget, why: str, least: Mapping[str, int]) -> Infeasible:
-    message = f"budget {budget.name!r} {why}; raise it or try another method"
-    return Infeasible(message, {cost: least[cost] for cost in budget.limits()})
+    """Refuse a budget that allows less than `least`; `why` explains each cost."""
+    if any(limit < least[cost] for cost, limit in budget.limits().items()):
+        raise out_of_reach(ManiDP.name, budget, profile, least, why=why)
 
 
 def _no_sites(scores: Scores) -> str:
     reasons = [str(line) for line in (*scores["refusal"], *scores["skipped"][:3])]
-    return f"asks for fewer MACs than the network's, but manidp found no convolution to gate ({'; '.join(reasons)})"
+    return f"because it found no convolution to gate ({'; '.join(reasons)})"
 
 
 def _notes(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from methods.base import Budget, Infeasible, grid_step
 from methods.network.groups import ChannelGroup, Member
-
-if TYPE_CHECKING:
-    from methods.network.profile import Profile
+from methods.network.profile import Profile
+from methods.network.reach import out_of_reach
 
 
 @dataclass(frozen=True)
@@ -95,27 +94,17 @@ def from_choices(choices: Mapping[str, Any]) -> tuple[tuple[ChannelGroup, ...], 
     return groups, widths, choices["criterion"]
 
 
-def infeasible(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:
-    """The error for a budget that no widths meet, ready to be raised.
+def widths_out_of_reach(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:
+    """Build the error for a budget that no widths meet, ready to be raised.
 
-    `least` holds, by cost name, the least value that `method` reaches within the other limit. Only the limits below it
-    are named; where each is reachable alone but not together, both are.
+    `least` holds, by cost name, the least value that `method` reaches within the other limit.
     """
-    limits = budget.limits()
-    missed = {cost: limit for cost, limit in limits.items() if least[cost] > limit}
     costs, _ = width_costs(profile)
-    parts = []
-    for cost, limit in (missed or limits).items():
-        unit, total = _UNITS[cost], getattr(profile, cost)
-        parts.append(
-            f"asks for {_amount(limit)} {unit} ({limit / total:.1%}), but {method} reaches no less than "
-            f"{_amount(least[cost])} ({least[cost] / total:.1%}), of which {_amount(costs[cost].constant)} "
-            "cannot be pruned"
-        )
-    together = "" if missed else " (each limit is within reach alone, both together are not)"
-    text = "; it also ".join(parts)
-    message = f"budget {budget.name!r} {text}, at channel multiples of {budget.channels}{together}; "
-    return Infeasible(f"{message}raise it or try another method", {cost: least[cost] for cost in limits})
+    why = {
+        name: f"of which {cost.constant:,} cannot be pruned, at channel multiples of {budget.channels}"
+        for name, cost in costs.items()
+    }
+    return out_of_reach(method, budget, profile, least, why=why)
 
 
 class _Terms:
@@ -152,13 +141,3 @@ def _kept(length: int, segments: Sequence[tuple[int, int]], base: np.ndarray) ->
     for position, columns in segments:
         slopes[position] += columns
     return length - int(slopes @ base), slopes
-
-
-_UNITS = {"macs": "MACs", "params": "params"}
-
-
-def _amount(value: int) -> str:
-    for factor, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f}{letter}"
-    return str(value)

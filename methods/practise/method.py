@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile, count_macs, count_params
+from methods.network.reach import out_of_reach
 from methods.practise.blocks import Blocks, drop, find_blocks
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
@@ -33,8 +34,6 @@ MOST_IN_PAIRS = 60
 
 EXAMPLES = 2
 """Images on which blocks are looked for."""
-
-_COSTS = {"macs": "MACs", "params": "params"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class PRACTISE:
         beyond = interactions(scores, str(knobs["selector"]))
         targets = {cost: getattr(profile, cost) - limit for cost, limit in budget.limits().items()}
         if any(target > scores[cost].sum() for cost, target in targets.items()):
-            raise _infeasible(scores, profile, budget)
+            raise _blocks_out_of_reach(scores, profile, budget)
         chosen = select_jointly(
             [scores[cost].tolist() for cost in targets],
             scores["recoverability"].tolist(),
@@ -220,19 +219,14 @@ def interactions(scores: Scores, selector: str) -> np.ndarray:
     return damped
 
 
-def _infeasible(scores: Scores, profile: Profile, budget: Budget) -> Infeasible:
-    """What each limit asks, and what is left when every removable block is gone."""
+def _blocks_out_of_reach(scores: Scores, profile: Profile, budget: Budget) -> Infeasible:
+    """Build the error for a budget that no set of dropped blocks meets; `least` is left when every block is gone."""
     limits = budget.limits()
     least = {cost: getattr(profile, cost) - int(scores[cost].sum()) for cost in limits}
-    missed = [cost for cost in limits if least[cost] > limits[cost]]
-    parts = " and ".join(
-        f"{limits[cost]:,} {_COSTS[cost]} ({limits[cost] / getattr(profile, cost):.1%} of the teacher), but practise "
-        f"needs at least {least[cost]:,} ({least[cost] / getattr(profile, cost):.1%})"
-        for cost in missed
-    )
-    reasons = "; ".join(scores["rejected"][:3].tolist()) or "no module with weights has children"
-    why = f"because no block can be dropped ({reasons}); try itpruner, alds or uniform"
-    if len(scores["blocks"]):
-        count = len(scores["blocks"])
-        why = f"with all {count} removable blocks dropped; raise it or try a chain such as [practise, alds]"
-    return Infeasible(f"budget {budget.name!r} allows {parts}, {why}", least)
+    if count := len(scores["blocks"]):
+        why = f"with all {count} removable blocks dropped"
+        advice = "raise it or try a chain such as [practise, alds]"
+    else:
+        reasons = "; ".join(scores["rejected"][:3].tolist()) or "no module with weights has children"
+        why, advice = f"because no block can be dropped ({reasons})", "try itpruner, alds or uniform"
+    return out_of_reach(PRACTISE.name, budget, profile, least, why=dict.fromkeys(limits, why), advice=advice)

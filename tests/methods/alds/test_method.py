@@ -200,7 +200,7 @@ def test_an_infeasible_budget_names_what_is_missing() -> None:
         ALDS().allocate(scores, rows, Budget("pebble", 100, rows.params), {})
     least = caught.value.least
     assert str(caught.value).startswith(
-        "budget 'pebble' allows 100 MACs (0.0% of the teacher), but ALDS needs at least"
+        "budget 'pebble' allows 100 MACs (0.0% of the teacher), but alds reaches no less than"
     )
     assert f"{least['macs']:,} ({least['macs'] / rows.macs:.1%}), most of it in " in str(caught.value)
     assert str(caught.value).endswith("raise it, skip fewer layers or try another method")

@@ -22,7 +22,7 @@ from methods.hooks import hooked
 from methods.network import ChannelGroup, Profile, count_macs, count_params, profile
 from methods.network.cut import CRITERIA, channel_scores, cut, cut_to, kept_channels
 from methods.network.groups import Member
-from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import WidthCost, from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from tests.support.networks import NETWORKS
 
 EXAMPLE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -285,16 +285,16 @@ def test_cut_to_takes_any_channels() -> None:
 
 def test_infeasible_names_what_is_missed() -> None:
     rows = teacher("plain")[1]
-    error = infeasible(
+    error = widths_out_of_reach(
         "uniform", Budget("tiny", macs=1000, params=10**6, channels=4), rows, {"macs": 7000, "params": 9}
     )
     assert error.least == {"macs": 7000, "params": 9}
     assert str(error) == (
-        f"budget 'tiny' asks for 1.00k MACs ({1000 / rows.macs:.1%}), but uniform reaches no less than 7.00k "
-        f"({7000 / rows.macs:.1%}), of which 0 cannot be pruned, at channel multiples of 4; "
+        f"budget 'tiny' allows 1,000 MACs ({1000 / rows.macs:.1%} of the teacher), but uniform reaches no less than "
+        f"7,000 ({7000 / rows.macs:.1%}), of which 0 cannot be pruned, at channel multiples of 4; "
         "raise it or try another method"
     )
-    both = str(infeasible("x", Budget("b", macs=10, params=10), rows, {"macs": 9, "params": 9}))
+    both = str(widths_out_of_reach("x", Budget("b", macs=10, params=10), rows, {"macs": 9, "params": 9}))
     assert "10 MACs" in both
     assert "10 params" in both
     assert "both together are not" in both

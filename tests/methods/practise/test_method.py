@@ -155,8 +155,8 @@ def test_an_infeasible_budget_names_what_is_missing() -> None:
         PRACTISE().allocate(scores, rows, Budget("pebble", 100, rows.params), {})
     least = caught.value.least["macs"]
     assert str(caught.value) == (
-        f"budget 'pebble' allows 100 MACs (0.0% of the teacher), but practise needs at least {least:,} "
-        f"({least / rows.macs:.1%}), with all 5 removable blocks dropped; raise it or try a chain such as "
+        f"budget 'pebble' allows 100 MACs (0.0% of the teacher), but practise reaches no less than "
+        f"{least:,} ({least / rows.macs:.1%}), with all 5 removable blocks dropped; raise it or try a chain such as "
         "[practise, alds]"
     )
 
