@@ -37,6 +37,7 @@ from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network import Layer, Profile
+from methods.network.graph import shares_weights
 from methods.network.reach import UNITS
 from methods.protocol import collected, defaults, recover_student, settle_norms
 
@@ -284,7 +285,7 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
         ScoreError: it is not finite.
     """
     module = model.get_submodule(name)
-    if obstacle_of(module) or _is_shared(module, model) or _is_read_directly(name, model):
+    if obstacle_of(module) or shares_weights(model, module, by_name=False) or _is_read_directly(name, model):
         return None
     assert isinstance(module.weight, Tensor)
     if not bool(torch.isfinite(module.weight).all()):
@@ -304,9 +305,3 @@ def _notes(scores: Scores) -> tuple[str, ...]:
 def _is_read_directly(name: str, model: nn.Module) -> bool:
     """Whether the layer's parent gives its weight to a kernel of its own, as torch's encoder layer does in eval."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
-
-
-def _is_shared(module: nn.Module, model: nn.Module) -> bool:
-    """Whether another module of `model` reads the same weight tensor."""
-    parameters = (parameter for other in model.modules() for parameter in other.parameters(recurse=False))
-    return sum(parameter is module.weight for parameter in parameters) > 1

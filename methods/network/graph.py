@@ -1,4 +1,4 @@
-"""Read a traced graph: which nodes add, which pass their input on, and a module put in the place of another."""
+"""Read a network's modules and traced graph: which nodes add or pass on, who shares weights; and replace a module."""
 
 from __future__ import annotations
 
@@ -50,3 +50,17 @@ def _operation(node: fx.Node) -> str:
 def has_weights(module: nn.Module) -> bool:
     """Whether any parameter lies in `module`."""
     return any(True for _ in module.parameters())
+
+
+def shares_weights(model: nn.Module, module: nn.Module, *, by_name: bool) -> bool:
+    """Whether `model` holds a parameter of `module` outside it, too.
+
+    `by_name` takes a second name of one module, as where it is registered twice, for a second module.
+    """
+    own = {id(parameter) for parameter in module.parameters()}
+
+    def count(root: nn.Module) -> int:
+        holders = [holder for _, holder in root.named_modules(remove_duplicate=not by_name)]
+        return sum(id(parameter) in own for holder in holders for parameter in holder._parameters.values())
+
+    return count(model) > count(module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace
+from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace, shares_weights
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """What may take a block's place: its input, or the activation that the block ends in, where the input needs it."""
@@ -148,7 +148,7 @@ def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
         return None, given
     if len(calls) > 1:
         return None, f"it runs {len(calls)} times"
-    if _is_shared(model, module):
+    if shares_weights(model, module, by_name=True):
         return None, "its weights are known by other names too"
     if _adds_its_input(module) is False:
         return None, "it does not add its input to what it computes"
@@ -160,14 +160,6 @@ def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
         if _is_close(build()(given), left):
             return closing, ""
     return None, f"it ends in an activation that is none of {', '.join(CLOSINGS)}"
-
-
-def _is_shared(model: nn.Module, module: nn.Module) -> bool:
-    own = {id(parameter) for parameter in module.parameters()}
-    everywhere = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-    return sum(parameter in own for parameter in everywhere) > len(
-        list(module.named_parameters(remove_duplicate=False))
-    )
 
 
 def _is_close(one: object, other: object) -> bool:

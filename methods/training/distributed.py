@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 def processes() -> int:
     """How many processes share a step."""
-    return distributed.get_world_size() if _is_shared() else 1
+    return distributed.get_world_size() if _is_distributed() else 1
 
 
 def part(count: int) -> slice:
@@ -57,7 +57,7 @@ def joined(mine: Tensor, count: int) -> Tensor:
 
 def average_gradients(model: nn.Module) -> None:
     """Gives every process the mean over processes of the gradients of `model`, in place, in one message."""
-    if not _is_shared():
+    if not _is_distributed():
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -71,7 +71,7 @@ def average_gradients(model: nn.Module) -> None:
 @torch.no_grad()
 def align(model: nn.Module) -> None:
     """Gives every process the first one's weights and statistics, in place: another processor may round otherwise."""
-    for value in model.state_dict().values() if _is_shared() else ():
+    for value in model.state_dict().values() if _is_distributed() else ():
         sent = value.contiguous()
         distributed.broadcast(sent, 0)
         value.copy_(sent)
@@ -79,16 +79,16 @@ def align(model: nn.Module) -> None:
 
 def own_seed(seed: int) -> int:
     """The seed of what this process alone draws; the first one's is `seed`, and a CPU's generator takes 32 bits."""
-    rank = distributed.get_rank() if _is_shared() else 0
+    rank = distributed.get_rank() if _is_distributed() else 0
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed
 
 
 def joint_norms() -> AbstractContextManager[Any]:
     """Within it, batch norms in train mode take their statistics from the parts of all processes together."""
-    return _JointNorms() if _is_shared() else nullcontext()
+    return _JointNorms() if _is_distributed() else nullcontext()
 
 
-def _is_shared() -> bool:
+def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 

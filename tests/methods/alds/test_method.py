@@ -362,6 +362,17 @@ def test_shared_layers_are_replaced_everywhere_and_shared_weights_not_at_all() -
         assert note.endswith(": first, second, stem")
 
 
+def test_layers_that_share_a_bias_are_kept_whole() -> None:
+    """Each would get a copy of it, so the student would have more params than planned."""
+    network = NETWORKS["plain"]()
+    two, three = (nn.Conv2d(24, 24, 3, padding=1) for _ in range(2))
+    two.bias = three.bias
+    network = nn.Sequential(*network[:6], two, three, *network[6:])
+    for plan, _ in planned(network, 0.7):
+        assert plan.choices["layers"]
+        assert plan.notes[0].endswith(": 6, 7")
+
+
 def test_depthwise_and_protected_layers_are_left_alone() -> None:
     network, rows, _ = zoo("depthwise")
     method = ALDS(skip=("head",))
