@@ -122,6 +122,15 @@ class Plan:
         """The plan as JSON-ready values; `Plan.from_json` restores it."""
         return asdict(self) | {"notes": list(self.notes)}
 
+    def identity(self) -> dict[str, Any]:
+        """The JSON values that decide the student: two plans of the same identity lead to the same one.
+
+        >>> first, second = (Plan("uniform", macs=9, params=5, choices={}, loss=loss) for loss in (0.1, 0.2))
+        >>> first.identity() == second.identity()
+        True
+        """
+        return {name: value for name, value in self.to_json().items() if name not in ("loss", "bound", "notes")}
+
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Plan:
         """Restores what `to_json` gave."""
