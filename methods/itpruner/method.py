@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Range, ScoreError, Scores, Shard
 from methods.hooks import hooked
-from methods.itpruner.authors import reference_widths
 from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
 from methods.itpruner.path import Path, build_path, price_bound, share
@@ -45,13 +44,13 @@ class ITPruner:
 
     Knobs: `objective` is the worth of a remain rate (see `Worth`), `beta_rel` how strongly importance falls with
     redundancy (0 ignores the data), `floor` the remain rate that groups are kept from falling below, `criterion` which
-    channels stay. `objective: reference` is no knob to search: it repeats the authors' solver, for comparison only.
+    channels stay.
 
     Source: Zheng et al., arXiv 2108.08532, and its released code (which alone gives the formulas).
     Differs: coupled channels are one variable and costs are exact, where the code double-counts or omits some layers.
         HSIC is debiased, in eval mode, over batches. Worth is concave by default with a soft floor, because the linear
         one kills whole layers; importance is scaled so that the solver can see it: in the released code it lies
-        below the solver's tolerance, so published widths do not depend on it (see `methods.itpruner.authors`).
+        below the solver's tolerance, so published widths do not depend on it.
     """
 
     batch: int = 64
@@ -138,17 +137,13 @@ class ITPruner:
             Infeasible: not even the smallest widths fit.
         """
         objective, beta_rel = str(knobs["objective"]), float(knobs["beta_rel"])
-        is_reference = objective == "reference"
         weights = importance(torch.from_numpy(scores["nhsic"]), beta_rel=beta_rel).tolist()
-        worth = Worth(cast(Objective, "linear" if is_reference else objective), tuple(weights), float(knobs["floor"]))
+        worth = Worth(cast(Objective, objective), tuple(weights), float(knobs["floor"]))
         problem = _problem(profile, budget.channels, worth)
         chosen = problem.path.select(budget.limits())
         if chosen is None:
             raise widths_out_of_reach(self.name, budget, profile, problem.path.least())
-        if is_reference:
-            widths = reference_widths(problem.grid, problem.costs, weights, budget.limits())
-        else:
-            widths = problem.path.widths[chosen]
+        widths = problem.path.widths[chosen]
         named = {group.name: int(width) for group, width in zip(problem.groups, widths, strict=True)}
         loss, bounds = problem.loss(widths), problem.bounds(budget.limits())
         bound = min(loss, max(bounds.values()))
