@@ -194,7 +194,7 @@ class VirtualCluster:
     """
 
     def __init__(self, workload: Workload, ledger: Ledger, books: Books, *, clock: int, mean_s: float) -> None:
-        self._inline = InlineCluster(workload.bench())
+        self._inline = InlineCluster(workload.worker_inputs())
         self._ledger = ledger
         self._books = books
         self._clock = clock

@@ -128,7 +128,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
 
 
 def _pool(workers: int) -> Callable[[loading.Workload], RayCluster]:
-    return lambda made: RayCluster(made.bench(), max_parallel=workers)
+    return lambda made: RayCluster(made.worker_inputs(), max_parallel=workers)
 
 
 def curve(result: SearchResult) -> list[tuple[float, float]]:

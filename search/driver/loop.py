@@ -44,7 +44,7 @@ def search(
     """Runs a search to its end, or goes on with one that was stopped; returns what is on record.
 
     Args:
-        make_cluster: gives the workers, which hold the workload's `bench()`.
+        make_cluster: gives the workers, which hold the workload's `worker_inputs()`.
         report: told of progress.
         strategy: what it does beyond drawing at random.
 

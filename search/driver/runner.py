@@ -167,7 +167,7 @@ class Runner:
                 self._tell(proposal, state)
 
     def _items(self, waiting: Iterable[Planned]) -> Iterator[tuple[object, ...]]:
-        """The arguments of `trial` beside the bench, for what has to be trained."""
+        """The arguments of `trial` beside the inputs of its worker, for what has to be trained."""
         begun: set[str] = set()
         for one in waiting:
             self._tracker.planned(one.run_id, one.fitted, one.work)
