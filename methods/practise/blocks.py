@@ -1,6 +1,6 @@
-"""Finding the blocks that a network can do without, and taking them out.
+"""The blocks that a network can do without: find them, and take them out.
 
-A block is removable where its input is added to what it computes: without the branch, the input passes on unchanged.
+A block is removable if its input is added to its branch: without the branch, the input passes on unchanged.
 No list of architectures is kept: two independent rules, one on the block's graph and one on numbers, must agree.
 """
 
@@ -19,17 +19,17 @@ from methods.hooks import hooked
 from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace, shares_weights
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
-"""What may take a block's place: its input, or the activation that the block ends in, where the input needs it."""
+"""The modules that may take a block's place: the identity, or the activation that the block ends in."""
 
-
-_CLOSE = 1e-5
+_TOLERANCE = 1e-5
+"""Relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """By name and in the network's order: the blocks that can go, with what takes their place (a key of `CLOSINGS`).
+    """By name and in the network's order: the blocks that can go, with their replacement (a key of `CLOSINGS`).
 
-    `rejected` says of every other module that holds weights and children why it has to stay.
+    `rejected` holds every other module with weights and children, and the reason why it has to stay.
     """
 
     removable: Mapping[str, str]
@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
     Such a block runs once, maps one tensor to one of the same shape, shares no weight with the rest, and passes two
     rules. Graph: a path from its input to its output holds an addition, and else nothing but activations, dropout and
-    children without weights. Numbers: with zeros from every child that has weights, it returns what it is given. A
+    children without weights. Numbers: with zeros from every child that has weights, it returns its input. A
     block whose forward cannot be traced is judged by the numbers alone. Of nested blocks, the innermost count.
 
     A block that ends in an activation is replaced by the identity where its input already has that activation's range,
@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
 
 def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str | None:
-    """Why the network does not run without `blocks`: it may read more of them than their output."""
+    """Say why the network does not run without `blocks`: it may read more of them than their output."""
     without = copy.deepcopy(model)
     drop(without, blocks)
     try:
@@ -94,7 +94,7 @@ def removable_blocks(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
-    """Replaces each of `blocks`, named as in `Blocks.removable`, in place; every other module keeps its name.
+    """Replace each of `blocks`, named as in `Blocks.removable`, in place; every other module keeps its name.
 
     The replacements are torch's own modules, so a student needs none of this project's code.
 
@@ -106,10 +106,10 @@ def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
 
 
 _Verdict: TypeAlias = tuple[str | None, str]
-"""What takes the block's place, or None and why it has to stay."""
+"""The block's replacement and an empty text, or None and the reason why the block has to stay."""
 
 _Calls: TypeAlias = list[Tensor | str]
-"""Per call of a module its input, or why that call rules the module out."""
+"""Per call of a module its input, or the reason why that call rules the module out."""
 
 
 def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
@@ -165,11 +165,11 @@ def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
 def _is_close(one: object, other: object) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
         return False
-    return bool((one - other).abs().max() <= _CLOSE * other.abs().max())
+    return bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
 
 
 def _without_branches(module: nn.Module, given: Tensor) -> object:
-    """What the block returns if every module in it that has weights returns zeros."""
+    """Run the block while every module in it that has weights returns zeros."""
 
     def silence(_: nn.Module, __: object, output: object) -> object:
         if isinstance(output, tuple):
@@ -182,7 +182,7 @@ def _without_branches(module: nn.Module, given: Tensor) -> object:
 
 
 class _Outline(fx.Tracer):
-    """Traces one module's own forward, without looking into its children."""
+    """A tracer of one module's own forward, which does not look into its children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

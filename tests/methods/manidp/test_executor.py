@@ -18,7 +18,7 @@ from methods.base import Unsupported
 from methods.hooks import hooked
 from methods.manidp.executor.buckets import best_rows, latency_table, round_up, unions
 from methods.manidp.executor.build import Executor, executor
-from methods.manidp.executor.parts import ALL, MADE, Choice
+from methods.manidp.executor.parts import ALL, GATHERED, Choice
 from methods.manidp.gates import Gated, active, gated, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import find_sites, gate_macs, gated_macs, trace, widths
@@ -198,8 +198,8 @@ def test_buckets_gathered_sets_and_all_channels_are_all_met() -> None:
     made = executor(student, IMAGES[:6], multiple=1, is_measured=False)
     made.choosers[0].limit = 0
     numbers = [[choice.subset.number for choice in choices(made, image)] for image in images(40, 9).unsqueeze(1)]
-    assert {MADE, ALL} < {number for row in numbers for number in row}
-    assert MADE not in {row[0] for row in numbers}
+    assert {GATHERED, ALL} < {number for row in numbers for number in row}
+    assert GATHERED not in {row[0] for row in numbers}
 
 
 @pytest.mark.parametrize("room", [0, 20_000, 1 << 20])

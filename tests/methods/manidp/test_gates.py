@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
-from methods.manidp.gates import Gate, Gated, active, gated, saliencies, seen
+from methods.manidp.gates import Gate, Gated, active, gated, mask_inputs, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import (
     Site,
@@ -281,7 +281,7 @@ def test_gates_compute_in_float32_under_autocast(seed: int) -> None:
 
 def test_the_gradient_reaches_what_is_kept_and_no_threshold() -> None:
     student = copy.deepcopy(at_rates("plain", 0))
-    with seen(student) as found:
+    with mask_inputs(student) as found:
         output = student(IMAGES)
     saliency = found[0][1]
     (gradient,) = torch.autograd.grad(output.square().sum(), saliency)
