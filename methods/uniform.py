@@ -32,26 +32,26 @@ class Uniform:
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")})
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why no channel of this network can be cut."""
+        """Return `None`, or the reason why no channel of this network can be cut."""
         if any(group.fixed is None for group in profile.groups):
             return None
         reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
         return f"uniform pruning needs a channel group that can be cut, but every one is fixed ({reasons})"
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """Nothing to score."""
+        """Return no shards: widths need no scores."""
         return []
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """Nothing: widths need no scores."""
+        """Return no scores."""
         return {}
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """Nothing: widths need no scores."""
+        """Return no scores."""
         return {}
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-        """The plan of the largest remain rate at which the network fits every limit of `budget`.
+        """Plan the largest remain rate at which the network fits every limit of `budget`.
 
         Raises:
             Infeasible: not even one step of every group fits.

@@ -42,7 +42,7 @@ from methods.network.reach import UNITS
 from methods.protocol import collected, defaults, recover_student, settle_norms
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
-"""Tasks are bundled up to this predicted time, far above what it costs to send one, or up to this much memory."""
+"""Tasks are bundled up to this predicted time, far above the cost of sending one, or up to this much memory."""
 FORWARDS = 2
 """A bundle that passes the calibration images through the network has work for this many passes, memory permitting."""
 PAPER_SLICES = (3, 5, 7, 9)
@@ -62,8 +62,8 @@ class ALDS:
     the paper's); one slice always is. `schemes` are the foldings tried. `skip` names layers to leave alone.
 
     Source: Liebenwein et al. 2021: ALDS (scheme 0, a search from random starts) and ALDS+ (all schemes).
-    Differs: the global problem is solved exactly, for MACs, params or both, and what is left of a budget is spent on
-    the next largest error. The default is `refit`, which the paper does not have. ResNet-20 on Fashion-MNIST (top-1
+    Differs: the global problem is solved exactly, for MACs, params or both, and the rest of a budget is spent on the
+    next largest error. The default is `refit`, which the paper does not have. ResNet-20 on Fashion-MNIST (top-1
     0.945) at 20 % of its params, norms re-estimated, without training: 0.920 with `refit`, 0.877 with `rss` and all
     schemes, 0.618 with `group_max` and scheme 0, as in the authors' code.
     """
@@ -119,7 +119,7 @@ class ALDS:
         They are by (layer, slices, scheme) and (layer, slices); of rank 0 where a layer cannot be cut.
 
         Raises:
-            ScoreError: a weight, or what a layer reads, is not finite.
+            ScoreError: a weight, or an input of a layer, is not finite.
         """
         kind, *tasks = shard
         weights = {name: _weight(teacher, name) for name, *_ in tasks}
@@ -158,7 +158,7 @@ class ALDS:
         made least, and so on.
 
         Raises:
-            Infeasible: no plan fits; the message names what every limit could reach and the layers that cost most.
+            Infeasible: no plan fits; the message names the least of every cost and the layers that cost most.
         """
         knobs = {**defaults(self), **knobs}
         table = self._table(scores, profile, budget, knobs)
@@ -184,7 +184,7 @@ class ALDS:
         """A copy of the teacher with the plan's pairs of layers.
 
         For `refit` and `white` the factors are those of the layers' outputs on the calibration images; for `refit`,
-        each is then fitted again to what the student reads (`whitening.fit_in_order`). Without images they are the
+        each is then fitted again to the student's own inputs (`whitening.fit_in_order`). Without images they are the
         truncated weights, of the same shapes.
         """
         student = copy.deepcopy(teacher)
@@ -294,7 +294,7 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _notes(scores: Scores) -> tuple[str, ...]:
-    """Which layers stay because the network uses their weights in other ways too."""
+    """The note on layers that stay because the network uses their weights in other ways too."""
     dense = sorted({key.split("|")[0] for key, curve in scores.items() if curve.shape[1] == 0})
     if not dense:
         return ()

@@ -1,6 +1,6 @@
-"""What layers read on calibration images: rows of inputs and outputs, and the inputs' second moments.
+"""The inputs and outputs of layers on calibration images, as rows, and the inputs' second moments.
 
-A row is what one output position is computed from: a patch of a convolution's map, or a linear layer's features.
+A row holds the inputs of one output position: a patch of a convolution's map, or a linear layer's features.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from methods.base import ScoreError
 from methods.hooks import hooked
 
 IMAGES, BATCH = 256, 32
-"""Calibration images read, and how many at a time."""
+"""Calibration images read, and the number at a time."""
 
 ROWS, ROWS_PER_COLUMN = 1 << 14, 8
 """Rows that are enough for a layer: so many, and so many per column."""
@@ -82,10 +82,10 @@ def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
-    """What `layer` reads of `inputs` at its chosen positions: float64 `(rows, groups, n)`.
+    """The rows of `inputs` that `layer` reads at its chosen positions: float64 `(rows, groups, n)`.
 
     Args:
-        images: how many there are in all, among whom the rows that are enough are shared out.
+        images: their number in all; they share out the rows that are enough.
     """
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     if isinstance(layer, nn.Linear):
@@ -109,7 +109,7 @@ def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
 
 
 def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
-    """What `layer` puts out at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
+    """The outputs of `layer` at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     if isinstance(layer, nn.Conv2d):
         rows, groups = outputs.flatten(2).transpose(1, 2), layer.groups
@@ -122,7 +122,7 @@ def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
 
 
 def positions(layer: nn.Module, count: int, images: int) -> Tensor:
-    """Which of an image's `count` positions are read, rising: the same for every image and in every run."""
+    """The positions, of an image's `count`, that are read, rising: the same for every image and in every run."""
     assert isinstance(layer.weight, Tensor)
     enough = max(ROWS, ROWS_PER_COLUMN * layer.weight[0].numel())
     generator = np.random.default_rng(0)

@@ -1,6 +1,6 @@
-"""What a layer may become under ALDS: every affordable rank with its error and cost, and the best choice of them.
+"""The options of a layer under ALDS: every affordable rank with its error and cost, and the best choice of them.
 
-Also what it is predicted to take to find those errors, by which the scoring work is shared out.
+Also the predicted time of finding those errors, by which the scoring work is shared out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORK_PER_CALL = 2e6
 
 
 class Option(NamedTuple):
-    """What one layer may become, with its relative error and cost; rank 0 is the layer itself."""
+    """One replacement of a layer, with its relative error and cost; rank 0 is the layer itself."""
 
     error: float
     macs: int
@@ -117,10 +117,10 @@ ADDITIVE = ("fro", *FITTED)
 def solve(
     table: Sequence[Sequence[Option]], left: Mapping[str, int], measure: str
 ) -> tuple[list[Option], float, float]:
-    """One option per layer within all that is `left` for these layers, the loss of the choice, and a bound on it.
+    """Choose one option per layer within the costs `left` for these layers; return the loss and a bound on it, too.
 
     The loss is the sum of the squared errors for measures that add up, else the largest error. Without a limit, layers
-    stay what they are.
+    stay as they are.
 
     Raises:
         Infeasible: no choice fits.
@@ -149,7 +149,7 @@ def ranks_out_of_reach(
 ) -> Infeasible:
     """Build the error for a budget that no options meet: it names the layers that would still cost most.
 
-    `fixed` holds, by cost, what the layers outside `table` and all that belongs to no layer cost.
+    `fixed` holds, by cost, the share of the layers outside `table` and of all that belongs to no layer.
     """
     least, why = {}, {}
     for cost in UNITS:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from torch import fx, nn
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
-"""What torch.fx raises where a forward depends on its input's values, or does what a proxy cannot."""
-
+"""Errors of torch.fx where a forward depends on its input's values, or does more than a proxy can."""
 
 _ADDITIONS = {"add", "add_", "iadd"}
-
-
 _ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is in `model`.
+    """Put `module` where `name` is in `model`.
 
     Raises:
         ValueError: the model has no module of that name.
@@ -41,7 +38,7 @@ def is_addition(node: fx.Node) -> bool:
 
 
 def _operation(node: fx.Node) -> str:
-    """The bare name of a function or a tensor method; of anything else, nothing."""
+    """Return the bare name of a function or a tensor method; of anything else, nothing."""
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", ""))
     return str(node.target) if node.op == "call_method" else ""

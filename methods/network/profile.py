@@ -1,4 +1,4 @@
-"""One row per layer: what a network costs and which of its channels must go together.
+"""One row per layer: the costs of a network and the channels that must go together.
 
 The profile is plain data (names and integers), so a plan can be computed, checked and shown without the network.
 """
@@ -59,17 +59,17 @@ class Profile:
     input_shape: tuple[int, ...]
 
     def layer(self, name: str) -> Layer:
-        """The row of that name."""
+        """Return the row of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
 
 def count_params(model: nn.Module) -> int:
-    """All parameters of `model`, each counted once."""
+    """Count all parameters of `model`, each once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one forward pass on `example[:1]`, from `torch.utils.flop_counter` (FLOPs = 2 x MACs).
+    """Count the multiply-accumulates of a pass on `example[:1]` by `torch.utils.flop_counter` (FLOPs = 2 x MACs).
 
     Attention's fused fast path is switched off meanwhile, because the counter does not see into it.
     """
@@ -79,7 +79,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def profile(model: nn.Module, example: Tensor) -> Profile:
-    """The profile of `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1.
+    """Profile `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1.
 
     Raises:
         Unsupported: the model has no convolution or linear layer, or its output is not `(n, classes)`.
@@ -102,7 +102,7 @@ _Call: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], list[str]]:
-    """Shapes of every call of a conv or linear, and the names of the modules that keep their input's shape."""
+    """Return the shapes of every call of a conv or linear, and the names of modules that keep their input's shape."""
     calls: dict[str, list[_Call]] = {}
     blocks: list[str] = []
 
@@ -148,7 +148,7 @@ def _row(name: str, module: nn.Module, calls: list[_Call], group: str | None, bl
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Rows a linear layer sees for one input: the product of the axes between batch and features."""
+    """Count the rows a linear layer sees for one input: the product of the axes between batch and features."""
     return int(torch.Size(shape[1:-1]).numel())
 
 
