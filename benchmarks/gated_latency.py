@@ -1,11 +1,11 @@
-"""What skipping masked channels saves at batch 1: gated networks, run in several ways, beside dense engines.
+"""The time that skipping masked channels saves at batch 1: gated networks, run in several ways, beside dense engines.
 
     python benchmarks/gated_latency.py
 
 One thread. Every engine gets the same images in turn, none of which the executors were made with. Wall time is charged
-for interruptions, the CPU time of the process is not; both are printed. Images differ in what they cost a gated engine,
-so its least is that of its cheapest image, and the medians decide. ResNet-18 has random weights and gates, so only
-its times mean anything: `MASKS` says how its masks were made alike to trained ones.
+for interruptions, the CPU time of the process is not; both are printed. Images differ in their cost to a gated engine,
+so its least is that of its cheapest image, and the medians decide. ResNet-18 has random weights and gates, so only its
+times mean anything: `MASKS` makes its masks alike to trained ones.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Call: TypeAlias = Callable[[Tensor], object]
 
 
 def main() -> None:
-    """Measures both networks and prints a table for each."""
+    """Measure both networks and print a table for each."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {ROUNDS} calls each, batch 1")
     torch.set_grad_enabled(False)
@@ -92,7 +92,7 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 def report(title: str, teacher: nn.Module, seen: Tensor, fresh: Tensor, shares: Sequence[float]) -> None:
-    """Prints the table of one network: thresholds and executors are made from `seen`, times taken on `fresh`."""
+    """Print the table of one network: thresholds and executors are made from `seen`, times taken on `fresh`."""
     dense = dense_engines(teacher, fresh[:1])
     student = with_gates(teacher, seen)
     macs = count_macs(teacher, seen)
@@ -159,7 +159,7 @@ def with_gates(teacher: nn.Module, images: Tensor) -> Gated:
 
 
 def masks_of(student: Gated, images: Tensor) -> str:
-    """How many of all gated channels every image uses, and how many none."""
+    """The shares of gated channels that every image uses, and that none uses."""
     on = [active(found, mask.threshold) for found, mask in zip(saliencies(student, images), student.masks, strict=True)]
     always = sum(int(mask.all(0).sum()) for mask in on)
     never = sum(int((~mask.any(0)).sum()) for mask in on)

@@ -1,4 +1,4 @@
-"""Chains: shares of the cut, links that cannot take theirs, and what a plan of plans says."""
+"""Chains: shares of the cut, links that cannot take theirs, and plans of plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers read: against torch's own unfolding, however they pad, stride and group, and whoever else is asked."""
+"""The inputs of layers, against torch's own unfolding, for any padding, stride and groups, alone and among others."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_ridge_grows_where_rows_are_missing() -> None:
 
 
 class Overflowing(nn.Module):
-    """Its second layer reads infinity, its third one nothing."""
+    """A network whose second layer reads infinity, its third one nothing."""
 
     def __init__(self) -> None:
         super().__init__()

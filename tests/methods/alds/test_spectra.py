@@ -1,4 +1,4 @@
-"""One layer's decomposition: what the two layers compute, and what every measure says of the error."""
+"""One layer's decomposition: the outputs of the two layers, and every measure of the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The executor: it gives what the masked network gives, and runs no more than it says."""
+"""The executor: it has the outputs of the masked network, and runs no more than it says."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def assert_same(made: Executor, student: Gated, x: Tensor) -> None:
 
 
 def choices(made: Executor, image: Tensor) -> list[Choice]:
-    """What each gate chooses for one image."""
+    """The choice of each gate for one image."""
     found: list[Choice] = []
     hooks = (chooser.register_forward_hook(lambda _m, _x, choice: found.append(choice)) for chooser in made.choosers)
     with hooked(hooks):

@@ -1,4 +1,4 @@
-"""Gates: where they are put, that they change nothing until they should, and what each image then costs."""
+"""Gates: their places, their silence until they should act, and the cost of each image then."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def at_rates(name: str, seed: int) -> Gated:
 
 
 class Gather(fx.Interpreter):
-    """The slow, obvious executor: one image, and every masked convolution cut to what is active and not zero."""
+    """The slow, obvious executor: one image, and every masked convolution cut to its active, nonzero channels."""
 
     def __init__(self, student: Gated) -> None:
         super().__init__(student.network)

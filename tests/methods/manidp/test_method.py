@@ -244,7 +244,7 @@ def test_fresh_gates_are_the_same_each_time_and_keep_every_channel(name: str) ->
 
 
 def blobs(count: int, seed: int) -> Arrays:
-    """Three classes of `(3, 16, 16)` images that differ in which rows are bright: separable, with noise."""
+    """Three classes of `(3, 16, 16)` images, told apart by the bright rows: separable, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, count)
     data = random.normal(0, 1.0, (count, 3, 16, 16)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Who shares weights in a network, told apart by hand."""
+"""Shared weights in small networks, judged by hand."""
 
 from __future__ import annotations
 

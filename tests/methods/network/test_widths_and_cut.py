@@ -1,4 +1,4 @@
-"""Channel groups as data and under the knife: what a width costs, which channels stay, and slicing equals masking."""
+"""Channel groups as data and under the knife: the cost of widths, the channels that stay, slicing equals masking."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def some_widths(name: str) -> st.SearchStrategy[dict[str, int]]:
 
 @contextmanager
 def silenced(model: nn.Module, channels: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Zeroes `channels` of the named modules' outputs."""
+    """Zero `channels` of the named modules' outputs."""
 
     def hook(gone: np.ndarray) -> Any:
         def silence(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_full_widths_change_nothing(name: str) -> None:
 
 @networks
 def test_the_teacher_stays_and_every_member_keeps_the_same_channels(name: str) -> None:
-    """Each weight is stamped with its own position, so the student's weights tell which ones they were."""
+    """Each weight is stamped with its own position, which the student's weights then tell."""
     model, groups = NETWORKS[name](), free(name)
     state = model.state_dict()
     for value in state.values():

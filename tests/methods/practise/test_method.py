@@ -1,4 +1,4 @@
-"""PRACTISE: whether a plan says the truth about its student, what is dropped first, and what recovery touches."""
+"""PRACTISE: plans that say the truth about their student, the first blocks to go, and the recovery."""
 
 from __future__ import annotations
 
