@@ -102,17 +102,17 @@ def report(title: str, teacher: nn.Module, seen: Tensor, fresh: Tensor, shares: 
         expected = float(student.instance_macs(fresh).double().mean()) / macs
         print(f"| **gates at {share:.0%}: {expected:.0%}; {masks_of(student, seen)}** |" + " |" * (len(HEADS) - 1))
         naive = partial(executor, student, seen, buckets=0, is_measured=False)
-        made = {
+        gathered = {
             "gathered, naive": naive(multiple=1),
             "gathered, naive, rounded": naive(),
             "executor": executor(student, seen),
             "executor, unused removed": executor(student, seen, remove_unused=True),
         }
-        rounding = {"gathered, naive": "exact", **dict.fromkeys(list(made)[1:], "to 16")}
-        counted = {name: macs_run(student, one, fresh) / macs for name, one in made.items()}
-        errors = {name: error(student, one, fresh) for name, one in made.items()}
+        rounding = {"gathered, naive": "exact", **dict.fromkeys(list(gathered)[1:], "to 16")}
+        counted = {name: macs_run(student, one, fresh) / macs for name, one in gathered.items()}
+        errors = {name: error(student, one, fresh) for name, one in gathered.items()}
         masked = {"gated, masked only": student}
-        times = measured({**dense, **masked, **made}, fresh)
+        times = measured({**dense, **masked, **gathered}, fresh)
         best = tuple(min(times[name][column] for name in DENSE) for column in range(4))
         for name, taken in times.items():
             ratio = ", ".join(f"{best[column] / taken[column]:.2f}" for column in (1, 3, 2))
@@ -167,22 +167,22 @@ def masks_of(student: Gated, images: Tensor) -> str:
     return f"{always / total:.0%} of channels always on, {never / total:.0%} never"
 
 
-def macs_run(student: Gated, made: Executor, images: Tensor) -> float:
+def macs_run(student: Gated, built: Executor, images: Tensor) -> float:
     """The mean MACs of the channels that are really computed, gates included."""
-    kept: list[list[int]] = [[] for _ in made.choosers]
+    kept: list[list[int]] = [[] for _ in built.choosers]
 
     def recorder(gate: int) -> Callable[[nn.Module, tuple[object, ...], Choice], None]:
         return lambda _module, _given, choice: kept[gate].append(len(choice.subset.rows))
 
-    with hooked(chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(made.choosers)):
-        made(images)
+    with hooked(chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(built.choosers)):
+        built(images)
     return student.fixed_macs + float(gated_macs(student.sites, torch.tensor(kept).T).double().mean())
 
 
-def error(student: Gated, made: Executor, images: Tensor) -> str:
+def error(student: Gated, built: Executor, images: Tensor) -> str:
     """The largest difference from the masked network's outputs, relative to the largest of these."""
     wanted = student(images)
-    return f"{float((made(images) - wanted).abs().max() / wanted.abs().max()):.0e}"
+    return f"{float((built(images) - wanted).abs().max() / wanted.abs().max()):.0e}"
 
 
 def measured(calls: Mapping[str, Call], images: Tensor) -> dict[str, tuple[float, float, float, float]]:

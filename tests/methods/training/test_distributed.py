@@ -188,9 +188,9 @@ def alone(teacher: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the results of the processes."""
-    made = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (str(made), str(teacher)), nprocs=max(SHARED))
-    return made
+    results = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(results), str(teacher)), nprocs=max(SHARED))
+    return results
 
 
 @pytest.fixture(scope="module", params=SHARED)
