@@ -53,7 +53,7 @@ class Tables:
 
 
 def main() -> None:
-    """Measures both networks and prints the table."""
+    """Measure both networks and print the table."""
     torch.set_num_threads(1)
     rows = [row for name, model in networks().items() for row in compare(name, model)]
     widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def networks() -> dict[str, nn.Module]:
-    """The two networks by name; ResNet-20 with its trained weights where they lie in the examples."""
+    """The two networks by name; ResNet-20 with its trained weights if they lie in the examples."""
     small = zoo.build("resnet20", channels=1, classes=10, seed=SEED)
     if TRAINED.is_file():
         small.load_state_dict(safetensors.torch.load_file(TRAINED))
@@ -92,7 +92,7 @@ def compare(name: str, model: nn.Module) -> list[list[str]]:
 
 
 def timed(*calls: Callable[[], float]) -> list[tuple[float, float]]:
-    """What each call returns and the median of its seconds; the calls take turns, so the machine's moods meet all."""
+    """The result of each call and the median of its seconds; the calls take turns, so the machine's moods meet all."""
     seconds: list[list[float]] = [[] for _ in calls]
     results = [call() for call in calls]
     for _ in range(REPEATS):
@@ -135,7 +135,7 @@ def as_options(tables: Tables) -> list[Options]:
 
 
 def exact(options: Sequence[Options], budget: int) -> float:
-    """The least largest error there is."""
+    """The least largest error of all."""
     return max(layer[at][0] for layer, at in zip(options, minimax(options, budget), strict=True))
 
 
@@ -163,7 +163,7 @@ def heuristic(tables: Tables, budget: int, seed: int) -> float:
 
 
 def common_threshold(tables: Tables, picks: np.ndarray, budget: int) -> np.ndarray:
-    """What every layer costs `(layers,)` at the least common error threshold that keeps the budget, by bisection."""
+    """The cost of every layer `(layers,)` at the least common error threshold that keeps the budget, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -172,14 +172,14 @@ def common_threshold(tables: Tables, picks: np.ndarray, budget: int) -> np.ndarr
 
 
 def costs_at(tables: Tables, picks: np.ndarray, threshold: float) -> np.ndarray:
-    """What every layer costs `(layers,)` at the least rank, from 1, of an error within `threshold`."""
+    """The cost of every layer `(layers,)` at the least rank, from 1, of an error within `threshold`."""
     own = (np.arange(len(picks)), picks)
     ranks = (tables.errors[own] > threshold).sum(1).clip(1)
     return np.asarray(np.minimum(ranks * tables.prices[own], tables.dense))
 
 
 def best_slices(tables: Tables, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least error `(layers,)` each layer reaches at no more than its present cost, and which slice count does."""
+    """The least error `(layers,)` each layer reaches at no more than its present cost, and the slice count for it."""
     ranks = costs[:, None] // tables.prices
     errors = np.take_along_axis(tables.errors, ranks[:, :, None], axis=2)[:, :, 0]
     errors = np.where(ranks > 0, errors, np.inf)

@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py examples/fashion_mnist.yaml --budget half
 
-Each row is one `paredown compress` with one thread; two run at a time. What was measured before is read from `--out`.
+Each row is one `paredown compress` with one thread; two run at a time. Earlier figures are read from `--out`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HEAD = "method | after surgery | after BN | after recovery | test | MACs | expec
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Run the missing rows and print the table."""
     parser = argparse.ArgumentParser(description="Every method on one network and one budget, as a Markdown table.")
     parser.add_argument("spec", type=Path)
     parser.add_argument("--budget", required=True, help="the name of one of the spec's budgets")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def figures(spec: Path, budget: str, row: str, folder: Path) -> dict[str, Any]:
-    """What `paredown compress` measured for a row, now or at an earlier call; the reason where it gave no model."""
+    """The figures of `paredown compress` for a row, now or at an earlier call; the reason if it gave no model."""
     kept = folder / "figures.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text()))

@@ -1,11 +1,11 @@
-"""What skipping masked channels saves at batch 1: gated networks, run in several ways, beside dense engines.
+"""The time that skipping masked channels saves at batch 1: gated networks, run in several ways, beside dense engines.
 
     python benchmarks/gated_latency.py
 
 One thread. Every engine gets the same images in turn, none of which the executors were made with. Wall time is charged
-for interruptions, the CPU time of the process is not; both are printed. Images differ in what they cost a gated engine,
-so its least is that of its cheapest image, and the medians decide. ResNet-18 has random weights and gates, so only
-its times mean anything: `MASKS` says how its masks were made alike to trained ones.
+for interruptions, the CPU time of the process is not; both are printed. Images differ in their cost to a gated engine,
+so its least is that of its cheapest image, and the medians decide. ResNet-18 has random weights and gates, so only its
+times mean anything: `MASKS` makes its masks alike to trained ones.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from cluster.devices.meter import interleaved
+from methods.hooks import hooked
 from methods.manidp.executor.build import Executor, executor
 from methods.manidp.executor.parts import Choice
 from methods.manidp.gates import Gated, active, gated, saliencies
@@ -63,7 +64,7 @@ Call: TypeAlias = Callable[[Tensor], object]
 
 
 def main() -> None:
-    """Measures both networks and prints a table for each."""
+    """Measure both networks and print a table for each."""
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {ROUNDS} calls each, batch 1")
     torch.set_grad_enabled(False)
@@ -91,7 +92,7 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 def report(title: str, teacher: nn.Module, seen: Tensor, fresh: Tensor, shares: Sequence[float]) -> None:
-    """Prints the table of one network: thresholds and executors are made from `seen`, times taken on `fresh`."""
+    """Print the table of one network: thresholds and executors are made from `seen`, times taken on `fresh`."""
     dense = dense_engines(teacher, fresh[:1])
     student = with_gates(teacher, seen)
     macs = count_macs(teacher, seen)
@@ -101,17 +102,17 @@ def report(title: str, teacher: nn.Module, seen: Tensor, fresh: Tensor, shares: 
         expected = float(student.instance_macs(fresh).double().mean()) / macs
         print(f"| **gates at {share:.0%}: {expected:.0%}; {masks_of(student, seen)}** |" + " |" * (len(HEADS) - 1))
         naive = partial(executor, student, seen, buckets=0, is_measured=False)
-        made = {
+        gathered = {
             "gathered, naive": naive(multiple=1),
             "gathered, naive, rounded": naive(),
             "executor": executor(student, seen),
             "executor, unused removed": executor(student, seen, remove_unused=True),
         }
-        rounding = {"gathered, naive": "exact", **dict.fromkeys(list(made)[1:], "to 16")}
-        counted = {name: macs_run(student, one, fresh) / macs for name, one in made.items()}
-        errors = {name: error(student, one, fresh) for name, one in made.items()}
+        rounding = {"gathered, naive": "exact", **dict.fromkeys(list(gathered)[1:], "to 16")}
+        counted = {name: macs_run(student, one, fresh) / macs for name, one in gathered.items()}
+        errors = {name: error(student, one, fresh) for name, one in gathered.items()}
         masked = {"gated, masked only": student}
-        times = measured({**dense, **masked, **made}, fresh)
+        times = measured({**dense, **masked, **gathered}, fresh)
         best = tuple(min(times[name][column] for name in DENSE) for column in range(4))
         for name, taken in times.items():
             ratio = ", ".join(f"{best[column] / taken[column]:.2f}" for column in (1, 3, 2))
@@ -158,7 +159,7 @@ def with_gates(teacher: nn.Module, images: Tensor) -> Gated:
 
 
 def masks_of(student: Gated, images: Tensor) -> str:
-    """How many of all gated channels every image uses, and how many none."""
+    """The shares of gated channels that every image uses, and that none uses."""
     on = [active(found, mask.threshold) for found, mask in zip(saliencies(student, images), student.masks, strict=True)]
     always = sum(int(mask.all(0).sum()) for mask in on)
     never = sum(int((~mask.any(0)).sum()) for mask in on)
@@ -166,24 +167,22 @@ def masks_of(student: Gated, images: Tensor) -> str:
     return f"{always / total:.0%} of channels always on, {never / total:.0%} never"
 
 
-def macs_run(student: Gated, made: Executor, images: Tensor) -> float:
+def macs_run(student: Gated, built: Executor, images: Tensor) -> float:
     """The mean MACs of the channels that are really computed, gates included."""
-    kept: list[list[int]] = [[] for _ in made.choosers]
+    kept: list[list[int]] = [[] for _ in built.choosers]
 
     def recorder(gate: int) -> Callable[[nn.Module, tuple[object, ...], Choice], None]:
         return lambda _module, _given, choice: kept[gate].append(len(choice.subset.rows))
 
-    handles = [chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(made.choosers)]
-    made(images)
-    for handle in handles:
-        handle.remove()
+    with hooked(chooser.register_forward_hook(recorder(gate)) for gate, chooser in enumerate(built.choosers)):
+        built(images)
     return student.fixed_macs + float(gated_macs(student.sites, torch.tensor(kept).T).double().mean())
 
 
-def error(student: Gated, made: Executor, images: Tensor) -> str:
+def error(student: Gated, built: Executor, images: Tensor) -> str:
     """The largest difference from the masked network's outputs, relative to the largest of these."""
     wanted = student(images)
-    return f"{float((made(images) - wanted).abs().max() / wanted.abs().max()):.0e}"
+    return f"{float((built(images) - wanted).abs().max() / wanted.abs().max()):.0e}"
 
 
 def measured(calls: Mapping[str, Call], images: Tensor) -> dict[str, tuple[float, float, float, float]]:

@@ -1,8 +1,8 @@
-"""The methods on ResNet-56 with a long recovery, where a GPU makes that quick: one table per budget.
+"""The methods on ResNet-56 with a long recovery, which a GPU makes quick: one table per budget.
 
     python benchmarks/gpu_recovery.py --root FOLDER_OF_FASHION_MNIST
 
-The teacher is trained first, by the zoo's recipe. Every row is one `paredown compress`, on the GPU where there is one;
+The teacher is trained first, by the zoo's recipe. Every row is one `paredown compress`, on the GPU if there is one;
 `--network resnet14 --data digits --steps 20` shows in two minutes of CPU that it runs.
 """
 
@@ -27,7 +27,7 @@ recovery: {{steps: {steps}, precision: bf16}}
 
 
 def main() -> None:
-    """Runs every row for every budget and prints the tables."""
+    """Run every row for every budget and print the tables."""
     parser = argparse.ArgumentParser(description="The methods on a deeper network with a long recovery.")
     parser.add_argument("--network", default="resnet56")
     parser.add_argument("--data", default="fashion-mnist")

@@ -1,12 +1,12 @@
-"""How many workers one driver keeps busy: the real search loop, stores and planning beside simulated trials.
+"""The number of workers that one driver keeps busy: the real search loop, stores and planning, simulated trials.
 
     python benchmarks/scale.py --workers 8 64 256 1024 --plot docs/scale.svg
     python benchmarks/scale.py --workers 256 --trials 10000
 
 Scoring, plans, Optuna's journal and MLflow's SQLite store are real; only trials are not run. A virtual worker takes as
 long as a recorded trial did, scaled so that a whole one takes `--seconds` on average, and reports five rungs and a
-made-up top-1. The virtual clock goes on by the driver's own seconds while the driver works, and jumps to the next
-report while it waits. `--clock cpu` counts the driver's CPU seconds, which depend little on what else the machine does
+made-up top-1. The virtual clock runs by the driver's own seconds while the driver works, and jumps to the next
+report while it waits. `--clock cpu` counts the driver's CPU seconds, which depend little on the machine's other work
 but miss waits for the disk; `--clock wall` counts those too and wants a quiet machine.
 
 Utilisation is the share of all workers' time in which they train: overall from the first trial's begin to the last
@@ -53,10 +53,10 @@ RECORDED_S = (
     *(3.4, 3.9, 4.1, 6.4, 7.1, 9.7, 9.9, 10.3, 11.3, 12.8, 14.1, 15.0, 17.3, 23.5, 27.3, 30.7, 33.2, 34.0, 35.8),
     *(37.1, 40.8, 49.0),
 )
-"""Seconds of a worker per trial of `search_quality.py fashion-mnist`, random search, 2026-11-22; none was given up."""
+"""Seconds of a worker per trial of `search_quality.py fashion-mnist`, random search, 2026-11-22; none stopped early."""
 
 ROUNDS, LEAST, BLOCK = 6, 200, 1000
-"""Trials per worker and at least, where `--trials` is not given; and between two readings of what the driver spends."""
+"""Trials per worker and at least, without `--trials`; and between two readings of the driver's seconds."""
 
 SPEC: dict[str, Any] = {
     "name": "scale",
@@ -76,11 +76,11 @@ ACCOUNTS: dict[str, list[tuple[Any, str]]] = {
     "plan": [(runner, "fit")],
     "latency": [(Stopwatch, "time")],
 }
-"""The calls by which the driver's seconds are told apart; what is in none of them is the loop's own."""
+"""The calls by which the driver's seconds are told apart; the rest is the loop's own."""
 
 
 def main() -> None:
-    """Runs every setting and prints its tables."""
+    """Run every setting and print its tables."""
     parser = argparse.ArgumentParser(description="Utilisation and driver seconds per trial by the number of workers.")
     parser.add_argument("--workers", type=int, nargs="+", default=[256])
     parser.add_argument("--trials", type=int, help=f"in all; {ROUNDS} per worker, at least {LEAST}, if not given")
@@ -109,7 +109,7 @@ def now() -> np.ndarray:
 
 
 class Books:
-    """Seconds `(2,)` by account: those of its calls without what calls of other accounts took inside them."""
+    """Seconds `(2,)` by account: those of its calls, less those of calls of other accounts inside them."""
 
     def __init__(self) -> None:
         self.spent: dict[str, np.ndarray] = {name: np.zeros(2) for name in ACCOUNTS}
@@ -119,7 +119,7 @@ class Books:
                 setattr(owner, name, self._counted(getattr(owner, name), account))
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Begin anew."""
         self.spent = {name: np.zeros(2) for name in ACCOUNTS}
 
     def _counted(self, call: Callable[..., Any], account: str) -> Callable[..., Any]:
@@ -139,10 +139,10 @@ class Books:
 
 @dataclass
 class Ledger:
-    """What a simulated search came to: virtual seconds, and the driver's own, `(2,)` as `CLOCKS`.
+    """The times of a simulated search: virtual seconds, and the driver's own, `(2,)` as `CLOCKS`.
 
-    `busy` are the spans in which a worker trained, `begun` and `ended` the moments of trials, `readings` what every
-    account held after each `BLOCK` of them. Afterwards the record was read back in `read_s` and drawn in `report_s`.
+    `busy` are the spans in which a worker trained, `begun` and `ended` the moments of trials, `readings` the accounts
+    after each `BLOCK` of them. Afterwards the record was read back in `read_s` and drawn in `report_s`.
     """
 
     workers: int
@@ -161,7 +161,7 @@ class Ledger:
 
     @property
     def steady(self) -> float:
-        """Utilisation from when every worker has had a trial to when the last one is handed out."""
+        """Utilisation from the moment when every worker has had a trial to the one when the last is handed out."""
         return self._busy_share(self.begun[self.workers - 1], self.begun[-1])
 
     def _busy_share(self, start: float, end: float) -> float:
@@ -171,7 +171,7 @@ class Ledger:
 
 @dataclass
 class Job:
-    """A trial on a virtual worker: what it was given, its rungs, the seconds between two, and how many it passed."""
+    """A trial on a virtual worker: its item, its rungs, the seconds between two, and the number it has passed."""
 
     index: int
     plan: Plan
@@ -183,7 +183,7 @@ class Job:
 
 
 class Ended(Exception):
-    """The loop is over; what follows, registering the winners, would need students that were trained."""
+    """The end of the loop: the next step, registering the winners, would need students that were trained."""
 
 
 class VirtualCluster:
@@ -194,7 +194,7 @@ class VirtualCluster:
     """
 
     def __init__(self, workload: Workload, ledger: Ledger, books: Books, *, clock: int, mean_s: float) -> None:
-        self._inline = InlineCluster(workload.bench())
+        self._inline = InlineCluster(workload.worker_inputs())
         self._ledger = ledger
         self._books = books
         self._clock = clock
@@ -216,7 +216,7 @@ class VirtualCluster:
         return self._inline.alone(function, items, *args)
 
     def close(self) -> None:
-        """Ends the benchmark."""
+        """End the benchmark."""
         raise Ended
 
     def _trials(self, items: Iterator[Item], go_on: Callable[[int, Any], bool]) -> Iterator[Event]:
@@ -239,7 +239,7 @@ class VirtualCluster:
                 self._end()
 
     def _charged(self, call: Callable[..., Any], *args: Any) -> Any:
-        """What a call of the driver gives; virtual time goes on meanwhile."""
+        """Return a call's result to the driver; virtual time runs meanwhile."""
         began = now()
         found = call(*args)
         self._ledger.driver_s += now() - began
@@ -258,7 +258,7 @@ class VirtualCluster:
         self._ledger.begun.append(self._time())
 
     def _train(self, job: Job) -> None:
-        """Has a worker train up to its next rung."""
+        """Let a worker train up to its next rung."""
         start = self._time()
         job.passed += 1
         step = min(job.passed * job.recipe.report_every, job.recipe.steps)
@@ -295,7 +295,7 @@ def top1(plan: Plan, recipe: Recipe, step: int, chance: np.random.Generator) -> 
 
 
 def outcome(job: Job, seconds: float) -> Outcome:
-    """What such a trial ends with; its state has as many numbers as the student would have."""
+    """The outcome of such a trial; its state has as many numbers as the student would have."""
     plan, reached = job.plan, top1(job.plan, job.recipe, job.recipe.steps, job.chance)
     return Outcome(
         top1_surgery=reached / 4, top1_bn=reached / 2, top1_validation=reached, macs=plan.macs, params=plan.params,
@@ -306,8 +306,7 @@ def outcome(job: Job, seconds: float) -> Outcome:
 
 def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> Ledger:
     """One search of so many trials in all, in a folder of its own."""
-    ledger = Ledger(workers)
-    before = Path.cwd()
+    ledger, before = Ledger(workers), Path.cwd()
 
     def cluster(workload: Workload) -> VirtualCluster:
         books.clear()
@@ -316,22 +315,22 @@ def run(workers: int, trials: int, books: Books, clock: int, mean_s: float) -> L
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "rock.yaml").write_text("{macs_per_s: 1.0e+9, bytes_per_s: 1.0e+9, overhead_us: 10}\n")
         settings = {"trials": -(-trials // len(SPEC["budgets"])), "timeout": "24h", "asynchronous": True}
-        made = reading.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
+        spec = reading.parse(yaml.safe_dump(SPEC | {"search": settings}), folder=Path(folder))
         os.chdir(folder)
         try:
-            loop.search(made, cluster, lambda *_: None)
+            loop.search(spec, cluster, lambda *_: None)
         except Ended:
             ledger.readings.append(accounts(books, ledger))
-            look_back(made, ledger)
+            look_back(spec, ledger)
         finally:
             os.chdir(before)
     return ledger
 
 
-def look_back(made: schema.SearchSpec, ledger: Ledger) -> None:
-    """What the end of a search does with its whole record, and who resumes one does first."""
+def look_back(spec: schema.SearchSpec, ledger: Ledger) -> None:
+    """Read the whole record, as the end of a search does, and its resumption first of all."""
     began = now()
-    found = find_search(made.tracking.uri, made.name).read.result()
+    found = find_search(spec.tracking.uri, spec.name).read.result()
     ledger.read_s = now() - began
     html(found)
     ledger.report_s = now() - began - ledger.read_s

@@ -1,4 +1,4 @@
-"""Is the search worth its seconds? Full search, random search and each method alone: hypervolume by device-seconds.
+"""The worth of a search's seconds: full search, random search and each method alone, hypervolume by device-seconds.
 
     python benchmarks/search_quality.py digits --seconds 110 --seeds 0 1 2
     python benchmarks/search_quality.py fashion-mnist --seconds 300 --seeds 0 1
@@ -60,7 +60,7 @@ AXIS = "macs_expected"
 
 
 def main() -> None:
-    """Runs what is missing, prints the table and draws the plot."""
+    """Run the missing arms, print the table and draw the plot."""
     parser = argparse.ArgumentParser(description="Hypervolume against device-seconds: full, random, each method alone.")
     parser.add_argument("data", choices=SETTINGS)
     parser.add_argument("--seconds", type=float, default=300, help="device-seconds of each arm")
@@ -94,7 +94,7 @@ def wanted(name: str, arm: str, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def teacher(name: str, folder: Path) -> None:
-    """Trains or fetches the teacher, once for all arms."""
+    """Train or fetch the teacher, once for all arms."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "roofline.yaml").write_text("{macs_per_s: 1.0e+9, bytes_per_s: 1.0e+9, overhead_us: 10}\n")
     path = folder / "teacher.safetensors"
@@ -128,7 +128,7 @@ def run(name: str, arm: str, seed: int, folder: Path, seconds: float, workers: i
 
 
 def _pool(workers: int) -> Callable[[loading.Workload], RayCluster]:
-    return lambda made: RayCluster(made.bench(), max_parallel=workers)
+    return lambda made: RayCluster(made.worker_inputs(), max_parallel=workers)
 
 
 def curve(result: SearchResult) -> list[tuple[float, float]]:

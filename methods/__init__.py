@@ -12,7 +12,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (ITPruner(), Man
 
 
 def named(name: str) -> AnyMethod:
-    """The method of that name, or the chain of the methods that `first+second` names.
+    """Return the method of that name, or the chain of the methods that `first+second` names.
 
     Raises:
         ValueError: there is no such method, or the chain cannot be made.

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 Scores: TypeAlias = Mapping[str, np.ndarray]
-"""What a method measured: named arrays, so that they cache as one `.npz` and hash by content."""
+"""The measurements of a method: named arrays, so that they cache as one `.npz` and hash by content."""
 
 Shard: TypeAlias = tuple[Any, ...]
 """A small picklable description of one piece of scoring work: a batch index, a layer, a block."""
@@ -45,8 +45,8 @@ class Infeasible(MethodError):
 class Budget:
     """Upper limits for the whole network, in absolute units; `None` leaves a cost unlimited.
 
-    `macs` are multiply-accumulates for one input, whatever it is; `macs_expected` are their mean over inputs, which a
-    gated network may meet where its `macs` do not. `params` counts every parameter. `channels` is the device's
+    `macs` are multiply-accumulates for any one input; `macs_expected` are their mean over inputs, which a gated
+    network may meet where its `macs` do not. `params` counts every parameter. `channels` is the device's
     preferred channel multiple: pruned widths stay on that grid where the layer is wide enough (see `grid_step`).
     """
 
@@ -57,12 +57,12 @@ class Budget:
     macs_expected: int | None = None
 
     def declared(self) -> dict[str, int]:
-        """The limits as they were given, by the name of the cost."""
+        """Return the limits as they were given, by the name of the cost."""
         named = {"macs": self.macs, "macs_expected": self.macs_expected, "params": self.params}
         return {cost: limit for cost, limit in named.items() if limit is not None}
 
     def limits(self) -> dict[str, int]:
-        """What a network that does the same for every input has to meet: its expected MACs are its MACs.
+        """Return the limits for a network that does the same for every input: its expected MACs are its MACs.
 
         >>> Budget("edge", macs=9, macs_expected=8, params=5).limits()
         {'macs': 8, 'params': 5}
@@ -95,11 +95,11 @@ Knob: TypeAlias = Choice | Range
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method decided: plain JSON values, with the cost of the whole student it predicts.
+    """The decisions of a method: plain JSON values, with the cost of the whole student it predicts.
 
-    `loss` is the method's own proxy for what the cut costs: 0 at the teacher's own cost, smaller is better, comparable
-    only between plans of one method and one knob setting, where a larger budget is never worse. (A chain's adds up what
-    its links say of different networks, so there it may be.) `bound` is a proven lower bound on it, where one is known.
+    `loss` is the method's own proxy for the harm of the cut: 0 at the teacher's own cost, smaller is better, comparable
+    only between plans of one method and one knob setting, where a larger budget is never worse. (A chain's sums its
+    links' losses on different networks, so there it may be.) `bound` is a proven lower bound on it, where one is known.
     `macs_expected` is the target of a gated student, whose `macs` are those of all its channels and gates; it is None
     where every input costs the same.
     """
@@ -114,17 +114,26 @@ class Plan:
     macs_expected: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-ready values; `Plan.from_json` restores it."""
+        """Return the plan as JSON-ready values; `Plan.from_json` restores it."""
         return asdict(self) | {"notes": list(self.notes)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the JSON values that decide the student: two plans of the same identity lead to the same one.
+
+        >>> first, second = (Plan("uniform", macs=9, params=5, choices={}, loss=loss) for loss in (0.1, 0.2))
+        >>> first.identity() == second.identity()
+        True
+        """
+        return {name: value for name, value in self.to_json().items() if name not in ("loss", "bound", "notes")}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Plan:
-        """Restores what `to_json` gave."""
+        """Restore the plan from the values of `to_json`."""
         return Plan(**{**values, "notes": tuple(values["notes"])})
 
 
 def grid_step(width: int, channels: int) -> int:
-    """The multiple a group of `width` channels is pruned in: the device's, but never over an eighth of the width.
+    """Return the multiple in which a group of `width` channels is pruned: the device's, an eighth of the width at most.
 
     >>> [grid_step(width, 8) for width in (16, 32, 64, 512)]
     [2, 4, 8, 8]

@@ -31,8 +31,8 @@ class Chain:
     what is left; `LINK.KNOB` is a link's own. A link that cannot take its share takes as much as it can.
 
     Raises:
-        ValueError: fewer than two links, one of them twice, or a gated one before the last: what its student costs
-            depends on the input, so no later link could plan for it.
+        ValueError: fewer than two links, one of them twice, or a gated one before the last: its student's cost depends
+            on the input, so no later link could plan for it.
     """
 
     links: tuple[Method, ...]
@@ -56,11 +56,11 @@ class Chain:
         return shares | {f"{link.name}.{name}": knob for link in self.links for name, knob in link.knobs.items()}
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why the first link cannot handle this network; the others are asked about their own student."""
+        """Return `None`, or why the first link cannot handle this network; the others judge their own student."""
         return self.links[0].accepts(profile)
 
     def plan(self, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-        """The links' plans in a row; `loss` is their sum, `choices["links"]` holds them as `Plan.to_json` gives them.
+        """Plan link by link; `loss` is the sum of the links', `choices["links"]` holds the `Plan.to_json` of each.
 
         Raises:
             Infeasible: a link cannot handle its student, or the last one cannot make the rest of the cut.
@@ -95,19 +95,19 @@ class Chain:
             raise Infeasible(f"at the last link of {self.name}, {size}: {error}", error.least) from error
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """The student of all links; with calibration images every link starts from a settled student."""
+        """Build the student of all links; with calibration images every link starts from a settled student."""
         plans = _link_plans(plan)
         before = student_of(teacher, list(zip(self.links, plans[:-1], strict=False)), calibration)
         return self.links[-1].apply(before, plans[-1], calibration)
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Settles the student as its last link does."""
+        """Settle the student as its last link does."""
         self.links[-1].settle(student, _link_plans(plan)[-1], calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
     ) -> Iterator[int]:
-        """Trains the student once, after all cuts, as its last link does."""
+        """Train the student once, after all cuts, as its last link does."""
         return self.links[-1].recover(student, teacher, data, recipe, seed)
 
 
@@ -115,7 +115,7 @@ AnyMethod: TypeAlias = Method | Chain
 
 
 def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-    """The plan of a method or a chain for a budget.
+    """Plan a method or a chain for a budget.
 
     Raises:
         Infeasible: no plan fits.
@@ -126,9 +126,9 @@ def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[st
 
 
 def student_of(teacher: nn.Module, steps: Sequence[tuple[Method, Plan]], calibration: Tensor | None) -> nn.Module:
-    """The student that `steps` lead to, one after the other; the teacher itself where there are none.
+    """Build the student that `steps` lead to, one after the other; without steps it is the teacher itself.
 
-    With calibration images `(n, c, h, w)` each step's student is settled before the next one, where something was cut.
+    With calibration images `(n, c, h, w)` each step's student is settled before the next one, if anything was cut.
     """
     student = teacher
     for method, plan in steps:
@@ -143,7 +143,7 @@ def _link_plans(plan: Plan) -> list[Plan]:
 
 
 def _stage(budget: Budget, profile: Profile, share: float) -> Budget:
-    """The limits of a link that takes `share` of the cut from `profile` down to `budget`."""
+    """Return the limits of a link that takes `share` of the cut from `profile` down to `budget`."""
 
     def limit(cost: str, final: int) -> int:
         have = int(getattr(profile, cost))
@@ -156,9 +156,9 @@ def _stage(budget: Budget, profile: Profile, share: float) -> Budget:
 def _as_far_as_possible(
     link: Method, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]
 ) -> Plan:
-    """The link's plan for `budget`, or for the least it can reach where that is more; else it cuts nothing.
+    """Plan the link for `budget`, or for the least it can reach if that is more; else it cuts nothing.
 
-    It cuts nothing where it reaches the least of two costs, but not both of them together.
+    It cuts nothing if it reaches the least of each of two costs, but not of both together.
     """
     try:
         return link.allocate(scores, profile, budget, knobs)

@@ -1,4 +1,4 @@
-"""What a worker does: score a shard, or run one trial from a plan to a measured student."""
+"""The work of a worker: score a shard, or run one trial from a plan to a measured student."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from methods.training import Metric, Recipe, Samples, evaluate
 
 
 class PlanMismatch(AssertionError):
-    """The student does not cost what its plan says: a fault of ours, never of the user's."""
+    """A student whose cost is not that of its plan: a fault of ours, never of the user's."""
 
 
 Before: TypeAlias = tuple[tuple[Method, str], ...]
@@ -29,8 +29,8 @@ Before: TypeAlias = tuple[tuple[Method, str], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
-    """What a worker holds, loaded once: the teacher and the data it may see (never the test set)."""
+class WorkerInputs:
+    """The teacher and the data that a worker may see (never the test set), loaded once."""
 
     teacher: nn.Module
     train: Samples
@@ -50,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a plan: top-1 on the validation set at three moments, counted costs, and the student's state.
+    """The result of a trial: top-1 on the validation set at three moments, counted costs, and the student's state.
 
     The three moments are after `apply`, after `settle` and at the end. `macs` and `params` are counted on the student
     itself. A gated student also has the mean over the calibration images, the mean over the validation images and the
@@ -71,28 +71,30 @@ class Outcome:
     macs_worst: int | None = None
 
 
-def score(bench: Bench, method: Method, shard: Shard, seed: int, before: Before = ()) -> Scores:
-    """One shard's partial scores, on the worker's device: of the teacher, or of the student that `before` leads to."""
-    _, calibration = on_device(bench)
-    return method.score(shard, _student_of(bench, before), calibration, seed)
+def score(inputs: WorkerInputs, method: Method, shard: Shard, seed: int, before: Before = ()) -> Scores:
+    """Score one shard on the worker's device: of the teacher, or of the student that the links `before` lead to."""
+    _, calibration = on_device(inputs)
+    return method.score(shard, _student_of(inputs, before), calibration, seed)
 
 
 @lru_cache(maxsize=1)
-def _student_of(bench: Bench, before: Before) -> nn.Module:
-    """What the links so far made of the teacher; kept, because the shards of one link come one after the other."""
-    teacher, calibration = on_device(bench)
+def _student_of(inputs: WorkerInputs, before: Before) -> nn.Module:
+    """Build the student of the links so far; it is kept, because the shards of one link come one after the other."""
+    teacher, calibration = on_device(inputs)
     steps = [(method, Plan.from_json(json.loads(text))) for method, text in before]
     return student_of(teacher, steps, calibration)
 
 
-def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int) -> Generator[Progress, None, Outcome]:
-    """Apply, re-estimate the norms, recover: yields progress, returns the outcome.
+def trial(
+    inputs: WorkerInputs, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
+) -> Generator[Progress, None, Outcome]:
+    """Apply, settle and recover: yields progress, returns the outcome.
 
     Raises:
         PlanMismatch: the student's counted cost differs from the plan's.
     """
     started = time.perf_counter()
-    teacher, calibration = on_device(bench)
+    teacher, calibration = on_device(inputs)
     student = method.apply(teacher, plan, calibration)
     example = calibration[:1]
     macs, params = count_macs(student, example), count_params(student)
@@ -100,15 +102,15 @@ def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
         raise PlanMismatch(
             f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
         )
-    surgery = evaluate(student, bench.validation, bench.metric)
+    surgery = evaluate(student, inputs.validation, inputs.metric)
     method.settle(student, plan, calibration)
-    top1 = settled = evaluate(student, bench.validation, bench.metric)
-    for step in method.recover(student, teacher, bench.train, recipe, seed):
-        top1 = evaluate(student, bench.validation, bench.metric)
+    top1 = settled = evaluate(student, inputs.validation, inputs.metric)
+    for step in method.recover(student, teacher, inputs.train, recipe, seed):
+        top1 = evaluate(student, inputs.validation, inputs.metric)
         yield Progress(step, recipe.steps, top1)
     if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
-        top1 = evaluate(student, bench.validation, bench.metric)
+        top1 = evaluate(student, inputs.validation, inputs.metric)
     state = {name: value.detach().cpu().contiguous().numpy() for name, value in student.state_dict().items()}
     return Outcome(
         top1_surgery=surgery,
@@ -119,35 +121,35 @@ def trial(bench: Bench, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
         size_bytes=size_bytes(student),
         seconds=time.perf_counter() - started,
         state=state,
-        **(_expected(student, bench, calibration) if isinstance(student, PerInput) else {}),
+        **(_expected(student, inputs, calibration) if isinstance(student, PerInput) else {}),
     )
 
 
-def _expected(student: PerInput, bench: Bench, calibration: Tensor) -> dict[str, int]:
-    """The MACs of a student for the images it is given: the mean on either set, and the most."""
-    known = student.instance_macs(calibration).double()
-    batches = np.array_split(np.arange(len(bench.validation)), -(-len(bench.validation) // 512))
-    unknown = torch.cat([student.instance_macs(bench.validation.batch(batch)[0]).double() for batch in batches])
+def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:
+    """Count the MACs that a student needs per image: the mean on either set, and the most."""
+    calibrated = student.instance_macs(calibration).double()
+    batches = np.array_split(np.arange(len(inputs.validation)), -(-len(inputs.validation) // 512))
+    validated = torch.cat([student.instance_macs(inputs.validation.batch(batch)[0]).double() for batch in batches])
     return {
-        "macs_expected": round(float(known.mean())),
-        "macs_expected_validation": round(float(unknown.mean())),
-        "macs_worst": int(known.max()),
+        "macs_expected": round(float(calibrated.mean())),
+        "macs_expected_validation": round(float(validated.mean())),
+        "macs_worst": int(calibrated.max()),
     }
 
 
 def size_bytes(model: nn.Module) -> int:
-    """The bytes of everything in the state of `model`."""
+    """Count the bytes of everything in the state of `model`."""
     return sum(value.numel() * value.element_size() for value in model.state_dict().values())
 
 
 def rebuild(teacher: nn.Module, method: AnyMethod, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
-    """The student of a past trial, in eval mode, from its plan and its state."""
+    """Rebuild the student of a past trial, in eval mode, from its plan and its state."""
     student = method.apply(teacher, plan)
     student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
     return student.eval()
 
 
-def on_device(bench: Bench) -> tuple[nn.Module, Tensor]:
-    """The teacher in eval mode and the calibration images, on this process's device."""
+def on_device(inputs: WorkerInputs) -> tuple[nn.Module, Tensor]:
+    """Return the teacher in eval mode and the calibration images, on this process's device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return bench.teacher.to(device).eval(), torch.from_numpy(bench.calibration.copy()).to(device)
+    return inputs.teacher.to(device).eval(), torch.from_numpy(inputs.calibration.copy()).to(device)

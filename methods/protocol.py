@@ -1,4 +1,4 @@
-"""The eight verbs of a compression method, and what every `merge` starts from.
+"""The eight verbs of a compression method, and the parts that several methods share.
 
 A method is a map-reduce (`shards`, `score`, `merge`), an allocation in plain numbers (`allocate`), a surgery (`apply`,
 then `settle`) and a training loop (`recover`). Scores never see a budget, so one scoring pass serves every budget.
@@ -24,34 +24,34 @@ class Method(Protocol):
     """Eight verbs around one frozen dataclass; `METHODS` lists the implementations."""
 
     is_last: ClassVar[bool]
-    """Whether no link of a chain may follow: what a student of this method costs depends on the input."""
+    """Whether no link of a chain may follow: the cost of this method's student depends on the input."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
-        """What Optuna may vary in `allocate`; every knob has a default, which is tried first."""
+        """The values that Optuna may vary in `allocate`; every knob has a default, which is tried first."""
         ...
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why this network cannot be handled."""
+        """Return `None`, or the reason why this network cannot be handled."""
         ...
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """The pieces of scoring work; `calibration` is `(n, c, h, w)`."""
+        """Return the pieces of scoring work; `calibration` is `(n, c, h, w)`."""
         ...
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """One piece's partial scores; a pure function of its arguments."""
+        """Return one piece's partial scores; a pure function of its arguments."""
         ...
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """All partial scores as one, bit for bit the same for any order of `partials`."""
+        """Join all partial scores, bit for bit the same for any order of `partials`."""
         ...
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-        """The best plan within every limit of `budget`.
+        """Return the best plan within every limit of `budget`.
 
         Raises:
             Infeasible: no plan fits; the message names the least reachable cost.
@@ -59,20 +59,20 @@ class Method(Protocol):
         ...
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A new module that follows the plan, which says all there is to know of its shape; the teacher is untouched.
+        """Build a new module whose shape the plan alone decides; the teacher is untouched.
 
-        Where `calibration` images `(n, c, h, w)` are given, a method may fit the new weights to what they give rise to.
+        A method may fit the new weights on `calibration` images `(n, c, h, w)`, if they are given.
         """
         ...
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimates in place what images decide without any training: the norms' statistics, a gate's threshold."""
+        """Re-estimate in place all that needs images but no training: the norms' statistics, a gate's threshold."""
         ...
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
     ) -> Iterator[int]:
-        """Trains `student` in place; yields the number of steps done, whenever it is fit to be evaluated."""
+        """Train `student` in place; yields the number of steps done whenever the student is fit to be evaluated."""
         ...
 
 
@@ -81,7 +81,7 @@ class PerInput(Protocol):
     """A student whose cost depends on the input, such as a gated one."""
 
     def instance_macs(self, images: Tensor) -> Tensor:
-        """The MACs `(n,)` that each of `images` `(n, c, h, w)` needs."""
+        """Count the MACs `(n,)` that each of `images` `(n, c, h, w)` needs."""
         ...
 
 
@@ -98,14 +98,14 @@ def recover_student(
 
 
 class Tunable(Protocol):
-    """Whatever has knobs: a method, a chain."""
+    """A method or a chain, of which only the knobs matter."""
 
     @property
     def knobs(self) -> Mapping[str, Knob]: ...
 
 
 def collected(partials: Sequence[Scores], expected: Callable[[Scores], Sequence[str]]) -> Scores:
-    """All entries of `partials` that are `expected` of them together, in that order: what a `merge` starts from.
+    """Join the entries of `partials`, as `expected` names and orders them: every `merge` starts here.
 
     Raises:
         ScoreError: one is missing, or two of the same name differ.
@@ -121,5 +121,5 @@ def collected(partials: Sequence[Scores], expected: Callable[[Scores], Sequence[
 
 
 def defaults(method: Tunable) -> dict[str, KnobValue]:
-    """Every knob of `method` at its default."""
+    """Return every knob of `method` at its default."""
     return {name: knob.default for name, knob in method.knobs.items()}

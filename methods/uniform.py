@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile
 from methods.network.cut import cut
-from methods.network.widths import from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 
@@ -32,26 +32,26 @@ class Uniform:
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")})
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why no channel of this network can be cut."""
+        """Return `None`, or the reason why no channel of this network can be cut."""
         if any(group.fixed is None for group in profile.groups):
             return None
         reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
         return f"uniform pruning needs a channel group that can be cut, but every one is fixed ({reasons})"
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """Nothing to score."""
+        """Return no shards: widths need no scores."""
         return []
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """Nothing: widths need no scores."""
+        """Return no scores."""
         return {}
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """Nothing: widths need no scores."""
+        """Return no scores."""
         return {}
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-        """The plan of the largest remain rate at which the network fits every limit of `budget`.
+        """Plan the largest remain rate at which the network fits every limit of `budget`.
 
         Raises:
             Infeasible: not even one step of every group fits.
@@ -76,7 +76,8 @@ class Uniform:
 
         fitting = bisect_right(rates, False, key=lambda rate: not fits(rate))
         if fitting == 0:
-            raise infeasible(self.name, budget, profile, {cost: of(widths(rates[0])) for cost, of in costs.items()})
+            least = {name: cost(widths(rates[0])) for name, cost in costs.items()}
+            raise widths_out_of_reach(self.name, budget, profile, least)
         rate = rates[fitting - 1]
         chosen = widths(rate)
         named = {group.name: int(width) for group, width in zip(groups, chosen, strict=True)}

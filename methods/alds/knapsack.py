@@ -2,7 +2,7 @@
 
 This is the multiple-choice knapsack problem with one or two limits. Its linear relaxation prices the limits; an option
 that is dearer at these prices than its layer's best by more than the gap between relaxation and optimum is in no
-optimum. What is left, a few options per layer, is a small integer program.
+optimum. The rest, a few options per layer, is a small integer program.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _NODES = 2000
 """Nodes of a search tree before the best choice so far is taken: seconds, and met only by large networks."""
 
 _INFEASIBLE = 2
-"""What `milp` says where it has proven that there is no choice."""
+"""The status of `milp` when it has proven that there is no choice."""
 
 
 class Selection(NamedTuple):
-    """The index of each layer's option, their summed loss, and a proven lower bound on what any choice sums to."""
+    """The index of each layer's option, their summed loss, and a proven lower bound on the sum of any choice."""
 
     picks: list[int]
     loss: float
@@ -89,7 +89,7 @@ class _Found(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """A layer's options by rising loss: losses `(n,)`, costs `(n, limits)`, and where they stood in the input."""
+    """A layer's options by rising loss: losses `(n,)`, costs `(n, limits)`, and their places in the input."""
 
     losses: np.ndarray
     costs: np.ndarray
@@ -125,7 +125,7 @@ def _undominated(options: SumOptions) -> _Table:
 
 
 def _relaxed(tables: Sequence[_Table], limits: Sequence[int]) -> tuple[list[np.ndarray], float] | None:
-    """By how much each option exceeds its layer's best at the relaxation's prices, and the bound these prices prove."""
+    """The excess of each option over its layer's best at the relaxation's prices, and the bound these prices prove."""
     scale = np.maximum(limits, 1)
     losses, costs, one_each = _columns(tables)
     result = linprog(losses, A_ub=(costs / scale).T, b_ub=limits / scale, A_eq=one_each, b_eq=np.ones(len(tables)))
@@ -138,7 +138,7 @@ def _relaxed(tables: Sequence[_Table], limits: Sequence[int]) -> tuple[list[np.n
 
 
 def _integer_program(tables: Sequence[_Table], limits: Sequence[int], unit: float) -> _Found | None:
-    """The best row of each table within the limits, or None where there is none.
+    """The best row of each table within the limits, or None if no choice keeps them.
 
     Losses are in units of the gap to be closed and costs are counted from each layer's least, because HiGHS is exact to
     a millionth of a unit only; a choice that slips over a limit by that is refused and sought again below it.
@@ -170,7 +170,7 @@ def _integer_program(tables: Sequence[_Table], limits: Sequence[int], unit: floa
 
 
 def _columns(tables: Sequence[_Table]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All options' losses and costs, and the rows that say which layer each belongs to."""
+    """All options' losses and costs, and the rows that assign each to its layer."""
     owner = np.repeat(np.arange(len(tables)), [len(table.losses) for table in tables])
     one_each = (owner == np.arange(len(tables))[:, None]).astype(float)
     return np.concatenate([table.losses for table in tables]), np.concatenate([t.costs for t in tables]), one_each

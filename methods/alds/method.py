@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, second_moments
 from methods.alds.options import (
-    COSTS,
     WORK_PER_SECOND,
     Option,
     fitting_seconds,
     foldings,
     moment_bytes,
     options_of,
-    out_of_reach,
+    ranks_out_of_reach,
     solve,
     spectrum_seconds,
 )
@@ -38,10 +37,12 @@ from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_
 from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network import Layer, Profile
+from methods.network.graph import shares_weights
+from methods.network.reach import UNITS
 from methods.protocol import collected, defaults, recover_student, settle_norms
 
 BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
-"""Tasks are bundled up to this predicted time, far above what it costs to send one, or up to this much memory."""
+"""Tasks are bundled up to this predicted time, far above the cost of sending one, or up to this much memory."""
 FORWARDS = 2
 """A bundle that passes the calibration images through the network has work for this many passes, memory permitting."""
 PAPER_SLICES = (3, 5, 7, 9)
@@ -61,8 +62,8 @@ class ALDS:
     the paper's); one slice always is. `schemes` are the foldings tried. `skip` names layers to leave alone.
 
     Source: Liebenwein et al. 2021: ALDS (scheme 0, a search from random starts) and ALDS+ (all schemes).
-    Differs: the global problem is solved exactly, for MACs, params or both, and what is left of a budget is spent on
-    the next largest error. The default is `refit`, which the paper does not have. ResNet-20 on Fashion-MNIST (top-1
+    Differs: the global problem is solved exactly, for MACs, params or both, and the rest of a budget is spent on the
+    next largest error. The default is `refit`, which the paper does not have. ResNet-20 on Fashion-MNIST (top-1
     0.945) at 20 % of its params, norms re-estimated, without training: 0.920 with `refit`, 0.877 with `rss` and all
     schemes, 0.618 with `group_max` and scheme 0, as in the authors' code.
     """
@@ -118,7 +119,7 @@ class ALDS:
         They are by (layer, slices, scheme) and (layer, slices); of rank 0 where a layer cannot be cut.
 
         Raises:
-            ScoreError: a weight, or what a layer reads, is not finite.
+            ScoreError: a weight, or an input of a layer, is not finite.
         """
         kind, *tasks = shard
         weights = {name: _weight(teacher, name) for name, *_ in tasks}
@@ -157,17 +158,17 @@ class ALDS:
         made least, and so on.
 
         Raises:
-            Infeasible: no plan fits; the message names what every limit could reach and the layers that cost most.
+            Infeasible: no plan fits; the message names the least of every cost and the layers that cost most.
         """
         knobs = {**defaults(self), **knobs}
         table = self._table(scores, profile, budget, knobs)
-        fixed = {cost: getattr(profile, cost) - sum(getattr(layer, cost) for layer in table) for cost in COSTS}
+        fixed = {cost: getattr(profile, cost) - sum(getattr(layer, cost) for layer in table) for cost in UNITS}
         binding = {cost: limit for cost, limit in budget.limits().items() if limit < getattr(profile, cost)}
         left = {cost: limit - fixed[cost] for cost, limit in binding.items()}
         try:
             chosen, loss, bound = solve(list(table.values()), left, str(knobs["measure"]))
         except Infeasible:
-            raise out_of_reach(table, profile, budget, fixed) from None
+            raise ranks_out_of_reach(self.name, table, profile, budget, fixed) from None
         pairs = [(layer, option) for layer, option in zip(table, chosen, strict=True) if option.rank]
         return Plan(
             method=self.name,
@@ -183,7 +184,7 @@ class ALDS:
         """A copy of the teacher with the plan's pairs of layers.
 
         For `refit` and `white` the factors are those of the layers' outputs on the calibration images; for `refit`,
-        each is then fitted again to what the student reads (`whitening.fit_in_order`). Without images they are the
+        each is then fitted again to the student's own inputs (`whitening.fit_in_order`). Without images they are the
         truncated weights, of the same shapes.
         """
         student = copy.deepcopy(teacher)
@@ -284,7 +285,7 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
         ScoreError: it is not finite.
     """
     module = model.get_submodule(name)
-    if obstacle_of(module) or _is_shared(module, model) or _is_read_directly(name, model):
+    if obstacle_of(module) or shares_weights(model, module, by_name=False) or _is_read_directly(name, model):
         return None
     assert isinstance(module.weight, Tensor)
     if not bool(torch.isfinite(module.weight).all()):
@@ -293,7 +294,7 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _notes(scores: Scores) -> tuple[str, ...]:
-    """Which layers stay because the network uses their weights in other ways too."""
+    """The note on layers that stay because the network uses their weights in other ways too."""
     dense = sorted({key.split("|")[0] for key, curve in scores.items() if curve.shape[1] == 0})
     if not dense:
         return ()
@@ -304,9 +305,3 @@ def _notes(scores: Scores) -> tuple[str, ...]:
 def _is_read_directly(name: str, model: nn.Module) -> bool:
     """Whether the layer's parent gives its weight to a kernel of its own, as torch's encoder layer does in eval."""
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
-
-
-def _is_shared(module: nn.Module, model: nn.Module) -> bool:
-    """Whether another module of `model` reads the same weight tensor."""
-    parameters = (parameter for other in model.modules() for parameter in other.parameters(recurse=False))
-    return sum(parameter is module.weight for parameter in parameters) > 1

@@ -1,12 +1,13 @@
-"""What layers read on calibration images: rows of inputs and outputs, and the inputs' second moments.
+"""The inputs and outputs of layers on calibration images, as rows, and the inputs' second moments.
 
-A row is what one output position is computed from: a patch of a convolution's map, or a linear layer's features.
+A row holds the inputs of one output position: a patch of a convolution's map, or a linear layer's features.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 
 from methods.alds.spectra import numeric_padding
 from methods.base import ScoreError
+from methods.hooks import hooked
 
 IMAGES, BATCH = 256, 32
-"""Calibration images read, and how many at a time."""
+"""Calibration images read, and the number at a time."""
 
 ROWS, ROWS_PER_COLUMN = 1 << 14, 8
 """Rows that are enough for a layer: so many, and so many per column."""
@@ -48,22 +50,15 @@ def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> 
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def add(name: str, layer: nn.Module, inputs: Tensor) -> None:
-        rows = input_rows(layer, inputs, len(images)).transpose(0, 1)
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = input_rows(layer, inputs[0], len(images)).transpose(0, 1)
         product = rows.mT @ rows
         sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] += rows.shape[1]
 
-    handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: add(name, module, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
+    with hooked(layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()):
         for batch in torch.split(images, BATCH):
             network(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name in names:
         _check(name, sums.get(name))
     return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}
@@ -87,10 +82,10 @@ def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
-    """What `layer` reads of `inputs` at its chosen positions: float64 `(rows, groups, n)`.
+    """The rows of `inputs` that `layer` reads at its chosen positions: float64 `(rows, groups, n)`.
 
     Args:
-        images: how many there are in all, among whom the rows that are enough are shared out.
+        images: their number in all; they share out the rows that are enough.
     """
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     if isinstance(layer, nn.Linear):
@@ -114,7 +109,7 @@ def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
 
 
 def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
-    """What `layer` puts out at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
+    """The outputs of `layer` at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     if isinstance(layer, nn.Conv2d):
         rows, groups = outputs.flatten(2).transpose(1, 2), layer.groups
@@ -127,7 +122,7 @@ def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
 
 
 def positions(layer: nn.Module, count: int, images: int) -> Tensor:
-    """Which of an image's `count` positions are read, rising: the same for every image and in every run."""
+    """The positions, of an image's `count`, that are read, rising: the same for every image and in every run."""
     assert isinstance(layer.weight, Tensor)
     enough = max(ROWS, ROWS_PER_COLUMN * layer.weight[0].numel())
     generator = np.random.default_rng(0)

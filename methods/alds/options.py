@@ -1,6 +1,6 @@
-"""What a layer may become under ALDS: every affordable rank with its error and cost, and the best choice of them.
+"""The options of a layer under ALDS: every affordable rank with its error and cost, and the best choice of them.
 
-Also what it is predicted to take to find those errors, by which the scoring work is shared out.
+Also the predicted time of finding those errors, by which the scoring work is shared out.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from methods.alds.staircase import joint, lexi
 from methods.alds.whitening import FITTED
 from methods.base import Budget, Infeasible, grid_step
 from methods.network import Layer, Profile
+from methods.network.reach import UNITS, out_of_reach
 
 WORK_PER_SECOND = 2e10
 WORK_PER_CALL = 2e6
 """One core's rate in multiply-adds, and the fixed price of one small eigenvalue problem."""
 
-COSTS = {"macs": "MACs", "params": "params"}
-"""The costs a budget may limit, and how a message calls them."""
-
 
 class Option(NamedTuple):
-    """What one layer may become, with its relative error and cost; rank 0 is the layer itself."""
+    """One replacement of a layer, with its relative error and cost; rank 0 is the layer itself."""
 
     error: float
     macs: int
@@ -119,10 +117,10 @@ ADDITIVE = ("fro", *FITTED)
 def solve(
     table: Sequence[Sequence[Option]], left: Mapping[str, int], measure: str
 ) -> tuple[list[Option], float, float]:
-    """One option per layer within all that is `left` for these layers, the loss of the choice, and a bound on it.
+    """Choose one option per layer within the costs `left` for these layers; return the loss and a bound on it, too.
 
     The loss is the sum of the squared errors for measures that add up, else the largest error. Without a limit, layers
-    stay what they are.
+    stay as they are.
 
     Raises:
         Infeasible: no choice fits.
@@ -146,23 +144,19 @@ def _least_largest(table: Sequence[Sequence[Option]], left: Mapping[str, int]) -
     return lexi([[(option.error, getattr(option, cost)) for option in options] for options in table], limit)
 
 
-def out_of_reach(
-    table: Mapping[Layer, Sequence[Option]], profile: Profile, budget: Budget, fixed: Mapping[str, int]
+def ranks_out_of_reach(
+    method: str, table: Mapping[Layer, Sequence[Option]], profile: Profile, budget: Budget, fixed: Mapping[str, int]
 ) -> Infeasible:
-    """What each limit asks, what it could reach alone, and what the layers that cost most would still cost."""
-    limits, least, parts = budget.limits(), {}, {}
-    for cost, limit in limits.items():
+    """Build the error for a budget that no options meet: it names the layers that would still cost most.
+
+    `fixed` holds, by cost, the share of the layers outside `table` and of all that belongs to no layer.
+    """
+    least, why = {}, {}
+    for cost in UNITS:
         floors = {layer.name: min(getattr(option, cost) for option in options) for layer, options in table.items()}
         floors["(all that is not decomposed)"] = fixed[cost]
+        largest = sorted(floors, key=lambda name: -floors[name])[:5]
         least[cost] = sum(floors.values())
-        teacher = getattr(profile, cost)
-        largest = ", ".join(f"{name} {floors[name]:,}" for name in sorted(floors, key=lambda name: -floors[name])[:5])
-        parts[cost] = (
-            f"{limit:,} {COSTS[cost]} ({limit / teacher:.1%} of the teacher), but ALDS needs at least {least[cost]:,} "
-            f"({least[cost] / teacher:.1%}), most of it in {largest}"
-        )
-    exceeded = [cost for cost in limits if least[cost] > limits[cost]]
-    reason = " and ".join(parts[cost] for cost in exceeded or limits)
-    both = "" if exceeded else "; each alone is within reach, both together are not"
-    message = f"budget {budget.name!r} allows {reason}{both}; raise it, skip fewer layers or try another method"
-    return Infeasible(message, least)
+        why[cost] = "most of it in " + ", ".join(f"{name} {floors[name]:,}" for name in largest)
+    advice = "raise it, skip fewer layers or try another method"
+    return out_of_reach(method, budget, profile, least, why=why, advice=advice)

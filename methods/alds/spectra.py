@@ -59,7 +59,7 @@ def fold(weight: Tensor, *, groups: int, slices: int, scheme: int) -> Tensor:
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """Singular values `(..., rank)` of `matrices` `(..., rows, columns)`, largest first; what is noise becomes 0.
+    """Singular values `(..., rank)` of `matrices` `(..., rows, columns)`, largest first; noise becomes 0.
 
     They are square roots of the eigenvalues of the small side's Gram matrix, ten times faster than an SVD. That loses
     values below `sqrt(side * eps)` of the largest, about 3e-7 at side 512: less than a float32 weight can express.
@@ -93,7 +93,7 @@ def factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def curves(weight: Tensor, *, groups: int, slices: int, scheme: int) -> np.ndarray:
-    """What every measure needs of one decomposition: `(3, rank)`, column j for j singular values kept.
+    """The numbers that measures need of one decomposition: `(3, rank)`, column j for j singular values kept.
 
     Rows: the largest first singular value left out of any slice; the root of their sum of squares over the slices
     (the largest such root over the groups); the Frobenius norm of all that is left out.
@@ -134,7 +134,7 @@ MEASURES: Mapping[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
 def relative_errors(weight: Tensor, *, slices: int, scheme: int, measure: str = "group_max") -> Tensor:
     """Relative error `(rank,)` of cutting `weight` into slices: entry j is the error with j singular values kept.
 
-    With E what the cut leaves out, sigma_g its largest singular value in slice g and W the whole folded weight:
+    With E the rest that the cut leaves out, sigma_g its largest singular value in slice g, W the whole folded weight:
     `group_max` is max_g sigma_g / |W| (never above |E| / |W|), `rss` is sqrt(sum_g sigma_g^2) / |W| and `paper`
     sqrt(slices) max_g sigma_g / |W| (both never below it), in the spectral norm; `fro` is |E| / |W| in the Frobenius
     norm, exactly. A weight of zeros has error 0 at every rank.
@@ -188,8 +188,8 @@ def decompose(layer: nn.Module, *, slices: int, rank: int, scheme: int) -> nn.Mo
     """`layer` as an encoder and a decoder in a `nn.Sequential`, the best of that rank in each slice.
 
     A convolution's encoder has `slices` times its groups and no bias, its decoder the layer's groups and bias; stride,
-    padding and dilation of each axis go to whichever of them has that axis of the kernel. A linear layer's encoder is
-    a `GroupedLinear` where there is more than one slice; the schemes coincide. Device, dtype and mode are kept.
+    padding and dilation of each axis go to the one that has that axis of the kernel. A linear layer's encoder is a
+    `GroupedLinear` if there are several slices; the schemes coincide. Device, dtype and mode are kept.
 
     Raises:
         Unsupported: not a plain `Conv2d` or `Linear`, a depthwise convolution, or a 'same' padding that is uneven.
@@ -236,7 +236,7 @@ def numeric_padding(layer: nn.Conv2d) -> tuple[int, int]:
 
 
 def obstacle_of(module: nn.Module) -> str | None:
-    """Why `module` cannot be replaced by two layers, or `None`. A subclass may compute something else."""
+    """The reason why `module` cannot be replaced by two layers, or `None`. A subclass may compute something else."""
     if type(module) not in (nn.Conv2d, nn.Linear):
         return "it is not exactly a Conv2d or a Linear"
     if "weight" not in module._parameters:
@@ -262,7 +262,7 @@ def _gram(matrices: Tensor) -> Tensor:
 
 
 def _spans(layer: nn.Conv2d) -> list[int]:
-    """How far the dilated kernel reaches beyond one pixel, per axis: what padding 'same' makes up for."""
+    """The reach of the dilated kernel beyond one pixel, per axis, for which padding 'same' makes up."""
     return [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
 
 

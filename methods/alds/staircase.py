@@ -1,6 +1,6 @@
 """The exact allocation: one option per layer, so that the largest error is least and the summed cost fits.
 
-For a threshold t every layer takes its cheapest option of error at most t, whatever the others do. That cost is a
+For a threshold t every layer takes its cheapest option of error at most t, independently of the others. That cost is a
 staircase in t, and so is the sum over layers: its first step within the budget is the optimum, for any error table
 and any additive cost. The paper searches for the same optimum with repeated random starts.
 
@@ -31,11 +31,11 @@ JointOptions: TypeAlias = Sequence[tuple[float, tuple[int, int]]]
 def minimax(options: Sequence[Options], budget: int) -> list[int]:
     """The index of each layer's option, so that the largest error is the least that `budget` affords.
 
-    Every layer takes its cheapest option within that error; of equal ones the less wrong, then the first. What is left
+    Every layer takes its cheapest option within that error; of equal ones the less wrong, then the first. The rest
     of the budget stays unspent: `lexi` spends it.
 
     Raises:
-        Infeasible: the cheapest options together cost more than `budget`; `least["cost"]` is what they cost.
+        Infeasible: the cheapest options together cost more than `budget`; `least["cost"]` is their cost.
         ValueError: a layer has no option, or an error that is not a number.
 
     >>> minimax([[(0.0, 10), (0.5, 4)], [(0.0, 10), (0.2, 6), (0.9, 1)]], budget=16)
@@ -61,11 +61,11 @@ def frontier(options: Sequence[Options]) -> list[tuple[float, int]]:
 
 
 def lexi(options: Sequence[Options], budget: int) -> list[int]:
-    """Like `minimax`, with what is left spent on the second largest error, then on the third, and so on.
+    """Like `minimax`, with the rest spent on the second largest error, then on the third, and so on.
 
     The errors, sorted from the largest down, are lexicographically least; among such choices the cost is least. One
-    sweep down the thresholds: a layer that cannot pay for its next step stays, the others go on. Only where several
-    layers sit at the same error and some, not all, can go on, the choice between them takes an assignment problem.
+    sweep down the thresholds: a layer that cannot pay for its next step stays, the others move on. Only where several
+    layers sit at the same error and some, not all, can move on, the choice between them takes an assignment problem.
 
     Raises:
         Infeasible: as `minimax`.
@@ -77,20 +77,20 @@ def lexi(options: Sequence[Options], budget: int) -> list[int]:
     stairs = [_staircase(layer) for layer in options]
     left = budget - _check_budget(stairs, budget)
     steps = [0] * len(stairs)
-    going = set(range(len(stairs)))
+    moving = set(range(len(stairs)))
     events = sorted(((error, layer) for layer, stair in enumerate(stairs) for error in stair.errors), reverse=True)
     for _, tied in groupby(events, key=lambda event: event[0]):
-        here = [layer for _, layer in tied if layer in going]
-        going -= {layer for layer in here if steps[layer] + 1 == len(stairs[layer].costs)}
-        rises = {layer: stairs[layer].rise(steps[layer]) for layer in here if layer in going}
+        reached = [layer for _, layer in tied if layer in moving]
+        moving -= {layer for layer in reached if steps[layer] + 1 == len(stairs[layer].costs)}
+        rises = {layer: stairs[layer].rise(steps[layer]) for layer in reached if layer in moving}
         if sum(rises.values()) <= left:
             left -= sum(rises.values())
             for layer in rises:
                 steps[layer] += 1
         elif min(rises.values()) > left:
-            going -= rises.keys()
+            moving -= rises.keys()
         else:
-            rest = sorted(going)
+            rest = sorted(moving)
             spent = sum(int(stairs[layer].costs[steps[layer]]) for layer in rest)
             for layer, step in zip(rest, _settle([stairs[layer] for layer in rest], left + spent), strict=True):
                 steps[layer] = step
@@ -100,18 +100,18 @@ def lexi(options: Sequence[Options], budget: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Staircase:
-    """A layer's undominated options: costs strictly up, errors strictly down, and where they stood in the input."""
+    """A layer's undominated options: costs strictly up, errors strictly down, and their places in the input."""
 
     errors: np.ndarray
     costs: np.ndarray
     indices: np.ndarray
 
     def at(self, threshold: float) -> int:
-        """The cheapest step whose error is at most `threshold`; one past the end where there is none."""
+        """The cheapest step whose error is at most `threshold`; one past the end if no error is."""
         return int(np.searchsorted(-self.errors, -threshold))
 
     def rise(self, step: int) -> int:
-        """What going from `step` to the next one costs."""
+        """The cost of going from `step` to the next one."""
         return int(self.costs[step + 1] - self.costs[step])
 
 
@@ -147,7 +147,7 @@ def _merge(stairs: Sequence[_Staircase]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_budget(stairs: Sequence[_Staircase], budget: int) -> int:
-    """The cost of every layer's cheapest option."""
+    """The cost of all layers' cheapest options together."""
     least = sum(int(stair.costs[0]) for stair in stairs)
     if least > budget:
         message = f"the budget is {budget:,}, but the cheapest options cost {least:,}; raise it or add cheaper options"
@@ -218,7 +218,7 @@ def joint(options: Sequence[JointOptions], limits: tuple[int, int]) -> list[int]
 
 @dataclass(frozen=True)
 class _Table:
-    """A layer's options by rising error: errors (n,), costs (n, 2), and where they stood in the input."""
+    """A layer's options by rising error: errors (n,), costs (n, 2), and their places in the input."""
 
     errors: np.ndarray
     costs: np.ndarray
@@ -246,10 +246,10 @@ def _swap(
 
 
 def _fit(tables: Sequence[_Table], counts: Sequence[int], limits: tuple[int, int]) -> list[int] | None:
-    """One of the first `counts[l]` options per layer l within both limits, or None where there is none.
+    """One of the first `counts[l]` options per layer l within both limits, or None if no choice keeps them.
 
     Prices `w first + (1 - w) second`, in units of the limits, settle most cases: their cheapest choice fits, or costs
-    more than 1, which no choice within both limits does. What remains goes to an integer program.
+    more than 1, which no choice within both limits does. The rest goes to an integer program.
     """
     if min(counts) == 0:
         return None
@@ -271,7 +271,7 @@ def _fit(tables: Sequence[_Table], counts: Sequence[int], limits: tuple[int, int
 
 
 def _front(costs: np.ndarray) -> np.ndarray:
-    """Which of `costs` (n, 2) no other undercuts in both, by rising first cost."""
+    """The indices of `costs` (n, 2) that no other undercuts in both, by rising first cost."""
     order = np.lexsort((costs[:, 1], costs[:, 0]))
     second = costs[order, 1]
     kept: np.ndarray = order[np.append(True, second[1:] < np.minimum.accumulate(second)[:-1])]

@@ -1,10 +1,10 @@
-"""How well a pair of layers reproduces a layer's outputs on real inputs, and the pair that does it best.
+"""The error of a pair of layers in reproducing a layer's outputs on real inputs, and the pair that does it best.
 
-Singular values of a weight W weigh all inputs alike. Here the second moments C of what the layer reads weigh them. Each
-slice g keeps the directions U_g in which its output W_g x_g is largest: its encoder is V_g = U_g' W_g, which is what
-truncating the whitened weight and undoing the whitening come to. The decoder is U_g (`white`), or the least squares fit
-to all slices together (`refit`), which makes good through the other slices what each has lost. Scheme 0 only: for the
-others a truncation weighted by C has no closed form.
+Singular values of a weight W weigh all inputs alike. Here the second moments C of the layer's inputs weigh them. Each
+slice g keeps the directions U_g in which its output W_g x_g is largest: its encoder is V_g = U_g' W_g, the same as
+truncating the whitened weight and undoing the whitening. The decoder is U_g (`white`), or the least squares fit to all
+slices together (`refit`), which makes good through the other slices the loss of each. Scheme 0 only: for the others a
+truncation weighted by C has no closed form.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
 from methods.alds.spectra import fold, paired
+from methods.hooks import hooked
 from methods.training import recalibrate
 
 FITTED = ("white", "refit")
 """The measures that need data, in the order of the rows of `fitted_curves`."""
 
 JITTER = 1e-9
-"""Added to the Gram matrix of encoder outputs of unit variance: outputs that say the same are not told apart."""
+"""Added to the Gram matrix of encoder outputs of unit variance: equal outputs are not told apart."""
 
 PRIOR = 1e-2
-"""How much a weight fitted to the student's inputs is held to the teacher's, in units of the mean second moment."""
+"""The pull of a weight fitted to the student's inputs towards the teacher's, in units of the mean second moment."""
 
 PIXELS = 1 << 22
-"""The student is fitted on all its images at once, which are fewer where they are large."""
+"""The most pixels of the images that the student is fitted on, all at once."""
 
 
 def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
@@ -43,8 +44,8 @@ def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
     cost more than the layer. A weight of zeros has error 0 at every rank.
 
     All ranks of `refit` come from one factorisation. Encoder rows go by rank, then by slice, so those of rank j lead
-    those of rank j + 1; with K the second moments of what they put out and L L' = K, column i of W C V' inverse(L') is
-    what row i explains beyond those before it.
+    those of rank j + 1; with K the second moments of their outputs and L L' = K, column i of W C V' inverse(L') is the
+    part that row i explains beyond those before it.
 
     Args:
         weight: `(f, c / groups, k1, k2)` or `(f, c)`.
@@ -92,9 +93,9 @@ def fitted_factors(weight: Tensor, second: Tensor, *, slices: int, rank: int, me
 def fit_in_order(
     student: nn.Module, teacher: nn.Module, choices: Mapping[str, tuple[int, int]], images: Tensor
 ) -> None:
-    """Refits pairs of `student` in place, each to what the student itself reads and the teacher's layer puts out.
+    """Refit pairs of `student` in place, each to the student's own inputs and the outputs of the teacher's layer.
 
-    The pairs run in order, so each makes good what those before it lost. The weight that best maps the student's rows
+    The pairs run in order, so each makes good the loss of those before it. The weight that best maps the student's rows
     to the teacher's outputs is found first, then decomposed like any other. The student's batch norms take their
     statistics from the same pass, so the later `settle` finds them as they are. A layer that runs more than once keeps
     the pair it has.
@@ -121,10 +122,8 @@ def fit_in_order(
     for name in choices:
         teacher.get_submodule(name).register_forward_hook(partial(keep, name))
     teacher(images)
-    handles = [student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices]
-    recalibrate(student, images, batch_size=len(images))
-    for handle in handles:
-        handle.remove()
+    with hooked(student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices):
+        recalibrate(student, images, batch_size=len(images))
 
 
 def _transported(layer: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +142,7 @@ def _transported(layer: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 class _Directions(NamedTuple):
-    """Per slice, what its output varies by, falling `(groups, slices, r)`, and along `(groups, slices, f, r)`."""
+    """Per slice, the energies of its output, falling `(groups, slices, r)`, and directions `(groups, slices, f, r)`."""
 
     squares: Tensor
     basis: Tensor

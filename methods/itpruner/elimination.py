@@ -23,7 +23,7 @@ Clique: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """What each group may be: `widths[g]` ascending int64, and `gains[g]`, what each of them is worth."""
+    """The options of each group: `widths[g]` ascending int64, and `gains[g]`, the worth of each."""
 
     widths: tuple[np.ndarray, ...]
     gains: tuple[np.ndarray, ...]
@@ -35,12 +35,12 @@ class Grid:
 
     @cached_property
     def steps(self) -> np.ndarray:
-        """How far each level is below the next, in channels, `(L, K)`; 0 from the base on."""
+        """The channels that the next level has more than each, `(L, K)`; 0 from the base on."""
         return _rises(self.widths)
 
     @cached_property
     def rises(self) -> np.ndarray:
-        """How much more the next level gains than each, `(L, K)`; 0 from the base on."""
+        """The gain that the next level has more than each, `(L, K)`; 0 from the base on."""
         return _rises(self.gains)
 
     def pick(self, levels: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ class Charge:
         return np.asarray(widths @ self.linear + ((widths @ self.pairs) * widths).sum(-1))
 
     def gradient(self, widths: np.ndarray) -> np.ndarray:
-        """How fast the price rises with each of `widths` `(L,)`."""
+        """The slope of the price in each of `widths` `(L,)`."""
         slopes: np.ndarray = self.linear + (self.pairs + self.pairs.T) @ widths
         return slopes
 
@@ -88,7 +88,7 @@ class Charge:
 
 
 def cliques(pairs: np.ndarray, sizes: Sequence[int]) -> list[Clique]:
-    """An elimination order of the graph of `pairs` `(L, L)`, with what each group touches when its turn comes.
+    """An elimination order of the graph of `pairs` `(L, L)`, with the groups that each touches when its turn comes.
 
     The group with the smallest table goes first; `sizes` counts each group's levels.
     """
@@ -111,7 +111,7 @@ def largest_table(order: Sequence[Clique], sizes: Sequence[int]) -> int:
 
 
 def tables(grid: Grid, charge: Charge, order: Sequence[Clique]) -> Iterator[np.ndarray]:
-    """For every clique of `order` what its group is charged: alone, and with each of the clique's others."""
+    """The charge of the group of every clique in `order`: alone, and with each of the clique's others."""
     for scope in order:
         group = scope[-1]
         widths = grid.widths[group].astype(float)

@@ -1,4 +1,4 @@
-"""How much the channel groups of a network repeat each other: normalised HSIC (linear CKA), exact over batches.
+"""The extent to which channel groups of a network repeat each other: normalised HSIC (linear CKA), exact over batches.
 
 A batch turns every group's activation into a centred Gram matrix and keeps only the inner products of those matrices.
 Inner products of batches are averaged first and divided once at the end, so many small batches estimate one ratio.
@@ -19,7 +19,7 @@ SMALLEST_BATCH = 4
 """The debiased estimator divides by `n - 3`."""
 
 _ROUNDING = 1e-12
-"""Centred energy below this share of the whole is what float32 rounding leaves of constant features."""
+"""Float32 rounding leaves constant features centred energy below this share of the whole."""
 
 
 def nhsic(features: Sequence[Tensor], *, unbiased: bool = True) -> Tensor:

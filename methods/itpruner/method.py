@@ -1,4 +1,4 @@
-"""ITPruner: channel widths from how much layers repeat each other, bought under a cost budget in one allocation."""
+"""ITPruner: channel widths by the redundancy of layers, bought under a cost budget in one allocation."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Range, ScoreError, Scores, Shard
-from methods.itpruner.authors import reference_widths
+from methods.hooks import hooked
 from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
 from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
 from methods.network import ChannelGroup, Profile
 from methods.network.cut import CRITERIA, cut
-from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import WidthCost, from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 _log = logging.getLogger(__name__)
 
 Readout: TypeAlias = tuple[str, tuple[tuple[str, int, int], ...]]
-"""Where a group's activation can be read: its name and, for each layer it enters, the first entry and their number."""
+"""The places to read a group's activation: its name and, for each layer it enters, the first entry and their number."""
 
 
 @dataclass(frozen=True)
 class ITPruner:
-    """Keeps wide what other layers do not already say, and cuts channels of every other group first.
+    """Keep groups wide that no other layer repeats, and cut channels of every other group first.
 
     Per channel group, redundancy is the sum of its normalised HSIC with all others; importance falls with it; widths
     maximise importance-weighted worth within the budget's MACs and params, counted exactly. The activation of a group
     is the input of the first layer to run among those that consume it: after norm, activation and a depthwise layer,
     and for a residual trunk the output of the block before, so of the stage's first.
 
-    Knobs: `objective` is the worth of a remain rate (see `Worth`), `beta_rel` how strongly importance falls with
-    redundancy (0 ignores the data), `floor` the remain rate that groups are kept from falling below, `criterion` which
-    channels stay. `objective: reference` is no knob to search: it repeats the authors' solver, for comparison only.
+    Knobs: `objective` is the worth of a remain rate (see `Worth`), `beta_rel` the rate at which importance falls with
+    redundancy (0 ignores the data), `floor` the remain rate that groups are kept from falling below, `criterion` the
+    choice of channels that stay.
 
     Source: Zheng et al., arXiv 2108.08532, and its released code (which alone gives the formulas).
     Differs: coupled channels are one variable and costs are exact, where the code double-counts or omits some layers.
         HSIC is debiased, in eval mode, over batches. Worth is concave by default with a soft floor, because the linear
         one kills whole layers; importance is scaled so that the solver can see it: in the released code it lies
-        below the solver's tolerance, so published widths do not depend on it (see `methods.itpruner.authors`).
+        below the solver's tolerance, so published widths do not depend on it.
     """
 
     batch: int = 64
@@ -66,7 +66,7 @@ class ITPruner:
     )
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why this network cannot be handled."""
+        """`None`, or the reason why this network cannot be handled."""
         groups = _prunable(profile)
         if not groups:
             return "no channel group of this network may be cut"
@@ -130,24 +130,20 @@ class ITPruner:
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The best plan within every limit, out of one path of candidates for all budgets (see `build_path`).
 
-        `loss` is what the widths are worth less than the teacher's. `choices` also hold the lower `bounds` on it, from
-        cvxpy and from prices, and the `gap` to the better one as a share of the loss of the smallest widths.
+        `loss` is the worth that the widths lose against the teacher's. `choices` also hold the lower `bounds` on it,
+        from cvxpy and from prices, and the `gap` to the better one as a share of the loss of the smallest widths.
 
         Raises:
             Infeasible: not even the smallest widths fit.
         """
         objective, beta_rel = str(knobs["objective"]), float(knobs["beta_rel"])
-        is_reference = objective == "reference"
         weights = importance(torch.from_numpy(scores["nhsic"]), beta_rel=beta_rel).tolist()
-        worth = Worth(cast(Objective, "linear" if is_reference else objective), tuple(weights), float(knobs["floor"]))
+        worth = Worth(cast(Objective, objective), tuple(weights), float(knobs["floor"]))
         problem = _problem(profile, budget.channels, worth)
         chosen = problem.path.select(budget.limits())
         if chosen is None:
-            raise infeasible(self.name, budget, profile, problem.path.least())
-        if is_reference:
-            widths = reference_widths(problem.grid, problem.costs, weights, budget.limits())
-        else:
-            widths = problem.path.widths[chosen]
+            raise widths_out_of_reach(self.name, budget, profile, problem.path.least())
+        widths = problem.path.widths[chosen]
         named = {group.name: int(width) for group, width in zip(problem.groups, widths, strict=True)}
         loss, bounds = problem.loss(widths), problem.bounds(budget.limits())
         bound = min(loss, max(bounds.values()))
@@ -194,7 +190,7 @@ def redundancy(nhsic: Tensor) -> Tensor:
 
 
 def importance(nhsic: Tensor, *, beta_rel: float) -> Tensor:
-    """How much each group's channels matter, `(L,)` float64, mean 1: `exp(-beta_rel (L t - 1))`, t the redundancy.
+    """The weight of each group's channels, `(L,)` float64, mean 1: `exp(-beta_rel (L t - 1))`, t the redundancy.
 
     Redundancy is rounded to 1e-9 of its mean first, so that scores of other hardware give the same plans.
 
@@ -208,7 +204,7 @@ def importance(nhsic: Tensor, *, beta_rel: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What `allocate` needs besides a budget, built once per network, grid, scores and knobs."""
+    """The inputs of `allocate` besides a budget, built once per network, grid, scores and knobs."""
 
     groups: tuple[ChannelGroup, ...]
     costs: Mapping[str, WidthCost]
@@ -221,7 +217,7 @@ class _Problem:
         return np.array([widths[0] for widths in self.grid.widths])
 
     def loss(self, widths: np.ndarray) -> float:
-        """What `widths` `(L,)` are worth less than the base widths."""
+        """The worth that `widths` `(L,)` lose against the base widths."""
         base = self.grid.pick(self.grid.top)
         terms = [self.worth(g, np.array([1.0, w / b])) for g, (w, b) in enumerate(zip(widths, base, strict=True))]
         return math.fsum(float(whole - kept) for whole, kept in terms)
@@ -267,7 +263,7 @@ def _readout(group: ChannelGroup) -> Readout:
 
 @contextmanager
 def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str, Tensor]]:
-    """Collects each group's centred Gram matrix where it is read first, letting go of the activation at once."""
+    """Collect each group's centred Gram matrix where it is read first, and let go of the activation at once."""
     grams: dict[str, Tensor] = {}
 
     def reader(name: str, start: int, length: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -278,13 +274,10 @@ def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str
 
         return read
 
-    handles = [
+    hooks = (
         model.get_submodule(module).register_forward_pre_hook(reader(name, start, length))
         for name, places in readouts
         for module, start, length in places
-    ]
-    try:
+    )
+    with hooked(hooks):
         yield grams
-    finally:
-        for handle in handles:
-            handle.remove()

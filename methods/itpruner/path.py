@@ -75,7 +75,7 @@ def evaluate(cost: WidthCost, widths: np.ndarray) -> np.ndarray:
 
 
 def share(cost: WidthCost, base: np.ndarray) -> Charge:
-    """What the widths cost as a share of the cost at widths `base` `(L,)`, leaving out the constant part."""
+    """The cost of widths as a share of the cost at widths `base` `(L,)`, without the constant part."""
     whole = cost(base)
     return Charge(cost.linear / whole, cost.pairs / whole)
 
@@ -83,7 +83,7 @@ def share(cost: WidthCost, base: np.ndarray) -> Charge:
 def distinct(levels: np.ndarray) -> np.ndarray:
     """Each of `levels` `(C, L)`, all below `_FINE`, once, in lexicographic order.
 
-    Ten of them make one number: to sort rows of few numbers is much faster than what numpy does with rows.
+    Ten of them make one number: to sort rows of few numbers is much faster than numpy's sort of rows.
     """
     count, groups = levels.shape
     padded = np.zeros((count, -(-groups // 10) * 10), dtype=np.int64)
@@ -103,7 +103,7 @@ def uniform(grid: Grid) -> Levels:
 
 
 def price_bound(grid: Grid, charges: Mapping[str, Charge], limits: Mapping[str, float]) -> float:
-    """No plan of `grid` whose charges are within `limits` gains more than this; infinite if the tables are too large.
+    """An upper bound on the gain of plans of `grid` with charges within `limits`; infinite if the tables are too large.
 
     For any price per unit of cost, the best `gain - price * (charge - limit)` of all plans is such a bound. A coarser
     grid finds a good price by bisection, the whole grid proves the bound.
@@ -184,7 +184,7 @@ def _supported(grid: Grid, charge: Charge) -> Levels:
 
 
 def _solver(grid: Grid, charge: Charge) -> Callable[[np.ndarray], np.ndarray]:
-    """Maximises `gain - price * charge` for prices `(P,)`: exactly where tables stay small, else by ascent."""
+    """Maximiser of `gain - price * charge` for prices `(P,)`: exact where tables stay small, else by ascent."""
     sizes = [len(widths) for widths in grid.widths]
     order = cliques(charge.pairs, sizes)
     if (largest := largest_table(order, sizes)) > _LARGEST_TABLE:

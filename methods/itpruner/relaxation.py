@@ -1,4 +1,4 @@
-"""Convex bounds on what any choice of remain rates can gain within a budget, from cvxpy."""
+"""Convex bounds on the gain of any choice of remain rates within a budget, from cvxpy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST_CONE = 12
 
 @dataclass(frozen=True)
 class Worth:
-    """What a remain rate x of each group is worth: concave and rising, separable over the L groups.
+    """The worth of a remain rate x of each group: concave and rising, separable over the L groups.
 
     `importance` c `(L,)` weighs a shape, "linear" `c x`, "quadratic" `-c (1 - x)^2 / 2` or "log" `c log x`; below
     `floor`, `25 (floor - x)^2` is taken off, so that a small budget is shared by all groups and kills none.
@@ -37,7 +37,7 @@ class Worth:
     floor: float
 
     def __call__(self, group: int, rates: np.ndarray) -> np.ndarray:
-        """What `rates` (any shape) of one group are worth."""
+        """The worth of `rates` (any shape) of one group."""
         match self.objective:
             case "linear":
                 shape = rates
@@ -68,7 +68,7 @@ class Worth:
 
 
 def upper_bound(worth: Worth, charges: Mapping[str, Charge], limits: Mapping[str, float], low: np.ndarray) -> float:
-    """No remain rates in `[low, 1]` `(L,)` within every limit are worth more than this.
+    """An upper bound on the worth of remain rates in `[low, 1]` `(L,)` within every limit.
 
     "log" is a geometric program, exact but for the soft floor, which only lowers the worth. The others get Shor's
     semidefinite relaxation with the products of bounds (RLT). Products matter only along the edges of the cost graph,
@@ -76,8 +76,8 @@ def upper_bound(worth: Worth, charges: Mapping[str, Charge], limits: Mapping[str
 
     Args:
         worth: the concave objective.
-        charges: by name, what rates cost (not widths), without the constant part, as a share of the whole.
-        limits: by name, what may be spent of each; keys among those of `charges`.
+        charges: by name, the price of rates (not widths), without the constant part, as a share of the whole.
+        limits: by name, the most of each to spend; keys among those of `charges`.
         low: the least rate of each group, `(L,)`, above 0, which must be affordable.
 
     Returns:
@@ -102,7 +102,7 @@ def upper_bound(worth: Worth, charges: Mapping[str, Charge], limits: Mapping[str
 
 
 def _geometric(worth: Worth, limited: Sequence[tuple[Charge, float]], low: np.ndarray) -> Any:
-    """In the logarithms of the rates every cost is a sum of exponentials and the objective is linear."""
+    """The problem in the logarithms of the rates: every cost is a sum of exponentials, the objective linear."""
     logs = cp.Variable(len(low))
     rules = [logs >= np.log(low), logs <= 0]
     for charge, limit in limited:
@@ -147,7 +147,7 @@ def _product_rows(rates: Any, products: Any, edges: Sequence[tuple[int, ...]], l
 
 
 def _blocks(rates: Any, squares: Any, products: Any, blocks: Sequence[tuple[int, ...]], edges: Sequence[Any]) -> Any:
-    """`[[1, x'], [x, X]]` is positive semidefinite on every maximal clique."""
+    """The rules that `[[1, x'], [x, X]]` is positive semidefinite on every maximal clique."""
     groups = rates.shape[0]
     lifted = cp.hstack([np.ones(1), rates, squares, products])
     place = {edge: 1 + 2 * groups + k for k, edge in enumerate(edges)}

@@ -1,7 +1,7 @@
 """ManiDP: channels gated anew for every input.
 
-Read `method` first, then `sites` (where a gate may stand), `gates`, `losses` (the paper's regularisers), `objective`
-(what they are trained on) and `thresholds` (how a budget is met). The room `executor` is for Python users only.
+Read `method` first, then `sites` (the places for gates), `gates`, `losses` (the paper's regularisers), `objective`
+(what they are trained on) and `thresholds` (which meet a budget). The room `executor` is for Python users only.
 """
 
 from methods.manidp.losses import instance_weights, mean_rank_threshold, similarity_loss

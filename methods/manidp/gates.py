@@ -1,14 +1,14 @@
-"""Gates: where a traced network can take them, what each convolution then costs per image, and the gated network.
+"""Gates, masks and the gated network, whose cost depends on the image.
 
 A gate reads a convolution's input and predicts a saliency for every output channel. Behind the convolution, its norm
 and its activation, a mask scales the channels of high saliency and zeroes the rest, so their work can be skipped.
-`methods.manidp.sites` finds the convolutions; `methods.manidp` trains the gates and sets their thresholds.
+`methods.manidp.sites` finds the convolutions; `methods.manidp.method` trains the gates and sets their thresholds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeAlias, cast
 
@@ -17,16 +17,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from methods.base import Plan
+from methods.hooks import hooked
 from methods.manidp.sites import Site, gate_macs, gated_macs, trace
 
 CLAMP = 1000.0
 """Upper limit of a saliency, as in the authors' code."""
 
 SPREAD = 0.2
-"""Of a fresh gate's output weights, over the root of its inner width: saliencies start near 1 without ties."""
+"""Deviation of a fresh gate's output weights, times the root of its inner width: saliencies start near 1, untied."""
 
-Seen: TypeAlias = dict[int, tuple[Tensor, Tensor]]
-"""By gate, what its mask was given: features `(n, c, h, w)` and saliencies `(n, c)`."""
+MaskInputs: TypeAlias = dict[int, tuple[Tensor, Tensor]]
+"""By gate, the inputs of its mask: features `(n, c, h, w)` and saliencies `(n, c)`."""
 
 
 class Gate(nn.Module):
@@ -73,7 +74,7 @@ class Mask(nn.Module):
 
 
 def active(saliency: Tensor, threshold: Tensor) -> Tensor:
-    """Which channels `(n, c)` are computed for each image: the one rule that masks, counters and executors share.
+    """The channels `(n, c)` that are computed for each image: the one rule that masks, counters and executors share.
 
     They are those of a saliency above 0 that reaches the threshold, and always the first of the largest, so that no
     convolution is left without a channel. Where that saliency is 0, the channel is computed and then scaled to 0.
@@ -91,8 +92,8 @@ class Gated(nn.Module):
     """A network with gates: the traced `network`, the rows of its masked convolutions, and the MACs no mask changes.
 
     `gates` and `masks` are by gate number, as `Site.gate` and `Site.source` count. In `network`'s graph the modules
-    are called `manidp.gates.N` and `manidp.masks.N`. `plan` is what the network follows, where it follows one:
-    recovery reads its target and its knobs.
+    are called `manidp.gates.N` and `manidp.masks.N`. `plan` is the plan that the network follows, if any: recovery
+    reads its target and its knobs.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ def gated(model: nn.Module, sites: Sequence[Site], ungated_macs: int, *, seed: i
 
 
 def _mask(graph: fx.Graph, end: fx.Node, saliency: fx.Node, site: Site) -> None:
-    """Lets everything that reads `end` read it masked."""
+    """Let everything that reads `end` read it masked."""
     rescale = () if site.hidden else (False,)
     with graph.inserting_after(end):
         masked = graph.call_module(f"manidp.masks.{site.gate}", (end, saliency, *rescale))
@@ -168,23 +169,19 @@ def _mask(graph: fx.Graph, end: fx.Node, saliency: fx.Node, site: Site) -> None:
 
 
 @contextmanager
-def seen(student: Gated) -> Iterator[Seen]:
-    """Collects what every mask is given in the last forward pass inside the block, with its gradients."""
-    found: Seen = {}
+def mask_inputs(student: Gated) -> Iterator[MaskInputs]:
+    """Collect the inputs of every mask in the last forward pass inside the block, with their gradients."""
+    found: MaskInputs = {}
 
-    def recorder(gate: int) -> torch.utils.hooks.RemovableHandle:
+    def recorder(gate: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if len(inputs) == 2:  # not where a depthwise convolution inherits the mask
                 found[gate] = (inputs[0], inputs[1])
 
-        return student.masks[gate].register_forward_pre_hook(record)
+        return record
 
-    handles = [recorder(gate) for gate in range(len(student.masks))]
-    try:
+    with hooked(mask.register_forward_pre_hook(recorder(gate)) for gate, mask in enumerate(student.masks)):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -193,7 +190,7 @@ def saliencies(student: Gated, images: Tensor, batch_size: int = 128) -> list[Te
     student.eval()
     device = next(student.parameters()).device
     batches: list[list[Tensor]] = []
-    with seen(student) as found:
+    with mask_inputs(student) as found:
         for batch in torch.tensor_split(images, -(-len(images) // batch_size)):
             student(batch.to(device))
             batches.append([found[gate][1] for gate in range(len(student.masks))])

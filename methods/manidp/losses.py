@@ -16,11 +16,11 @@ SMALLEST_NORM = 1e-3
 """Rows are normalised by at least this, which bounds the gradient of a row of zeros."""
 
 SMALLEST_LOSS = 1e-3
-"""The limit below which images count as easy does not fall under this."""
+"""Least limit below which images count as easy."""
 
 
 def similarity_loss(saliency: Tensor, features: Tensor) -> Tensor:
-    """How far images alike in features are from being alike in saliency: `||R - T||_F^2 / n^2`, in float32.
+    """The distance of images alike in features from being alike in saliency: `||R - T||_F^2 / n^2`, in float32.
 
     `T` and `R` `(n, n)` are the cosines between the rows of `saliency` `(n, C)` and of `features` `(n, ...)`, which
     are flattened. 0 for equal or rescaled rows, and for one image, if no row is shorter than 1e-3.
@@ -41,7 +41,7 @@ def _cosines(rows: Tensor) -> Tensor:
 
 
 def instance_weights(losses: Tensor, mean_loss: float, *, t: float, gamma: float) -> Tensor:
-    """How strongly each image `(n,)` is pushed to use few channels: `max(0, (C - L_i) / C) ** gamma`, `C = t L`.
+    """The push of each image `(n,)` to use few channels: `max(0, (C - L_i) / C) ** gamma`, `C = t L`.
 
     `losses` are `L_i`, `mean_loss` is `L`, of past steps; `C` is at least 1e-3. An image fitted perfectly has weight 1,
     one whose loss reaches `C` has 0. Higher `gamma` > 0 spares the images in between.
@@ -94,7 +94,7 @@ def quantile_threshold(saliency: Tensor, remain_rate: float) -> Tensor:
     Raises:
         ValueError: the rate is not in [0, 1].
 
-    Source: none; unlike ranks of means, quantiles make the realised share of active channels what was asked for.
+    Source: none; unlike ranks of means, quantiles make the realised share of active channels the wanted one.
 
     >>> float(quantile_threshold(torch.tensor([[4.0, 2.0, 0.0], [1.0, 9.0, 0.5]]), 0.5))
     0.75

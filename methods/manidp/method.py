@@ -1,7 +1,7 @@
 """ManiDP: every image keeps its own channels, chosen by gates that training teaches to spend little on easy images.
 
 No weight is removed, so static MACs and params grow by the gates; a budget is met in expected MACs, the mean over
-images of what their active channels cost.
+images of the cost of their active channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
+from methods.base import Budget, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
 from methods.manidp.gates import Gated, gated
 from methods.manidp.objective import GatedObjective
 from methods.manidp.sites import (
@@ -33,19 +33,22 @@ from methods.manidp.sites import (
 )
 from methods.manidp.thresholds import calibrate, least_macs
 from methods.network import Profile, count_params
+from methods.network.reach import out_of_reach
 from methods.protocol import collected, defaults
 from methods.training import Recipe, Samples, recalibrate, recover, train
 
 SEED = 0
-"""Of fresh gates, so that a plan says all of a student."""
+"""Of fresh gates, so that a plan decides its student."""
+
+NO_PARAMETER = {"params": "because it removes no parameter"}
 
 
 @dataclass(frozen=True)
 class ManiDP:
     """Gates on the convolutions of a traced network, trained to meet a budget in expected MACs.
 
-    `thresholds` says how they follow the remain rate in training: `quantile` is a running mean of the quantile of each
-    batch's saliencies, `mean_rank` the authors' rank of mean saliencies, renewed now and then. `squeeze` divides a
+    `thresholds` is their rule in training, as the remain rate falls: `quantile` is a running mean of the quantile of
+    each batch's saliencies, `mean_rank` the authors' rank of mean saliencies, renewed now and then. `squeeze` divides a
     gate's inner width.
 
     Knobs: `sparsity` (the paper's lambda) weighs the mean saliency of easy images, `similarity` (rho) how much images
@@ -76,7 +79,7 @@ class ManiDP:
             raise ValueError(f"squeeze is {self.squeeze}, expected a divisor of at least 1; 2 is the authors'")
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why no convolution of this network can take a gate; `score` looks closer."""
+        """`None`, or the reason why no convolution of this network can take a gate; `score` looks closer."""
         for layer in profile.layers:
             outputs, inputs = layer.weight_shape[:2]
             if layer.kind == "conv" and layer.groups == 1 and min(outputs, inputs) >= NARROWEST:
@@ -87,12 +90,11 @@ class ManiDP:
         )
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """One: the network is traced as a whole."""
+        """One shard: the network is traced as a whole."""
         return [("sites",)]
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """The sites as columns (see `methods.manidp.sites.Site`), `params` of the traced network, and why others have
-        no gate.
+        """The sites as columns (see `methods.manidp.sites.Site`), `params` of the traced network, and two texts.
 
         `refusal` `(0,)` or `(1,)` says why the network cannot be gated at all; `skipped` has a line per convolution
         without a gate.
@@ -127,7 +129,7 @@ class ManiDP:
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """All gates, with the budget's MACs as the target of the expected MACs, or no gate where the teacher fits.
 
-        `loss` is the share of the teacher's MACs that is cut. What is best inside the network is learnt, not planned.
+        `loss` is the share of the teacher's MACs that is cut. Training, not the plan, decides where it is cut.
 
         Raises:
             Infeasible: no convolution can take a gate, or one channel per gate is too much, or the gates' params are.
@@ -135,15 +137,15 @@ class ManiDP:
         target = budget.limits().get("macs", profile.macs)
         whole = {"macs": profile.macs, "params": profile.params}
         if target >= profile.macs:
-            _check(budget, whole, profile, {"params": "it removes no parameter"})
+            _check(budget, whole, profile, NO_PARAMETER)
             return Plan(self.name, profile.macs, profile.params, choices={}, loss=0.0)
         sites = from_columns(scores)
         if not sites:
-            raise _infeasible(budget, _no_sites(scores), whole)
+            raise out_of_reach(self.name, budget, profile, whole, why={"macs": _no_sites(scores)} | NO_PARAMETER)
         ungated = profile.macs - int(gated_macs(sites, widths(sites)))
         macs, params = sum(map(gate_macs, sites)), sum(map(gate_params, sites))
         least = {"macs": least_macs(sites, ungated + macs), "params": int(scores["params"][0]) + params}
-        why = {"macs": "one channel per gate", "params": f"its gates add parameters, {params:,} of them"}
+        why = {"macs": "with one channel per gate", "params": f"because its gates add parameters, {params:,} of them"}
         _check(budget, least, profile, why)
         settings = {"thresholds": self.thresholds, "squeeze": self.squeeze, "ungated_macs": ungated}
         columns = {name: column.tolist() for name, column in to_columns(sites).items()}
@@ -169,7 +171,7 @@ class ManiDP:
         return gated(teacher, sites, plan.choices["ungated_macs"], seed=SEED, plan=plan)
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Calibrates thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
+        """Calibrate thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
         if isinstance(student, Gated) and plan.macs_expected is not None:
             calibrate(student, calibration, plan.macs_expected)
             recalibrate(student, calibration)
@@ -180,7 +182,7 @@ class ManiDP:
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
     ) -> Iterator[int]:
-        """Trains weights and gates while the remain rate falls from 1; each step yielded is at the final remain rate.
+        """Train weights and gates while the remain rate falls from 1; each step yielded is at the final remain rate.
 
         A student without gates is recovered as any other. Calibrate the thresholds again afterwards: see `settle`.
         """
@@ -195,27 +197,14 @@ class ManiDP:
 
 
 def _check(budget: Budget, least: Mapping[str, int], profile: Profile, why: Mapping[str, str]) -> None:
-    """Refuses a budget that allows less than `least`; `why` explains each."""
-    parts = []
-    for cost, limit in budget.limits().items():
-        if limit < least[cost]:
-            total, unit = getattr(profile, cost), "MACs" if cost == "macs" else cost
-            parts.append(
-                f"allows {limit:,} {unit} ({limit / total:.1%}), but manidp reaches no fewer than {least[cost]:,} "
-                f"({least[cost] / total:.1%}): {why[cost]}"
-            )
-    if parts:
-        raise _infeasible(budget, "; it also ".join(parts), least)
-
-
-def _infeasible(budget: Budget, why: str, least: Mapping[str, int]) -> Infeasible:
-    message = f"budget {budget.name!r} {why}; raise it or try another method"
-    return Infeasible(message, {cost: least[cost] for cost in budget.limits()})
+    """Refuse a budget that allows less than `least`; `why` explains each cost."""
+    if any(limit < least[cost] for cost, limit in budget.limits().items()):
+        raise out_of_reach(ManiDP.name, budget, profile, least, why=why)
 
 
 def _no_sites(scores: Scores) -> str:
     reasons = [str(line) for line in (*scores["refusal"], *scores["skipped"][:3])]
-    return f"asks for fewer MACs than the network's, but manidp found no convolution to gate ({'; '.join(reasons)})"
+    return f"because it found no convolution to gate ({'; '.join(reasons)})"
 
 
 def _notes(sites: Sequence[Site], scores: Scores) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from methods.manidp.gates import Gated, seen
+from methods.manidp.gates import Gated, mask_inputs
 from methods.manidp.losses import (
     instance_weights,
     mean_rank_threshold,
@@ -32,13 +32,13 @@ FRESH = 0.1
 """Weight of the present step in the running means of thresholds and of the loss, in a long training."""
 
 ROUNDS = 20
-"""How often in one training the thresholds of mean ranks are renewed. Running means keep up in a short one so, too."""
+"""Renewals of the thresholds of mean ranks in one training. In a short one it also quickens the running means."""
 
 DEAD = 1e-4
 """A gate whose mean saliency is below this is brought back."""
 
 REVIVAL = 0.1
-"""What each step adds to the output biases of a gate that is brought back."""
+"""The amount that each step adds to the output biases of a gate that is brought back."""
 
 
 class GatedObjective:
@@ -73,7 +73,7 @@ class GatedObjective:
         if self.recipe.distill > 0 or not self.recipe.labels:
             with torch.no_grad():
                 target = joined(self.teacher(images), count)
-        with seen(self.student) as found:
+        with mask_inputs(self.student) as found:
             output = joined(self.student(images), count)
         losses = instance_losses(output, labels, target, self.recipe)
         weights = instance_weights(losses, self._mean_before(losses), t=EASY, gamma=GAMMA)
@@ -90,7 +90,7 @@ class GatedObjective:
 
     @contextmanager
     def at_the_final_rate(self) -> Iterator[None]:
-        """Sets the thresholds to the final remain rate meanwhile, so that the network costs what its plan says."""
+        """Set the thresholds to the final remain rate within the block, so that the network costs what is planned."""
         before = [mask.threshold.clone() for mask in self.student.masks]
         if self.rate > self.final:
             set_quantiles(self.student, self.latest, self.final)
@@ -101,7 +101,7 @@ class GatedObjective:
                 mask.threshold.copy_(threshold)
 
     def _mean_before(self, losses: Tensor) -> float:
-        """The running mean of the loss before this step; its own loss where it is the first."""
+        """The running mean of the loss before this step; at the first step, its own loss."""
         now = float(losses.detach().mean())
         before = now if self.step == 1 else self.mean_loss
         self.mean_loss = before + self.fresh * (now - before)
@@ -109,7 +109,7 @@ class GatedObjective:
 
     @torch.no_grad()
     def _move(self, saliencies: list[Tensor]) -> None:
-        """Sets the next step's thresholds, and brings dead gates back."""
+        """Set the next step's thresholds, and bring dead gates back."""
         self.latest = saliencies
         self.rate = remain_rate(self.step / self.recipe.steps, self.final, self.choices["hold"])
         if self.choices["thresholds"] == "quantile":
@@ -126,7 +126,7 @@ class GatedObjective:
             mask.threshold.lerp_(quantile_threshold(saliency, self.rate), share)
 
     def _follow_mean_ranks(self, saliencies: Sequence[Tensor]) -> None:
-        """Renews the thresholds at the end of a round, from the means over all images of the round."""
+        """Renew the thresholds at the end of a round, from the means over all images of the round."""
         means = [saliency.mean(0) for saliency in saliencies]
         self.sums = [old + new for old, new in zip(self.sums, means, strict=True)] if self.sums else means
         length = max(1, self.recipe.steps // ROUNDS)

@@ -1,4 +1,4 @@
-"""Where a traced network can take gates: one row per convolution whose outputs are masked, as plain data.
+"""The places for gates in a traced network: one row per convolution whose outputs are masked, as plain data.
 
 A row costs `unit` MACs per pair of active input and output channels. Zeros that a mask makes stay zeros through some
 operations and not through others; only where they certainly arrive does a convolution save at its input too.
@@ -32,11 +32,11 @@ DEAREST = 0.25
 class Site:
     """A convolution whose output channels are masked, in the order in which they run.
 
-    `conv` and `norm` are module names, `activation` and `end` nodes of the traced graph; norm and activation are empty
-    where there is none. The output of `end`, the last of the chain, is masked. `unit` is the MACs for one input image
-    per active pair of channels, or per active channel where `is_depthwise`. `gate` is the number of the gate whose mask
-    the outputs carry, `source` of the gate whose mask the inputs carry for certain, -1 for none. `hidden` is the inner
-    width of the gate; 0 where a depthwise convolution inherits the mask of its input and has no gate of its own.
+    `conv` and `norm` are module names, `activation` and `end` nodes of the traced graph; norm and activation may be
+    empty. The output of `end`, the last of the chain, is masked. `unit` is the MACs for one input image per active pair
+    of channels, or per active channel where `is_depthwise`. `gate` is the number of the gate whose mask the outputs
+    carry, `source` of the gate whose mask the inputs carry for certain, -1 for none. `hidden` is the inner width of the
+    gate; 0 where a depthwise convolution inherits the mask of its input and has no gate of its own.
     """
 
     conv: str
@@ -99,7 +99,7 @@ def from_columns(columns: Mapping[str, Any]) -> tuple[Site, ...]:
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """A traced copy of `model`, in eval mode; so is, for good, what depends on the mode outside its modules.
+    """A traced copy of `model`, in eval mode; all that depends on the mode outside its modules stays in it for good.
 
     Raises:
         Unsupported: torch.fx cannot trace the model; the message says why.
@@ -115,7 +115,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
 
 def find_sites(network: fx.GraphModule, example: Tensor, squeeze: int) -> tuple[tuple[Site, ...], dict[str, str]]:
-    """The rows of a traced network in eval mode, and why each other convolution has none, by its name.
+    """The rows of a traced network in eval mode, and by name the reason why each other convolution has none.
 
     A gate is `outputs // squeeze` wide inside, and twice that where the convolution has fewer than 80 outputs.
 
@@ -132,7 +132,7 @@ def find_sites(network: fx.GraphModule, example: Tensor, squeeze: int) -> tuple[
 
 
 class _Finder:
-    """One walk through the graph; `masked` says for a node whose mask its zeros certainly carry."""
+    """One walk through the graph; `masked` holds for a node the gate whose zeros it certainly carries."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], squeeze: int) -> None:
         self.modules, self.squeeze = modules, squeeze
@@ -184,7 +184,7 @@ class _Finder:
         self.masked[chain[-1]] = gate
 
     def _obstacle(self, node: fx.Node, conv: nn.Conv2d, chain: list[fx.Node]) -> str | None:
-        """Why a convolution has no gate of its own."""
+        """Say why a convolution has no gate of its own."""
         macs = _unit(node, conv) * conv.in_channels * conv.out_channels
         gate = self._hidden(conv) * (conv.in_channels + conv.out_channels)
         reasons = {
@@ -264,7 +264,7 @@ _ZERO_KEEPING: _Kinds = (
     (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity),
     frozenset({F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, "contiguous"}),
 )
-"""The same for what maps a channel of zeros to one and is no activation."""
+"""Modules, functions and methods that are no activation and map a channel of zeros to one."""
 
 _PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
 _SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})

@@ -1,4 +1,4 @@
-"""Setting the thresholds of a gated network, without training, so that it needs a given number of MACs on average."""
+"""The thresholds of a gated network, set without training so that it needs a given number of MACs on average."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TOLERANCE = 1e-3
 
 
 def calibrate(student: Gated, images: Tensor, target: int) -> None:
-    """Sets every threshold so that the mean MACs over `images` `(n, c, h, w)` are `target`, or up to 0.5% below.
+    """Set every threshold so that the mean MACs over `images` `(n, c, h, w)` are `target`, or up to 0.5% below.
 
     All gates get the quantile of one remain rate. A mask upstream changes the saliencies downstream, so every guess is
-    measured, and the next one makes up for ever less of its error. What is left goes to the last gate, whose mask no
-    other gate sees. Where too many saliencies are 0, or too few images to choose between, the mean stays further below
-    the target; at worst one channel per gate is kept. A calibrated network is left as it is.
+    measured, and the next one makes up for ever less of its error. The last gate, whose mask no other gate sees,
+    makes up for the rest. With too many saliencies of 0, or too few images to choose between, the mean stays further
+    below the target; at worst one channel per gate is kept. A calibrated network is left as it is.
 
     Source: none; the authors do not calibrate.
     """
@@ -65,7 +65,7 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
 
 
 def set_quantiles(student: Gated, found: Sequence[Tensor], rate: float) -> None:
-    """Sets every threshold to the quantile of its gate's saliencies `(n, c)` at one remain rate."""
+    """Set every threshold to the quantile of its gate's saliencies `(n, c)` at one remain rate."""
     for mask, saliency in zip(student.masks, found, strict=True):
         mask.threshold.copy_(quantile_threshold(saliency, rate))
 
@@ -95,7 +95,7 @@ def least_macs(sites: Sequence[Site], fixed_macs: int) -> int:
 
 
 def _last_threshold(student: Gated, found: Sequence[Tensor], target: int) -> Tensor:
-    """The lowest threshold of the last gate at which the mean MACs do not exceed `target`, the others left alone."""
+    """The lowest threshold of the last gate at which the mean MACs do not exceed `target`; the others stay."""
     kept = torch.stack([active(s, mask.threshold).sum(1) for s, mask in zip(found, student.masks, strict=True)], 1)
     kept[:, -1] = 1
     least = student.fixed_macs + gated_macs(student.sites, kept)

@@ -1,7 +1,7 @@
-"""A network as rows, channel groups and a graph, and how it is cut.
+"""A network as rows, channel groups and a graph, and the cut.
 
 Read `profile` first (one row per layer), then `groups`, `coupling` (which channels go together), `widths` (how narrow a
-group may get), `graph` (a traced network) and `cut`.
+group may get), `cut`, `graph` (a traced network) and `reach` (the error of a budget that no plan meets).
 """
 
 from methods.network.groups import ChannelGroup

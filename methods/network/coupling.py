@@ -1,8 +1,8 @@
-"""Which channels of a network must go together: torch-pruning's dependency graph, checked by really cutting.
+"""The channels of a network that must go together: torch-pruning's dependency graph, checked by really cutting.
 
 The graph is guessed from a trace and can be wrong about reshapes, attention and unknown modules without saying so. So a
-group counts as prunable only if our cut can slice every part of it, and if the network after a trial cut computes what
-the whole network computes once nothing reads the channels that left.
+group counts as prunable only if our cut can slice every part of it, and if the network after a trial cut agrees with
+the whole network once nothing reads the channels that left.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from methods.network.cut import PER_CHANNEL, axis_length, cut_to, entries, kept_
 from methods.network.groups import ChannelGroup, Member
 
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What torch-pruning's tracer, or a network whose channels were cut wrongly, may raise."""
+"""Errors of torch-pruning's tracer, or of a network whose channels were cut wrongly."""
 
 
 def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
-    """The channel groups of `model` (left untouched), in the order of the layers they are named after.
+    """Find the channel groups of `model` (left untouched), in the order of the layers they are named after.
 
     Every convolution and linear layer that the network's output depends on produces one group, with a reason in
     `fixed` where its channels cannot be cut. The channels of the network's input are in none. `example` is
@@ -56,11 +56,11 @@ class _Draft:
     fixed: str | None = None
 
     def fix(self, reason: str) -> None:
-        """Fixes the group; the first reason stays."""
+        """Fix the group; the first reason stays."""
         self.fixed = self.fixed or reason
 
     def finish(self) -> ChannelGroup:
-        """The group, fixed if no smaller width exists or no layer reads it."""
+        """Return the group, fixed if no smaller width exists or no layer reads it."""
         if not any(member.axis == "in" for member in self.members):
             self.fix("only the network's output reads its channels")
         if self.width % self.multiple:
@@ -71,7 +71,7 @@ class _Draft:
 
 
 def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
-    """One draft per set of channels, in the order of its first producing layer."""
+    """Draft one group per set of channels, in the order of its first producing layer."""
     traced = _with_depthwise(model)
     names = {module: name for name, module in traced.named_modules()}
     try:
@@ -107,7 +107,7 @@ def _trace(model: nn.Module, example: Tensor) -> Any:
 
 
 def _with_depthwise(model: nn.Module) -> nn.Module:
-    """A trainable copy in which grouped convolutions that keep the number of channels are depthwise.
+    """Build a trainable copy in which grouped convolutions that keep the number of channels are depthwise.
 
     The shapes of all maps stay; torch-pruning, which ties input to output only in depthwise convolutions, now does so
     in these as well. It needs gradients to see a layer at all.
@@ -152,7 +152,7 @@ class _Index(NamedTuple):
 
 
 def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _Axis, list[_Index]]]:
-    """What goes with the outputs of `root`: module, axis, entries of that axis.
+    """Yield all that goes with the outputs of `root`: module, axis, entries of that axis.
 
     Differs: torch-pruning follows every index set that reaches an axis, which grows without bound in windowed
     attention. Here the first one stays, and another one fixes the group: its channels are not one run.
@@ -178,7 +178,7 @@ def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _A
 
 
 def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, index: list[_Index]) -> None:
-    """Adds one axis of one module to the draft, or fixes the draft where the cut could not slice it."""
+    """Add one axis of one module to the draft, or fix the draft where the cut could not slice it."""
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return
     draft.places += [(name, axis, entry) for entry, _ in index]
@@ -208,15 +208,15 @@ def _join_grouped(draft: _Draft, name: str, conv: nn.Conv2d, start: int, columns
 
 
 def _segment(index: list[_Index], width: int) -> tuple[int, int] | None:
-    """`(start, columns)` if channel c owns the entries from `start + c * columns` on, `columns` of them."""
+    """Return `(start, columns)` if channel c owns `columns` entries from `start + c * columns` on."""
     start, columns = index[0].idx, len(index) // width
     run = [(start + entry, entry // columns) for entry in range(width * columns)]
     return (start, columns) if index == run else None
 
 
 def _proved(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> set[str]:
-    """The names of the groups that pass the trial cut: tried all at once, then by halves where that fails."""
-    if not groups or _holds(model, groups, example):
+    """Return the names of the groups that pass the trial cut: tried all at once, then by halves where that fails."""
+    if not groups or _passes(model, groups, example):
         return {group.name for group in groups}
     middle = len(groups) // 2
     if middle == 0:
@@ -224,14 +224,14 @@ def _proved(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -
     return _proved(model, groups[:middle], example) | _proved(model, groups[middle:], example)
 
 
-def _holds(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
+def _passes(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
     """Whether half of every group can go: the cut network must match the one whose readers ignore that half.
 
     A wrong coupling changes the output about as much as the cut does, rounding (TF32 included) far less.
     """
     halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in groups}
     kept = kept_channels(model, groups, halves, "l1")
-    deaf = copy.deepcopy(model)
+    ignoring = copy.deepcopy(model)
     with torch.no_grad():
         try:
             found = cut_to(model, groups, kept)(example)
@@ -241,9 +241,9 @@ def _holds(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) ->
             gone = np.setdiff1d(np.arange(group.width), kept[group.name])
             for member in group.members:
                 if member.axis == "in":
-                    weight = deaf.get_submodule(member.module).weight
+                    weight = ignoring.get_submodule(member.module).weight
                     assert isinstance(weight, Tensor)
                     weight[:, torch.from_numpy(entries(member, gone))] = 0
-        expected, whole = deaf(example), model(example)
+        expected, whole = ignoring(example), model(example)
     slack = 1e-2 * (expected - whole).abs().max() + 1e-6 * whole.abs().max()
     return found.shape == expected.shape and bool((found - expected).abs().max() <= slack)

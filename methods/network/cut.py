@@ -1,4 +1,4 @@
-"""The cut itself: which channels of a group stay, and the smaller network that holds only those."""
+"""The cut itself: the choice of channels that stay, and the smaller network that holds only those."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PER_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instanc
 def cut(
     model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str = "l1"
 ) -> nn.Module:
-    """A copy of `model` with every group of `groups` cut to its width in `widths`; a group not named keeps all.
+    """Cut every group of `groups` to its width in `widths`, in a copy of `model`; a group not named keeps all.
 
     Each group keeps the channels (runs of `multiple` channels) of the highest `channel_scores`, in their old order,
     ties to the lower index; where every width is full the copy holds the same values. The model is untouched.
@@ -34,7 +34,7 @@ def cut(
 
 
 def cut_to(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of `model` in which each group holds only its `kept` channels, given as rising indices by group name."""
+    """Copy `model` so that each group holds only its `kept` channels, given as rising indices by group name."""
     student = copy.deepcopy(model)
     masks: dict[str, dict[str, np.ndarray]] = {}
     for group in groups:
@@ -55,7 +55,7 @@ def cut_to(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, 
 def kept_channels(
     model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str
 ) -> dict[str, np.ndarray]:
-    """The channels that stay, as rising indices by group name, for every group that loses some."""
+    """Choose the channels that stay, as rising indices by group name, for every group that loses some."""
     _check(groups, widths, criterion)
     kept = {}
     for group in groups:
@@ -68,7 +68,7 @@ def kept_channels(
 
 
 def channel_scores(model: nn.Module, group: ChannelGroup, criterion: str) -> np.ndarray:
-    """One score per channel of `group`, `(width,)`: the higher, the more it is worth keeping.
+    """Score each channel of `group`, `(width,)`: the higher, the more it is worth keeping.
 
     It is the sum over the layers that produce the group of each filter's score divided by that layer's mean, so that no
     layer of a residual trunk outvotes the rest. "bn_gamma" sums over the group's norms instead, and falls back to "l1"
@@ -100,12 +100,12 @@ def channel_scores(model: nn.Module, group: ChannelGroup, criterion: str) -> np.
 
 
 def entries(member: Member, channels: np.ndarray) -> np.ndarray:
-    """The entries of the member's axis that `channels` own, in the order of `channels`."""
+    """Return the entries of the member's axis that `channels` own, in the order of `channels`."""
     return np.asarray(member.start + channels[:, None] * member.columns + np.arange(member.columns)).ravel()
 
 
 def _filters(layer: nn.Module, criterion: str) -> Tensor:
-    """The score of each filter of a conv or linear, `(out,)`."""
+    """Score each filter of a conv or linear, `(out,)`."""
     weight = _weight(layer).flatten(1)
     if criterion == "fpgm":
         return torch.cdist(weight, weight).sum(1)
@@ -118,7 +118,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def axis_length(module: nn.Module, side: str) -> int:
-    """The channels on one side of a module that can be cut: "in" or "out", which are the same for a norm."""
+    """Count the channels on one side of a module that can be cut: "in" or "out", which are the same for a norm."""
     match module:
         case nn.Conv2d():
             return module.in_channels if side == "in" else module.out_channels
@@ -131,7 +131,7 @@ def axis_length(module: nn.Module, side: str) -> int:
 
 
 def _slice(module: nn.Module, side: str, index: Tensor) -> None:
-    """Keeps only the entries `index` (rising) of one side of `module`, in place."""
+    """Keep only the entries `index` (rising) of one side of `module`, in place."""
     size = len(index)
     match module:
         case nn.Conv2d() if side == "in":

@@ -1,21 +1,18 @@
-"""Read a traced graph: which nodes add, which pass their input on, and a module put in the place of another."""
+"""Read a network's modules and traced graph: which nodes add or pass on, who shares weights; and replace a module."""
 
 from __future__ import annotations
 
 from torch import fx, nn
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
-"""What torch.fx raises where a forward depends on its input's values, or does what a proxy cannot."""
-
+"""Errors of torch.fx where a forward depends on its input's values, or does more than a proxy can."""
 
 _ADDITIONS = {"add", "add_", "iadd"}
-
-
 _ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` is in `model`.
+    """Put `module` where `name` is in `model`.
 
     Raises:
         ValueError: the model has no module of that name.
@@ -41,7 +38,7 @@ def is_addition(node: fx.Node) -> bool:
 
 
 def _operation(node: fx.Node) -> str:
-    """The bare name of a function or a tensor method; of anything else, nothing."""
+    """Return the bare name of a function or a tensor method; of anything else, nothing."""
     if node.op == "call_function":
         return str(getattr(node.target, "__name__", ""))
     return str(node.target) if node.op == "call_method" else ""
@@ -50,3 +47,17 @@ def _operation(node: fx.Node) -> str:
 def has_weights(module: nn.Module) -> bool:
     """Whether any parameter lies in `module`."""
     return any(True for _ in module.parameters())
+
+
+def shares_weights(model: nn.Module, module: nn.Module, *, by_name: bool) -> bool:
+    """Whether `model` holds a parameter of `module` outside it, too.
+
+    `by_name` takes a second name of one module, as where it is registered twice, for a second module.
+    """
+    own = {id(parameter) for parameter in module.parameters()}
+
+    def count(root: nn.Module) -> int:
+        holders = [holder for _, holder in root.named_modules(remove_duplicate=not by_name)]
+        return sum(id(parameter) in own for holder in holders for parameter in holder._parameters.values())
+
+    return count(model) > count(module)

@@ -1,8 +1,7 @@
-"""Coupled channel groups as plain data: which channels go together.
+"""Coupled channel groups as plain data: channels that can only be cut together.
 
-`methods.network.coupling` finds the groups of a network, `methods.network.widths` says which widths are legal and what
-they cost, and `methods.network.cut` cuts them.
-
+`methods.network.coupling` finds the groups of a network, `methods.network.widths` lists their legal widths with costs,
+and `methods.network.cut` cuts them.
 """
 
 from __future__ import annotations

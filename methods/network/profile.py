@@ -1,4 +1,4 @@
-"""One row per layer: what a network costs and which of its channels must go together.
+"""One row per layer: the costs of a network and the channels that must go together.
 
 The profile is plain data (names and integers), so a plan can be computed, checked and shown without the network.
 """
@@ -6,7 +6,7 @@ The profile is plain data (names and integers), so a plan can be computed, check
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.network.coupling import find_groups
 from methods.network.groups import ChannelGroup
 
@@ -58,17 +59,17 @@ class Profile:
     input_shape: tuple[int, ...]
 
     def layer(self, name: str) -> Layer:
-        """The row of that name."""
+        """Return the row of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
 
 def count_params(model: nn.Module) -> int:
-    """All parameters of `model`, each counted once."""
+    """Count all parameters of `model`, each once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one forward pass on `example[:1]`, from `torch.utils.flop_counter` (FLOPs = 2 x MACs).
+    """Count the multiply-accumulates of a pass on `example[:1]` by `torch.utils.flop_counter` (FLOPs = 2 x MACs).
 
     Attention's fused fast path is switched off meanwhile, because the counter does not see into it.
     """
@@ -78,7 +79,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 
 def profile(model: nn.Module, example: Tensor) -> Profile:
-    """The profile of `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1.
+    """Profile `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1.
 
     Raises:
         Unsupported: the model has no convolution or linear layer, or its output is not `(n, classes)`.
@@ -101,11 +102,11 @@ _Call: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], list[str]]:
-    """Shapes of every call of a conv or linear, and the names of the modules that keep their input's shape."""
+    """Return the shapes of every call of a conv or linear, and the names of modules that keep their input's shape."""
     calls: dict[str, list[_Call]] = {}
     blocks: list[str] = []
 
-    def hook(name: str) -> object:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
                 return
@@ -116,13 +117,9 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], l
 
         return record
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
-    try:
-        with _fastpath_off(), torch.no_grad():
-            output = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name)
+    with hooked(hooks), _fastpath_off(), torch.no_grad():
+        output = model(example)
     if not isinstance(output, Tensor) or output.ndim != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise Unsupported(f"the network must return logits of shape (n, classes), but it returned {shape}")
@@ -151,7 +148,7 @@ def _row(name: str, module: nn.Module, calls: list[_Call], group: str | None, bl
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Rows a linear layer sees for one input: the product of the axes between batch and features."""
+    """Count the rows a linear layer sees for one input: the product of the axes between batch and features."""
     return int(torch.Size(shape[1:-1]).numel())
 
 

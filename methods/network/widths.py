@@ -1,4 +1,4 @@
-"""Coupled channel groups as plain data: which channels go together, which widths are legal and what they cost exactly.
+"""The legal widths of coupled channel groups, and their exact cost.
 
 `methods.network.coupling` finds the groups of a network and `methods.network.cut` cuts them.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from methods.base import Budget, Infeasible, grid_step
 from methods.network.groups import ChannelGroup, Member
-
-if TYPE_CHECKING:
-    from methods.network.profile import Profile
+from methods.network.profile import Profile
+from methods.network.reach import out_of_reach
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class WidthCost:
     pairs: np.ndarray
 
     def __call__(self, widths: np.ndarray) -> int:
-        """The cost at integer `widths` (G,)."""
+        """Return the cost at integer `widths` (G,)."""
         return self.constant + int(self.linear @ widths) + int(widths @ self.pairs @ widths)
 
 
 def levels(group: ChannelGroup, channels: int) -> list[int]:
-    """The legal widths of `group` in rising order for a device that prefers multiples of `channels`.
+    """List the legal widths of `group` in rising order for a device that prefers multiples of `channels`.
 
     They are the multiples of one step, from one step on, and the full width. A step is `grid_step`, raised until
     `group.multiple` divides it.
@@ -46,11 +45,11 @@ def levels(group: ChannelGroup, channels: int) -> list[int]:
 
 
 def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGroup, ...]]:
-    """The cost of "macs" and "params" as functions of widths, and the prunable groups those widths belong to.
+    """Return the cost of "macs" and "params" as functions of widths, and the prunable groups of those widths.
 
     Widths are numbers of channels kept, in the order of the groups returned, which is the profile's. At any widths that
     are multiples of each group's `multiple` the value equals what `methods.network.profile` counts on the network after
-    the cut, integer for integer. Whatever no width changes (fixed groups, attention products) is in the constant.
+    the cut, integer for integer. The constant holds all that no width changes (fixed groups, attention products).
 
     Source: a convolution costs one bilinear term per pair of groups it joins; ITPruner (arXiv 2108.08532), section 3.3.
     """
@@ -73,7 +72,7 @@ def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGr
 
 
 def to_choices(groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str) -> dict[str, Any]:
-    """`Plan.choices` that say all `methods.network.cut.cut` needs, as JSON values; `from_choices` restores them.
+    """Return the `Plan.choices` that `methods.network.cut.cut` needs, as JSON values; `from_choices` restores them.
 
     Groups that keep every channel are listed with their width alone, because nothing is cut from them.
     """
@@ -86,7 +85,7 @@ def to_choices(groups: Sequence[ChannelGroup], widths: Mapping[str, int], criter
 
 
 def from_choices(choices: Mapping[str, Any]) -> tuple[tuple[ChannelGroup, ...], dict[str, int], str]:
-    """The groups, their widths by name and the criterion that `to_choices` wrote down."""
+    """Restore the groups, their widths by name and the criterion that `to_choices` wrote down."""
     groups = tuple(
         ChannelGroup(name, base, tuple(Member(*member) for member in members), multiple)
         for name, _, base, multiple, members in choices["groups"]
@@ -95,27 +94,17 @@ def from_choices(choices: Mapping[str, Any]) -> tuple[tuple[ChannelGroup, ...], 
     return groups, widths, choices["criterion"]
 
 
-def infeasible(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:
-    """The error for a budget that no widths meet, ready to be raised.
+def widths_out_of_reach(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:
+    """Build the error for a budget that no widths meet, ready to be raised.
 
-    `least` holds, by cost name, the least value that `method` reaches within the other limit. Only the limits below it
-    are named; where each is reachable alone but not together, both are.
+    `least` holds, by cost name, the least value that `method` reaches within the other limit.
     """
-    limits = budget.limits()
-    missed = {cost: limit for cost, limit in limits.items() if least[cost] > limit}
     costs, _ = width_costs(profile)
-    parts = []
-    for cost, limit in (missed or limits).items():
-        unit, total = _UNITS[cost], getattr(profile, cost)
-        parts.append(
-            f"asks for {_amount(limit)} {unit} ({limit / total:.1%}), but {method} reaches no less than "
-            f"{_amount(least[cost])} ({least[cost] / total:.1%}), of which {_amount(costs[cost].constant)} "
-            "cannot be pruned"
-        )
-    together = "" if missed else " (each limit is within reach alone, both together are not)"
-    text = "; it also ".join(parts)
-    message = f"budget {budget.name!r} {text}, at channel multiples of {budget.channels}{together}; "
-    return Infeasible(f"{message}raise it or try another method", {cost: least[cost] for cost in limits})
+    why = {
+        name: f"of which {cost.constant:,} cannot be pruned, at channel multiples of {budget.channels}"
+        for name, cost in costs.items()
+    }
+    return out_of_reach(method, budget, profile, least, why=why)
 
 
 class _Terms:
@@ -126,19 +115,19 @@ class _Terms:
         self.pairs = np.zeros((groups, groups), dtype=np.int64)
 
     def add_product(self, unit: int, left: tuple[int, np.ndarray], right: tuple[int, np.ndarray]) -> None:
-        """Adds `unit * left * right`, each factor being an affine form `(constant, slopes)` in the widths."""
+        """Add `unit * left * right`, each factor being an affine form `(constant, slopes)` in the widths."""
         self.linear += unit * (left[0] * right[1] + right[0] * left[1])
         product = unit * np.outer(left[1], right[1])
         self.pairs += np.triu(product) + np.tril(product, -1).T
 
     def cost(self, total: int, base: np.ndarray) -> WidthCost:
-        """The cost whose value at `base` is `total`."""
+        """Return the cost whose value at `base` is `total`."""
         rest = WidthCost(0, self.linear, self.pairs)(base)
         return WidthCost(total - rest, self.linear, self.pairs)
 
 
 def _segments(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], list[tuple[int, int]]]:
-    """The groups `(position, columns)` that share each axis of each module."""
+    """Return the groups `(position, columns)` that share each axis of each module."""
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for position, group in enumerate(groups):
         for member in group.members:
@@ -147,18 +136,8 @@ def _segments(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], list[tupl
 
 
 def _kept(length: int, segments: Sequence[tuple[int, int]], base: np.ndarray) -> tuple[int, np.ndarray]:
-    """The entries left on an axis of `length` as an affine form: those of no group, and the slope of each width."""
+    """Return the entries left on an axis of `length` as an affine form: those of no group, the slope of each width."""
     slopes = np.zeros(len(base), dtype=np.int64)
     for position, columns in segments:
         slopes[position] += columns
     return length - int(slopes @ base), slopes
-
-
-_UNITS = {"macs": "MACs", "params": "params"}
-
-
-def _amount(value: int) -> str:
-    for factor, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f}{letter}"
-    return str(value)

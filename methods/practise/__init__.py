@@ -1,7 +1,7 @@
-"""PRACTISE: residual blocks dropped by how well a light repair makes up for them.
+"""PRACTISE: residual blocks are dropped, those first for which a light repair makes up.
 
-Read `method` first, then `blocks` (which may go), `recoverability` (what each costs) and `selection` (the cheapest
-set).
+Read `method` first, then `blocks` (those that may go), `recoverability` (the error of dropping them) and `selection`
+(the cheapest set).
 """
 
 from methods.practise.blocks import removable_blocks

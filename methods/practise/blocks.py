@@ -1,6 +1,6 @@
-"""Finding the blocks that a network can do without, and taking them out.
+"""The blocks that a network can do without: find them, and take them out.
 
-A block is removable where its input is added to what it computes: without the branch, the input passes on unchanged.
+A block is removable if its input is added to its branch: without the branch, the input passes on unchanged.
 No list of architectures is kept: two independent rules, one on the block's graph and one on numbers, must agree.
 """
 
@@ -15,20 +15,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace
+from methods.hooks import hooked
+from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace, shares_weights
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
-"""What may take a block's place: its input, or the activation that the block ends in, where the input needs it."""
+"""The modules that may take a block's place: the identity, or the activation that the block ends in."""
 
-
-_CLOSE = 1e-5
+_TOLERANCE = 1e-5
+"""Relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """By name and in the network's order: the blocks that can go, with what takes their place (a key of `CLOSINGS`).
+    """By name and in the network's order: the blocks that can go, with their replacement (a key of `CLOSINGS`).
 
-    `rejected` says of every other module that holds weights and children why it has to stay.
+    `rejected` holds every other module with weights and children, and the reason why it has to stay.
     """
 
     removable: Mapping[str, str]
@@ -41,7 +42,7 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
     Such a block runs once, maps one tensor to one of the same shape, shares no weight with the rest, and passes two
     rules. Graph: a path from its input to its output holds an addition, and else nothing but activations, dropout and
-    children without weights. Numbers: with zeros from every child that has weights, it returns what it is given. A
+    children without weights. Numbers: with zeros from every child that has weights, it returns its input. A
     block whose forward cannot be traced is judged by the numbers alone. Of nested blocks, the innermost count.
 
     A block that ends in an activation is replaced by the identity where its input already has that activation's range,
@@ -69,7 +70,7 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
 
 def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str | None:
-    """Why the network does not run without `blocks`: it may read more of them than their output."""
+    """Say why the network does not run without `blocks`: it may read more of them than their output."""
     without = copy.deepcopy(model)
     drop(without, blocks)
     try:
@@ -93,7 +94,7 @@ def removable_blocks(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
-    """Replaces each of `blocks`, named as in `Blocks.removable`, in place; every other module keeps its name.
+    """Replace each of `blocks`, named as in `Blocks.removable`, in place; every other module keeps its name.
 
     The replacements are torch's own modules, so a student needs none of this project's code.
 
@@ -105,32 +106,29 @@ def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
 
 
 _Verdict: TypeAlias = tuple[str | None, str]
-"""What takes the block's place, or None and why it has to stay."""
+"""The block's replacement and an empty text, or None and the reason why the block has to stay."""
 
 _Calls: TypeAlias = list[Tensor | str]
-"""Per call of a module its input, or why that call rules the module out."""
+"""Per call of a module its input, or the reason why that call rules the module out."""
 
 
 def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
     """The calls of every module that holds weights and children, in the order of their first end."""
     calls: dict[str, _Calls] = {}
 
-    def hook(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
             calls.setdefault(name, []).append(_call(inputs, named, output))
 
         return record
 
-    handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True)
+    hooks = (
+        module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules()
         if name and any(True for _ in module.children()) and has_weights(module)
-    ]
-    try:
+    )
+    with hooked(hooks):
         model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -150,7 +148,7 @@ def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
         return None, given
     if len(calls) > 1:
         return None, f"it runs {len(calls)} times"
-    if _is_shared(model, module):
+    if shares_weights(model, module, by_name=True):
         return None, "its weights are known by other names too"
     if _adds_its_input(module) is False:
         return None, "it does not add its input to what it computes"
@@ -164,22 +162,14 @@ def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
     return None, f"it ends in an activation that is none of {', '.join(CLOSINGS)}"
 
 
-def _is_shared(model: nn.Module, module: nn.Module) -> bool:
-    own = {id(parameter) for parameter in module.parameters()}
-    everywhere = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-    return sum(parameter in own for parameter in everywhere) > len(
-        list(module.named_parameters(remove_duplicate=False))
-    )
-
-
 def _is_close(one: object, other: object) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
         return False
-    return bool((one - other).abs().max() <= _CLOSE * other.abs().max())
+    return bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
 
 
 def _without_branches(module: nn.Module, given: Tensor) -> object:
-    """What the block returns if every module in it that has weights returns zeros."""
+    """Run the block while every module in it that has weights returns zeros."""
 
     def silence(_: nn.Module, __: object, output: object) -> object:
         if isinstance(output, tuple):
@@ -187,16 +177,12 @@ def _without_branches(module: nn.Module, given: Tensor) -> object:
         return torch.zeros_like(output) if isinstance(output, Tensor) else output
 
     inner = [child for child in module.modules() if child is not module and has_weights(child)]
-    handles = [child.register_forward_hook(silence) for child in inner]
-    try:
+    with hooked(child.register_forward_hook(silence) for child in inner):
         return module(given.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Outline(fx.Tracer):
-    """Traces one module's own forward, without looking into its children."""
+    """A tracer of one module's own forward, which does not look into its children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

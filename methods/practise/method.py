@@ -1,7 +1,8 @@
 """PRACTISE: whole residual blocks are dropped, those first whose loss the rest of the network can make up for.
 
-How much of the teacher's last feature map is lost for good is measured on a few images without labels, for every
-removable block and every two of them. What to drop for a budget is then chosen exactly, for all its limits at once.
+The part of the teacher's last feature map that is lost for good is measured on a few images without labels, for every
+removable block and every two of them. The blocks to drop for a budget are then chosen exactly, for all its limits at
+once.
 
 Source: Wang, Zhou, Wu 2023, "Practical Network Acceleration with Tiny Sets" (arXiv 2202.07861).
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile, count_macs, count_params
+from methods.network.reach import out_of_reach
 from methods.practise.blocks import Blocks, drop, find_blocks
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
@@ -32,18 +34,16 @@ MOST_IN_PAIRS = 60
 """With more removable blocks than this, two at a time would be too many to measure."""
 
 EXAMPLES = 2
-"""Images on which blocks are looked for."""
-
-_COSTS = {"macs": "MACs", "params": "params"}
+"""Images on which `find_blocks` judges the blocks."""
 
 
 @dataclass(frozen=True)
 class PRACTISE:
     """Drops the removable blocks of least joint error that save enough; nothing else of the network changes.
 
-    `repair` says how recoverability is measured, see `methods.practise.recoverability.recoverability`; `steps` are
-    those of "adaptor_sgd". Knob `selector`: "pairwise" adds to every block's error what any two lose beyond their sum,
-    "additive" does not, as the paper.
+    `repair` names the measure of `methods.practise.recoverability.recoverability`; `steps` are those of "adaptor_sgd".
+    Knob `selector`: "pairwise" adds to the blocks' errors the loss of any two beyond their sum, "additive" does not, as
+    the paper.
 
     Source: arXiv 2202.07861: the recoverability of a block and the student's tuning on the teacher's features.
     Differs: blocks are found in any network; their number follows from the budget; the default repair is in closed
@@ -64,7 +64,7 @@ class PRACTISE:
             raise ValueError(f"steps are {self.steps}, expected at least 1; the paper takes 2000, or use repair='drop'")
 
     def accepts(self, profile: Profile) -> str | None:
-        """`None`, or why no block of this network can be removable; whether one is, only scoring finds out."""
+        """`None`, or the reason why no block of this network can be removable; only scoring finds those that are."""
         if any(layer.block is not None for layer in profile.layers):
             return None
         return (
@@ -73,7 +73,7 @@ class PRACTISE:
         )
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """Equal parts (part, parts) of all that is scored; a profile only bounds how many blocks `score` will find."""
+        """Equal parts (part, parts) of all that is scored; a profile only bounds the number of blocks to be found."""
         bound = len({layer.block for layer in profile.layers} - {None})
         pairs = min(bound, MOST_IN_PAIRS)
         parts = max(1, -(-(bound + pairs * (pairs - 1) // 2) // BUNDLE))
@@ -103,7 +103,7 @@ class PRACTISE:
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
         """The removable blocks with their errors `(k,)`, joint errors `(k, k)`, savings `(k,)`, and the rejected ones.
 
-        `joint` is `(0, 0)` where there are too many blocks for pairs.
+        `joint` is `(0, 0)` with too many blocks for pairs.
 
         Raises:
             ScoreError: a score is missing, or two of the same blocks differ.
@@ -129,7 +129,7 @@ class PRACTISE:
         beyond = interactions(scores, str(knobs["selector"]))
         targets = {cost: getattr(profile, cost) - limit for cost, limit in budget.limits().items()}
         if any(target > scores[cost].sum() for cost, target in targets.items()):
-            raise _infeasible(scores, profile, budget)
+            raise _blocks_out_of_reach(scores, profile, budget)
         chosen = select_jointly(
             [scores[cost].tolist() for cost in targets],
             scores["recoverability"].tolist(),
@@ -137,7 +137,7 @@ class PRACTISE:
             interactions=beyond,
         )
         loss = max(0.0, pairwise_error(chosen, scores["recoverability"].tolist(), beyond))
-        is_blind = knobs["selector"] == "pairwise" and not scores["joint"].size and len(scores["blocks"])
+        lacks_pairs = knobs["selector"] == "pairwise" and not scores["joint"].size and len(scores["blocks"])
         return Plan(
             method=self.name,
             macs=profile.macs - int(scores["macs"][chosen].sum()),
@@ -145,7 +145,7 @@ class PRACTISE:
             choices={"blocks": {str(scores["blocks"][i]): str(scores["closings"][i]) for i in chosen}},
             loss=loss,
             bound=loss,
-            notes=(f"more than {MOST_IN_PAIRS} removable blocks: pairs were not scored",) if is_blind else (),
+            notes=(f"more than {MOST_IN_PAIRS} removable blocks: pairs were not scored",) if lacks_pairs else (),
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
@@ -167,7 +167,7 @@ def _listed(blocks: Blocks) -> dict[str, np.ndarray]:
 
 
 def _items(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """What is scored: every block, then every two of them unless there are too many."""
+    """List the sets of blocks to score: every block, then every two of them unless there are too many."""
     singles: list[tuple[str, ...]] = [(name,) for name in names]
     return singles + (list(combinations(names, 2)) if len(names) <= MOST_IN_PAIRS else [])
 
@@ -202,7 +202,7 @@ def _joint(names: Sequence[str], merged: Scores) -> np.ndarray:
 
 
 def interactions(scores: Scores, selector: str) -> np.ndarray:
-    """What two blocks lose beyond the sum of their own errors, `(k, k)`, for the merged `scores`.
+    """The loss of every two blocks beyond the sum of their own errors, `(k, k)`, for the merged `scores`.
 
     It may be negative, as for blocks that destroy the same thing, but a block's negative entries never sum to more than
     its own error: they are scaled down to it. So no set gains from another block, however far pairs are extrapolated.
@@ -220,19 +220,14 @@ def interactions(scores: Scores, selector: str) -> np.ndarray:
     return damped
 
 
-def _infeasible(scores: Scores, profile: Profile, budget: Budget) -> Infeasible:
-    """What each limit asks, and what is left when every removable block is gone."""
+def _blocks_out_of_reach(scores: Scores, profile: Profile, budget: Budget) -> Infeasible:
+    """Build the error for a budget that no set of dropped blocks meets."""
     limits = budget.limits()
     least = {cost: getattr(profile, cost) - int(scores[cost].sum()) for cost in limits}
-    missed = [cost for cost in limits if least[cost] > limits[cost]]
-    parts = " and ".join(
-        f"{limits[cost]:,} {_COSTS[cost]} ({limits[cost] / getattr(profile, cost):.1%} of the teacher), but practise "
-        f"needs at least {least[cost]:,} ({least[cost] / getattr(profile, cost):.1%})"
-        for cost in missed
-    )
-    reasons = "; ".join(scores["rejected"][:3].tolist()) or "no module with weights has children"
-    why = f"because no block can be dropped ({reasons}); try itpruner, alds or uniform"
-    if len(scores["blocks"]):
-        count = len(scores["blocks"])
-        why = f"with all {count} removable blocks dropped; raise it or try a chain such as [practise, alds]"
-    return Infeasible(f"budget {budget.name!r} allows {parts}, {why}", least)
+    if count := len(scores["blocks"]):
+        why = f"with all {count} removable blocks dropped"
+        advice = "raise it or try a chain such as [practise, alds]"
+    else:
+        reasons = "; ".join(scores["rejected"][:3].tolist()) or "no module with weights has children"
+        why, advice = f"because no block can be dropped ({reasons})", "try itpruner, alds or uniform"
+    return out_of_reach(PRACTISE.name, budget, profile, least, why=dict.fromkeys(limits, why), advice=advice)

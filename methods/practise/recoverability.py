@@ -1,7 +1,7 @@
-"""How much of the teacher's last feature map is lost for good when blocks go: the error that a light repair leaves.
+"""The part of the teacher's last feature map that is lost for good without some blocks: the error after a light repair.
 
 The map is the one that pooling reads, and the error its mean square as a share of the map's variance: 0 is no loss, 1
-what the constant mean would lose.
+the loss of the constant mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.base import ScoreError
+from methods.hooks import hooked
 from methods.network.graph import UNTRACEABLE, has_weights, passes_on, replace
 from methods.practise.blocks import drop
 from methods.training.objective import classifier_name, last_map, tapped
@@ -37,7 +38,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """What the teacher makes of the calibration images `(n, c, h, w)`, and where students are compared with it.
+    """The teacher's maps of the calibration images `(n, c, h, w)`, and the place where students are compared with it.
 
     `teacher` is a copy in eval mode and `blocks` are its removable blocks, as in `Blocks.removable`. `maps` holds, in
     the order they are computed, the output of every block up to `features`, the map to reproduce; blocks that change
@@ -83,22 +84,16 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
 def _maps(
     teacher: nn.Module, images: Tensor, names: Sequence[str], tap: str | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What the modules `names` put out, those that run once and read one map, before the features; and these."""
+    """The outputs of those modules `names` that run once and read one map, before the features; and the features."""
     calls: list[tuple[str, Tensor, int]] = []
 
     def keep(name: str, _: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object], output: object) -> None:
         if len(inputs) == 1 and not named and isinstance(output, Tensor) and len(output) == len(images):
             calls.append((name, output.clone(), len(features)))
 
-    handles = [
-        teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names
-    ]
-    try:
-        with tapped(teacher, tap, classifier_name(teacher)) as features:
-            teacher(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names)
+    with hooked(hooks), tapped(teacher, tap, classifier_name(teacher)) as features:
+        teacher(images)
     runs = Counter(name for name, *_ in calls)
     return {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}, features[-1]
 
@@ -138,10 +133,10 @@ def recoverability(
 
 @torch.no_grad()
 def sequential_error(reference: Reference, dropped: Sequence[str], *, ridge: float | None = None) -> float:
-    """The error where the student's map is fitted to the teacher's at every block from the first dropped one on.
+    """The error when the student's map is fitted to the teacher's at every block from the first dropped one on.
 
-    Each fit is the affine map of channels of `fit_channels`, and its result is what the next block reads. Where the
-    teacher's map has no negative entry, as behind a ReLU, negative ones are cleared, which only lowers the error.
+    Each fit is the affine map of channels of `fit_channels`, and the next block reads its result. If the teacher's map
+    has no negative entry, as behind a ReLU, negative ones are cleared, which only lowers the error.
     `ridge` defaults to `RIDGE`, or to `RIDGE_OF_FEW` for few images.
 
     Source: none; it stands in for the paper's training of 1x1 convolutions, at about the cost of one of its steps.
@@ -153,7 +148,7 @@ def sequential_error(reference: Reference, dropped: Sequence[str], *, ridge: flo
     for name, target in reference.maps.items():
         is_past = is_past or name in dropped
         if not is_past:
-            replace(student, name, _Recall(target))
+            replace(student, name, _TeacherMap(target))
             continue
         fitted = _Fitted(target, _channel_axis(reference.teacher.get_submodule(name), target), ridge)
         replace(student, name, nn.Sequential(student.get_submodule(name), fitted))
@@ -217,7 +212,7 @@ def fit_channels(source: Tensor, target: Tensor, *, ridge: float) -> tuple[Tenso
 
 
 def add_adaptors(student: nn.Module, dropped: Sequence[str]) -> list[nn.Conv2d | nn.Linear]:
-    """Puts an identity of channels behind each layer that writes, and before each that reads what a dropped block read.
+    """Put an identity of channels behind each layer that writes, and before each that reads, a dropped block's input.
 
     The writers are found by walking back from the dropped block through additions, norms, activations and dropout, the
     readers by walking on. Depthwise and grouped layers get none. They are changed in place, the adaptors returned.
@@ -257,13 +252,13 @@ _PASSING = (
 
 
 def _nearest(
-    places: Sequence[fx.Node], beyond: Callable[[fx.Node], Iterable[fx.Node]], modules: Mapping[str, nn.Module]
+    places: Sequence[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]], modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """The layers met first on each way from the `places`."""
+    """The layers met first on each way from the `places` by the steps of `neighbours`."""
     found: dict[str, None] = {}
     seen, rest = set(places), list(places)
     while rest:
-        for node in beyond(rest.pop()):
+        for node in neighbours(rest.pop()):
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
                 found[str(node.target)] = None
@@ -281,8 +276,8 @@ def _identity(layer: nn.Module, channels: int) -> nn.Conv2d | nn.Linear:
     return adaptor.to(next(layer.parameters()))
 
 
-class _Recall(nn.Module):
-    """Stands for everything up to a block's output: the teacher's map, whatever the input."""
+class _TeacherMap(nn.Module):
+    """The teacher's map, for any input: it stands for everything up to a block's output."""
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
@@ -293,7 +288,7 @@ class _Recall(nn.Module):
 
 
 class _Fitted(nn.Module):
-    """The input after the affine map that brings it closest to `target`; unchanged where it is the target."""
+    """The input after the affine map that brings it closest to `target`; unchanged if it is the target."""
 
     def __init__(self, target: Tensor, axis: int, ridge: float) -> None:
         super().__init__()
@@ -309,7 +304,7 @@ class _Fitted(nn.Module):
 
 
 def _boundaries(model: nn.Module, blocks: Mapping[str, str], prefix: str = "") -> Iterator[str]:
-    """The blocks, and what stands beside them or beside their parents with weights and children of its own."""
+    """The blocks, and the modules beside them or beside their parents that have weights and children."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         if any(block.startswith(f"{path}.") for block in blocks):
@@ -325,7 +320,7 @@ def _channel_axis(block: nn.Module, output: Tensor) -> int:
 
 
 def _features(reference: Reference, student: nn.Module, images: Tensor) -> Tensor:
-    """The student's features, where the teacher's were taken."""
+    """The student's features, taken where the teacher's were."""
     with tapped(student, reference.tap, classifier_name(reference.teacher)) as seen:
         student(images)
     return seen[-1]

@@ -1,4 +1,4 @@
-"""Choosing what to drop: the least error that saves enough, proven least by a mixed-integer program."""
+"""The choice of blocks to drop: the least error that saves enough, proven least by a mixed-integer program."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from scipy.sparse import coo_array
 from methods.base import Infeasible
 
 _LARGEST = 1e4
-"""What HiGHS is told the largest error is."""
+"""The largest error that HiGHS is given: all others are scaled alike."""
 
 _MARGIN, _SLACK = 1e-9, 1e-12
-"""The share of a target that HiGHS is let off, so that rounding loses no choice. What it finds is checked again: whole
+"""The share of a target that HiGHS is let off, so that rounding loses no choice. Its choices are checked again: whole
 numbers exactly, others to the slack."""
 
 _TOLERANCE = 1e-7
-"""How far HiGHS may miss a rule; from 1e-9 downwards it takes the rounding in its own cuts for a rule, and misses the
-best set now and then."""
+"""The most by which HiGHS may miss a rule; from 1e-9 downwards it takes the rounding in its own cuts for a rule, and
+misses the best set now and then."""
 
 _EXACT = {
     "mip_rel_gap": 0.0,
@@ -34,7 +34,7 @@ _EXACT = {
 }
 
 _Row: TypeAlias = tuple[Sequence[float], float]
-"""What each choice saves of one resource, and how much of it has to be saved."""
+"""The savings of each choice in one resource, and the target for their sum."""
 
 
 def select(savings: Sequence[float], recoverability: Sequence[float], target: float) -> list[int]:
@@ -43,9 +43,9 @@ def select(savings: Sequence[float], recoverability: Sequence[float], target: fl
     A target of 0 or less takes nothing. Of equally good sets, the one with the smaller sum of positions is taken.
 
     Args:
-        savings: what each saves, in any unit; whole numbers are compared exactly.
+        savings: of each, in any unit; whole numbers are compared exactly.
         recoverability: the error that each costs.
-        target: what the chosen have to save, in the unit of `savings`.
+        target: the least that the chosen have to save, in the unit of `savings`.
 
     Raises:
         Infeasible: all together save less than `target`.
@@ -112,8 +112,8 @@ def _solve(
 ) -> list[int] | None:
     """The set of least error that, within tolerance, saves 1 by each of `rows` and keeps `rules`; None: none does.
 
-    Ties are settled by a second program: a small price on positions would be lost in the rounding of the first. Where
-    rounding leaves the second without any set, what the first found stands.
+    Ties are settled by a second program: a small price on positions would be lost in the rounding of the first. If
+    rounding leaves the second without any set, the set of the first stands.
     """
     worth = np.array(recoverability, dtype=np.float64)
     scale = (max(np.abs(worth).max(initial=0), np.abs(q).max(initial=0)) or 1.0) / _LARGEST
@@ -138,7 +138,7 @@ def _picked(chosen: Any) -> list[int]:
 
 
 def _is_solved(cost: Any, rules: Sequence[Any]) -> bool:
-    """Sets the variables to where `cost` is least under `rules`; False where nothing keeps them."""
+    """Set the variables so that `cost` is least under `rules`; return False if nothing keeps the rules."""
     problem = cp.Problem(cp.Minimize(cost), rules)
     problem.solve(solver=cp.HIGHS, **_EXACT)
     assert problem.status in (cp.OPTIMAL, cp.INFEASIBLE), problem.status
@@ -146,7 +146,7 @@ def _is_solved(cost: Any, rules: Sequence[Any]) -> bool:
 
 
 def _times_chosen(row: np.ndarray, chosen: Any, both: Any) -> Any:
-    """`row @ chosen >= 1` times each variable: implied by whole numbers, it cuts away fractions, and hours."""
+    """Multiply `row @ chosen >= 1` by each variable: implied by whole numbers, it cuts away fractions, and hours."""
     one, two = np.triu_indices(len(row), 1)
     pairs = np.arange(len(one))
     shape = (len(row), len(pairs))
@@ -169,7 +169,7 @@ def _check(
 
 
 def _in_units(row: Sequence[float], target: float) -> _Row:
-    """Whole savings and their target in their greatest common divisor, so that they stand out of the tolerance."""
+    """Divide whole savings and their target by the greatest common divisor, so that they stand out of the tolerance."""
     if not all(isinstance(saving, Integral) or float(saving).is_integer() for saving in row):
         return row, target
     whole = [int(saving) for saving in row]

@@ -1,7 +1,7 @@
-"""One training step shared by several processes: each works on its part of a batch, and all see what became of it.
+"""One training step shared by several processes: each works on its part of a batch, and all see the whole result.
 
-Whatever couples the images of a batch is computed for the whole of it. Batch norms use its mean and variance; outputs,
-and whatever else a loss reads, are joined, so every process forms the same loss, the one a single process would. A step
+All that couples the images of a batch is computed for the whole of it. Batch norms use its mean and variance; outputs,
+and all else that a loss reads, are joined, so every process forms the same loss, the one a single process would. A step
 is therefore that of one process, up to the order of sums, for any number of processes and however unequal their parts.
 Networks, losses and methods need not know. (In float32 the order of sums now and then moves an activation across a
 kink, a ReLU's or a gate's threshold; then two runs part by about 1e-4 a step, as those of two machines do.)
@@ -9,8 +9,8 @@ kink, a ReLU's or a gate's threshold; then two runs part by about 1e-4 a step, a
 The processes are those of torch.distributed's default group: gloo on CPUs, nccl on GPUs, where this was not run.
 Without a group every function here leaves things as they are.
 
-Differs from one process: what is dropped at random, since each draws for its own images; and running statistics other
-than a batch norm's, such as an instance norm's, which are those of the first process's part.
+Differs from one process: random drops, since each process draws for its own images; and running statistics other than
+a batch norm's, such as an instance norm's, which are those of the first process's part.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch.overrides import TorchFunctionMode
 
 
 def processes() -> int:
-    """How many processes share a step."""
-    return distributed.get_world_size() if _is_shared() else 1
+    """Return the number of processes that share a step."""
+    return distributed.get_world_size() if _is_distributed() else 1
 
 
 def part(count: int) -> slice:
-    """The images that are this process's among `count`: parts differ by one at most.
+    """Return this process's images among `count`: parts differ by one at most.
 
-    Where there are fewer images than processes, every process takes all of them.
+    Of fewer images than processes, every process takes all.
     """
     shares = processes()
     if count < shares:
@@ -44,10 +44,10 @@ def part(count: int) -> slice:
 
 
 def joined(mine: Tensor, count: int) -> Tensor:
-    """The rows `(count, ...)` of all processes, from those of this one's `part(count)`; gradients find their way back.
+    """Join the rows `(count, ...)` of all processes, of which `mine` are this one's `part(count)`; gradients flow back.
 
-    Each process gets the gradients of its rows from every process's loss. The losses are the same, so theirs add up to
-    as many times what one process has: see `average_gradients`.
+    Each process gets the gradients of its rows from every process's loss. The losses are the same, so the gradients
+    add up to as many times those of one process: see `average_gradients`.
     """
     if len(mine) == count:
         return mine
@@ -56,8 +56,8 @@ def joined(mine: Tensor, count: int) -> Tensor:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Gives every process the mean over processes of the gradients of `model`, in place, in one message."""
-    if not _is_shared():
+    """Give every process the mean over processes of the gradients of `model`, in place, in one message."""
+    if not _is_distributed():
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -70,25 +70,25 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def align(model: nn.Module) -> None:
-    """Gives every process the first one's weights and statistics, in place: another processor may round otherwise."""
-    for value in model.state_dict().values() if _is_shared() else ():
+    """Give every process the first one's weights and statistics, in place: another processor may round otherwise."""
+    for value in model.state_dict().values() if _is_distributed() else ():
         sent = value.contiguous()
         distributed.broadcast(sent, 0)
         value.copy_(sent)
 
 
 def own_seed(seed: int) -> int:
-    """The seed of what this process alone draws; the first one's is `seed`, and a CPU's generator takes 32 bits."""
-    rank = distributed.get_rank() if _is_shared() else 0
+    """Return the seed of this process's own draws; the first one's is `seed`, and a CPU's generator takes 32 bits."""
+    rank = distributed.get_rank() if _is_distributed() else 0
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]) if rank else seed
 
 
 def joint_norms() -> AbstractContextManager[Any]:
-    """Within it, batch norms in train mode take their statistics from the parts of all processes together."""
-    return _JointNorms() if _is_shared() else nullcontext()
+    """Let batch norms in train mode, within the block, take their statistics from the parts of all processes."""
+    return _JointNorms() if _is_distributed() else nullcontext()
 
 
-def _is_shared() -> bool:
+def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -145,7 +145,7 @@ def _batch_norm(
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance `(c,)` of all processes' `values` `(n, c, ...)`, and how many there are per channel."""
+    """Return mean and biased variance `(c,)` of all processes' `values` `(n, c, ...)`, and their number per channel."""
     axes = [0, *range(2, values.ndim)]
     mean = values.mean(axes)
     count = torch.full_like(mean, values.numel() // len(mean))

@@ -12,7 +12,7 @@ from methods.training.recipe import Metric, Samples
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None:
-    """Re-estimates every batch norm's running statistics of `model`, in place, as plain averages over `images`.
+    """Re-estimate every batch norm's running statistics of `model`, in place, as plain averages over `images`.
 
     They are averages over equal batches, none of which is a single image: that has no variance.
     """
@@ -34,7 +34,7 @@ def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
-    """`metric` of `model` in eval mode over all of `data`; several processes that do the same share the images.
+    """Return `metric` of `model` in eval mode over all of `data`; several processes that do the same share the images.
 
     Raises:
         FloatingPointError: a logit is NaN, which an argmax would take for the first class.
@@ -52,7 +52,7 @@ def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """The share of rows of `logits` `(n, classes)` whose largest entry is at `labels` `(n,)`.
+    """Return the share of rows of `logits` `(n, classes)` whose largest entry is at `labels` `(n,)`.
 
     >>> top1(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
     0.5

@@ -25,11 +25,11 @@ def train(
     objective: Objective | None = None,
     undecayed: Iterable[nn.Parameter] = (),
 ) -> Iterator[int]:
-    """Trains `model` in place on its own device; yields the steps done, with the model in eval mode.
+    """Train `model` in place on its own device; yields the steps done, with the model in eval mode.
 
-    Batches, augmentation and dropout follow `seed` alone; without labels nothing is dropped, since the teacher's
-    features are to be met as they are. Zero steps train nothing and yield nothing. `objective` replaces the recipe's
-    loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
+    Batches, augmentation and dropout follow `seed` alone; without labels nothing is dropped, since the student is to
+    meet the teacher's features as they are. Zero steps train nothing and yield nothing. `objective` replaces the
+    recipe's loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
 
     Several processes that do the same share every batch, and all end up with the network that one would have: see
     `methods.training.distributed`.
@@ -72,7 +72,7 @@ def train(
 
 
 def _train_mode(model: nn.Module, recipe: Recipe) -> None:
-    """Puts `model` in train mode; what drops at random stays as in eval mode where there are no labels."""
+    """Put `model` in train mode; without labels, modules that drop at random stay in eval mode."""
     model.train()
     for module in () if recipe.labels else model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -81,12 +81,12 @@ def _train_mode(model: nn.Module, recipe: Recipe) -> None:
 
 
 def recover(student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int) -> Iterator[int]:
-    """Trains `student` in place towards the labels and its teacher; the recovery every method shares."""
+    """Train `student` in place towards the labels and its teacher; the recovery every method shares."""
     return train(student, data, recipe, seed, teacher)
 
 
 def _batch_size(data: Samples, recipe: Recipe) -> int:
-    """How many images each step sees: fewer than asked for where there are no more."""
+    """Return the number of images in each step: fewer than asked for if there are no more."""
     size = min(recipe.batch_size, len(data), recipe.images or len(data))
     if size < distributed.processes():
         raise ValueError(
@@ -97,9 +97,9 @@ def _batch_size(data: Samples, recipe: Recipe) -> int:
 
 
 def _batches(data: Samples, recipe: Recipe, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's part of `recipe.steps` shuffled, augmented batches of `size` images.
+    """Yield this process's part of `recipe.steps` shuffled, augmented batches of `size` images.
 
-    A small set is gone through as often as it takes.
+    A small set serves several times.
     """
     order_stream, augment_stream, image_stream = np.random.SeedSequence(seed).spawn(3)
     order, augment = np.random.default_rng(order_stream), np.random.default_rng(augment_stream)
@@ -132,7 +132,7 @@ def _optimizer(
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float, undecayed: Collection[int]) -> list[dict[str, object]]:
-    """Weight decay for matrices and filters only: norms, biases and the `undecayed` (by id) are left free."""
+    """Group the parameters by weight decay: only matrices and filters decay, but for the `undecayed` (by id)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     is_decayed = [p.ndim > 1 and id(p) not in undecayed for p in trained]
     return [

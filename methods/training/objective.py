@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from methods.hooks import hooked
 from methods.training import distributed
 from methods.training.recipe import Objective, Recipe
 
 
 def instance_losses(output: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
-    """The loss `(n,)` of each image, as the recipe weighs its label `(n,)` and the teacher's outputs `target`.
+    """Return the loss `(n,)` of each image, as the recipe weighs its label `(n,)` and the teacher's outputs `target`.
 
     `output` and `target` are logits `(n, classes)`; without `target` only the labels count.
     """
@@ -28,7 +29,7 @@ def instance_losses(output: Tensor, labels: Tensor, target: Tensor | None, recip
 
 
 def classifier_name(model: nn.Module) -> str:
-    """The dotted name of the last linear layer, or of the last convolution where there is none."""
+    """Return the dotted name of the last linear layer, or of the last convolution in a network without one."""
     for kind in (nn.Linear, nn.Conv2d):
         names = [name for name, module in model.named_modules() if isinstance(module, kind)]
         if names:
@@ -37,9 +38,9 @@ def classifier_name(model: nn.Module) -> str:
 
 
 def last_map(model: nn.Module, images: Tensor) -> str | None:
-    """The module that puts out the last feature map, if nothing with weights but the classifier follows it.
+    """Return the module that puts out the last feature map, if nothing with weights but the classifier follows it.
 
-    That is what pooling reads: a tensor `(n, ...)` of more than two axes and more than one position.
+    Pooling reads that map: a tensor `(n, ...)` of more than two axes and more than one position.
     """
     calls: list[tuple[str, bool, bool]] = []
 
@@ -50,13 +51,9 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
 
         return record
 
-    handles = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name)
+    with hooked(hooks), torch.no_grad():
+        model(images)
     classifier = classifier_name(model)
     for name, is_map, has_weights in reversed(calls):
         if is_map:
@@ -68,9 +65,9 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
 
 @contextmanager
 def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[Tensor]]:
-    """Collects what the module `tap` puts out or, where there is none, what the classifier is given.
+    """Collect the outputs of the module `tap` or, without one, the inputs of the classifier.
 
-    Of a module that runs several times, such as an activation shared by all layers, the last is the one that counts.
+    If the module runs several times, as an activation shared by all layers does, the last entry counts.
     """
     seen: list[Tensor] = []
     if tap is None:
@@ -78,14 +75,12 @@ def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[
         handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     else:
         handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
+    with handle:
         yield seen
-    finally:
-        handle.remove()
 
 
 def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Objective:
-    """The loss of one batch as the recipe says."""
+    """Build the loss of one batch as the recipe says."""
     taps: list[str | None] = []
 
     def from_outputs(images: Tensor, labels: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ Metric: TypeAlias = Callable[[Tensor, Tensor], float]
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Images `(m, c, h, w)` and labels `(n,)` of a batch to the loss of one step; it is called once per step, in order.
 
-The images are this process's part of the batch, the labels those of all of it, as the loss is: see
+The images are this process's part of the batch, the labels and the loss those of the whole batch: see
 `methods.training.distributed`.
 """
 
 
 Chance: TypeAlias = np.random.Generator | None
-"""What augmentation is drawn from, where there is any."""
+"""The generator that augmentation draws from, or none for no augmentation."""
 
 
 WHOLE = slice(None)
@@ -34,20 +34,20 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, c, h, w)` float32 and labels `(n,)` int64; randomly augmented where a generator is given.
+        """Return inputs `(n, c, h, w)` float32 and labels `(n,)` int64, randomly augmented if a generator is given.
 
-        Of these only a `part` may be asked for: it is what it would be among all of them.
+        A caller may ask for a `part` of these only: its images are the same as among all of them.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with Nesterov momentum on a one-cycle schedule.
+    """The settings of a training: SGD with Nesterov momentum on a one-cycle schedule.
 
     `distill` is the weight of the teacher's softened outputs beside the labels, 0 to 1. Without `labels` the student
-    mimics the teacher alone: its last feature map where the cut left that and the classifier whole, its outputs
-    otherwise. `images` is how many training images recovery may see, drawn by the seed (None: all of them).
+    mimics the teacher alone: its last feature map if the cut left that and the classifier whole, its outputs
+    otherwise. `images` is the number of training images that recovery may see, drawn by the seed (None: all of them).
     `report_every` is the number of steps between two evaluations; the last step is always one.
     """
 

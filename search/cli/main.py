@@ -100,7 +100,7 @@ def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> R
     from search.workload.usercode import user_modules
 
     found = RayCluster(
-        workload.bench(),
+        workload.worker_inputs(),
         address=address or settings.cluster.address,
         max_parallel=settings.cluster.max_parallel,
         gpus_per_worker=settings.cluster.gpus_per_trial,
@@ -117,7 +117,7 @@ def _nearby(workload: Workload, settings: SearchSpec, address: str | None) -> Cl
     from cluster import InlineCluster
 
     is_elsewhere = any(device.resources for device in settings.devices.values()) or settings.recovery.workers > 1
-    return _workers(workload, settings, address) if address or is_elsewhere else InlineCluster(workload.bench())
+    return _workers(workload, settings, address) if address or is_elsewhere else InlineCluster(workload.worker_inputs())
 
 
 @app.command()

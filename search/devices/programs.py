@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cluster import Cluster, Done, Failed, Program
 from methods.base import Plan
 from methods.chain import AnyMethod
-from methods.pipeline import Bench
+from methods.pipeline import WorkerInputs
 from search.base import Report
 from search.export import onnx_program
 
@@ -26,7 +26,7 @@ Student: TypeAlias = tuple[AnyMethod, Plan]
 _Item: TypeAlias = tuple[AnyMethod | None, Plan | None, Kind]
 
 
-def program(bench: Bench, method: AnyMethod | None, plan: Plan | None, kind: Kind) -> Program:
+def program(inputs: WorkerInputs, method: AnyMethod | None, plan: Plan | None, kind: Kind) -> Program:
     """What a device runs of the student that `plan` describes, or of the teacher where there is no method.
 
     Only the shapes are the student's: its weights are drawn anew, since time must not depend on what a cut left of the
@@ -35,11 +35,11 @@ def program(bench: Bench, method: AnyMethod | None, plan: Plan | None, kind: Kin
     Raises:
         ExportError: the student cannot be written as ONNX.
     """
-    model = copy.deepcopy(bench.teacher).cpu()
+    model = copy.deepcopy(inputs.teacher).cpu()
     if method is not None and plan is not None:
         model = method.apply(model, plan)
     _draw(model.eval())
-    return model if kind == "torch" else onnx_program(model, torch.from_numpy(bench.calibration[:1].copy()))
+    return model if kind == "torch" else onnx_program(model, torch.from_numpy(inputs.calibration[:1].copy()))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def search(
     """Run a search to its end, or resume one that was stopped; return its record.
 
     Args:
-        make_cluster: gives the workers, which hold the workload's `bench()`.
+        make_cluster: gives the workers, which hold the workload's `worker_inputs()`.
         report: hears of progress.
         strategy: its means beyond drawing at random.
 

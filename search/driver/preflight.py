@@ -37,7 +37,7 @@ def preflight(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], rep
     asked where some budget limits latency; then the teacher and single layers are measured.
 
     Args:
-        make_cluster: gives the workers, which hold the workload's `bench()`.
+        make_cluster: gives the workers, which hold the workload's `worker_inputs()`.
     """
     workload = load(spec, report, fit=False)
     cluster = make_cluster(workload)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from methods.pipeline import Bench
+from methods.pipeline import WorkerInputs
 from methods.training import Metric, Samples, top1
 from search import cache
 from search.base import Report, WorkloadError
@@ -25,7 +25,7 @@ from search.workload.usercode import UserMetric, imported, made
 
 @dataclass(frozen=True)
 class Workload:
-    """What a search works on. The test set stays in the driver: workers are given `bench()` only.
+    """What a search works on. The test set stays in the driver: workers are given `worker_inputs()` only.
 
     `foreign` are the images of another source, where recovery is to see those instead of the training set.
     """
@@ -36,11 +36,11 @@ class Workload:
     fingerprint: str
     foreign: Samples | None = None
 
-    def bench(self) -> Bench:
+    def worker_inputs(self) -> WorkerInputs:
         """The part of it that workers may see."""
         splits = self.splits
         train = splits.train if self.foreign is None else self.foreign
-        return Bench(self.teacher, train, splits.validation, splits.calibration, self.metric)
+        return WorkerInputs(self.teacher, train, splits.validation, splits.calibration, self.metric)
 
     @property
     def example(self) -> Tensor:

@@ -23,7 +23,7 @@ from cluster import ClusterError, Done, Failed, InlineCluster, RayCluster, Step,
 from methods import METHODS
 from methods.base import Budget
 from methods.network import profile
-from methods.pipeline import Bench, trial
+from methods.pipeline import WorkerInputs, trial
 from methods.protocol import defaults
 from methods.training import top1
 from tests.methods.training.test_distributed import FARTHEST, RECIPE, distance, in_float32, original, smoothed, splits
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 HOUR = 3600.0
 
 
-def wavering(bench: Bench, folder: str) -> Iterator[int]:
+def wavering(bench: WorkerInputs, folder: str) -> Iterator[int]:
     """Tells how many processes there are; the second one dies after its first step, and hangs there the next time."""
     rank, died, hung = distributed.get_rank(), Path(folder, "died"), Path(folder, "hung")
     for step in range(3):
@@ -49,25 +49,25 @@ def wavering(bench: Bench, folder: str) -> Iterator[int]:
         yield int(there)
 
 
-def lopsided(bench: Bench) -> None:
+def lopsided(bench: WorkerInputs) -> None:
     """Fails in one process, for which the other waits."""
     if distributed.get_rank() == 1:
         raise ValueError("only here")
     distributed.barrier()
 
 
-def size_of(bench: Bench, name: str) -> int:
+def size_of(bench: WorkerInputs, name: str) -> int:
     return len(getattr(bench, name))
 
 
 @pytest.fixture(scope="module")
-def bench(teacher: Path) -> Bench:
+def bench(teacher: Path) -> WorkerInputs:
     found = splits()  # smoothed, as `test_together.in_float32` is and for its reason
-    return Bench(smoothed(original(teacher)), found.train, found.validation, found.calibration, top1)
+    return WorkerInputs(smoothed(original(teacher)), found.train, found.validation, found.calibration, top1)
 
 
 @pytest.fixture(scope="module")
-def cluster(bench: Bench) -> Iterator[RayCluster]:
+def cluster(bench: WorkerInputs) -> Iterator[RayCluster]:
     """As many CPUs as processes share an item: the workers have to make room."""
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     with pytest.MonkeyPatch.context() as patched:
@@ -126,7 +126,9 @@ def test_workers_leave_the_room_that_groups_have() -> None:
 
 
 @pytest.mark.live
-def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: Bench, ahead: list[float]) -> None:
+def test_waiting_for_room_is_told_and_is_no_hanging(
+    cluster: RayCluster, bench: WorkerInputs, ahead: list[float]
+) -> None:
     (done,) = cluster.run(size_of, [("train",)])
     assert isinstance(done, Done)
     assert done.value == len(bench.train)
@@ -148,7 +150,7 @@ def test_waiting_for_room_is_told_and_is_no_hanging(cluster: RayCluster, bench: 
     wait_until(lambda: not rooms())
 
 
-def test_twenty_steps_of_two_workers_come_to_those_of_one(cluster: RayCluster, bench: Bench) -> None:
+def test_twenty_steps_of_two_workers_come_to_those_of_one(cluster: RayCluster, bench: WorkerInputs) -> None:
     uniform, images = METHODS["uniform"], torch.from_numpy(bench.calibration)
     rows = profile(bench.teacher, images[:2])
     scores = uniform.merge([uniform.score(one, bench.teacher, images, 0) for one in uniform.shards(rows, images)], rows)
@@ -208,6 +210,6 @@ def test_what_one_process_raises_is_the_items_error(cluster: RayCluster) -> None
 
 @pytest.mark.live
 @pytest.mark.usefixtures("cluster")
-def test_groups_beyond_the_cluster_are_refused(bench: Bench) -> None:
+def test_groups_beyond_the_cluster_are_refused(bench: WorkerInputs) -> None:
     with pytest.raises(ClusterError, match="has room for 2 workers, and 3 are to share an item"):
         RayCluster(bench, shared={trial: 3})

@@ -1,4 +1,4 @@
-"""Chains: shares of the cut, links that cannot take theirs, and what a plan of plans says."""
+"""Chains: shares of the cut, links that cannot take theirs, and plans of plans."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_a_link_that_cannot_take_its_share_does_what_it_can() -> None:
 
 
 def test_a_budget_out_of_reach_names_what_the_last_link_can_reach() -> None:
-    with pytest.raises(Infeasible, match=r"^at the last link of uniform\+alds, .*: .*ALDS needs at least") as raised:
+    told = r"^at the last link of uniform\+alds, .*: .*alds reaches no less than"
+    with pytest.raises(Infeasible, match=told) as raised:
         planned(CHAIN, Budget("none", macs=1))
     assert 1 < raised.value.least["macs"] < FOUND.macs // 4
 

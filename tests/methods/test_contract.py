@@ -1,4 +1,4 @@
-"""The laws every method and chain obeys, on every wiring: what a plan says is what the student costs."""
+"""The laws every method and chain obeys, on every wiring: the student has the cost of its plan."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def partials(method: Method, network: nn.Module, found: Profile) -> list[Scores]
 
 
 def scored_on(teacher: nn.Module) -> Scored:
-    """What the driver of a search does with a cluster, without one."""
+    """Score as the driver of a search does, without a cluster."""
 
     @lru_cache(maxsize=4)
     def profile_after(plans: str) -> tuple[nn.Module, Profile]:
@@ -63,7 +63,7 @@ def scored_on(teacher: nn.Module) -> Scored:
 
 @lru_cache(maxsize=1)
 def case(method: str, network: str) -> tuple[nn.Module, Profile, dict[float, Plan | Infeasible]]:
-    """A teacher, its profile, and the plan for each share of its MACs, or why there is none."""
+    """A teacher, its profile, and for each share of its MACs the plan, or the error if none fits."""
     teacher = NETWORKS[network]()
     found = profile(teacher, images())
     scored = lru_cache(maxsize=1)(scored_on(teacher)) if "+" not in method else scored_on(teacher)

@@ -23,7 +23,7 @@ class Table:
     pairs: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def add(self, *variables: int, cost: float) -> None:
-        """Adds `cost` per channel of each of one or two variables."""
+        """Add `cost` per channel of each of one or two variables."""
         full = cost * np.prod([self.base[v] for v in variables])
         if len(variables) == 1:
             self.linear[variables[0]] = self.linear.get(variables[0], 0.0) + full
@@ -126,7 +126,7 @@ def resnet50() -> Table:
 
 @dataclass(frozen=True)
 class Vector:
-    """A published list for a target in millions of the code's FLOPs, and what its table says the list costs."""
+    """A published list for a target in millions of the code's FLOPs, and the list's cost by its table."""
 
     table: Callable[[], Table]
     target: float

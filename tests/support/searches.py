@@ -38,7 +38,7 @@ def parsed(folder: Path, text: str = SPEC) -> schema.SearchSpec:
 
 def inline(made: Workload) -> Cluster:
     """This process as the cluster."""
-    return InlineCluster(made.bench())
+    return InlineCluster(made.worker_inputs())
 
 
 def quiet(stage: str, done: int, total: int, note: str) -> None:

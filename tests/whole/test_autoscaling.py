@@ -108,10 +108,10 @@ def test_demand_brings_nodes_up_from_none_and_idleness_takes_them_down(
     wanted = parsed(place(tmp_path, teacher), SPEC)
     made = load(wanted, quiet)
     with pytest.raises(ClusterError, match=r"has 0 CPUs and 0 GPUs; .*; give cluster.max_parallel as a number"):
-        RayCluster(made.bench(), address=growing, gpus_per_worker=1)
+        RayCluster(made.worker_inputs(), address=growing, gpus_per_worker=1)
     assert nodes() == []
     seen: list[dict[str, float]] = []
-    cluster = RayCluster(made.bench(), address=growing, max_parallel=WORKERS, gpus_per_worker=1)
+    cluster = RayCluster(made.worker_inputs(), address=growing, max_parallel=WORKERS, gpus_per_worker=1)
     prepare(wanted, made, cluster, lambda *_: seen.extend(nodes()))
     cluster.close()
     assert {node["GPU"] for node in seen} == {1}

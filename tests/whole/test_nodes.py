@@ -199,7 +199,9 @@ def test_a_search_that_loses_nodes_and_workers_ends_as_an_undisturbed_one(
     struck: list[str] = []
 
     def make(made: Workload) -> RayCluster:
-        found = RayCluster(made.bench(), address=raylets.address, max_parallel=NODES, by_value=[sys.modules[__name__]])
+        found = RayCluster(
+            made.worker_inputs(), address=raylets.address, max_parallel=NODES, by_value=[sys.modules[__name__]]
+        )
         gather(found, NODES, tmp_path / "met")
         return found
 
@@ -223,7 +225,7 @@ def test_scores_are_the_same_bits_for_one_two_and_four_workers(
         cache = tmp_path / f"of {count}"
         monkeypatch.setenv("PAREDOWN_CACHE", str(cache))
         made = load(wanted, quiet)
-        with workers(raylets, made.bench(), count) as cluster:
+        with workers(raylets, made.worker_inputs(), count) as cluster:
             assert len(set(gather(cluster, count, tmp_path / f"met {count}"))) == count
             prepare(wanted, made, cluster, quiet)
         found[count] = {path.name: dict(np.load(path)) for path in (cache / "scores").iterdir()}

@@ -173,11 +173,11 @@ def test_a_search_on_ray_follows_the_plans_of_this_process(wanted: schema.Search
     (tmp_path / "metric.py").write_text(PLAIN)
     wanted = parsed(tmp_path, SPEC % "./metric.py:plain")
     here = loading.load(wanted, quiet)
-    planned = prepare(wanted, here, InlineCluster(here.bench()), quiet)
+    planned = prepare(wanted, here, InlineCluster(here.worker_inputs()), quiet)
 
     def on_ray(made: Workload) -> Cluster:
         (tmp_path / "cache").rename(tmp_path / "scored here")
-        return RayCluster(made.bench(), max_parallel=2, by_value=usercode.user_modules())
+        return RayCluster(made.worker_inputs(), max_parallel=2, by_value=usercode.user_modules())
 
     result = loop.search(wanted, on_ray, quiet)
     assert [one.state for one in result.candidates] == ["complete"] * 8

@@ -1,4 +1,4 @@
-"""What an executor of a gated network decides beforehand: channel sets worth keeping ready, and where cutting pays.
+"""The decisions of an executor before it runs: channel sets worth keeping ready, and layers where cutting pays.
 
 The masks of calibration images are clustered; the union of a cluster is a bucket, which serves every image whose active
 channels it contains. Whether fewer channels are faster at all is measured, layer by layer: MACs do not tell.
@@ -23,11 +23,11 @@ REPEATS = 9
 """Timed calls per entry of the latency table, the fastest of which counts."""
 
 SHARES = (0.25, 0.5, 0.75, 0.875)
-"""Of a layer's channels, where the latency table has its entries."""
+"""Of a layer's channels, at which the latency table has its entries."""
 
 
 Convolution: TypeAlias = Callable[[Tensor], Tensor]
-"""What becomes of a weight: the layer's output, or the same weight in another layout."""
+"""A weight to the layer's output, or to the same weight in another layout."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def unions(saliency: Tensor, on: Tensor, count: int, multiple: int) -> list[Tens
     Args:
         saliency: `(n, c)`, of n images.
         on: their masks `(n, c)`.
-        count: how many clusters are looked for.
+        count: the number of clusters looked for.
         multiple: of the sizes.
 
     Source: none; the authors publish no executor. Clusters are of complete linkage, so that no member is far from
@@ -90,9 +90,9 @@ def unions(saliency: Tensor, on: Tensor, count: int, multiple: int) -> list[Tens
 
 @torch.no_grad()
 def latency_table(weight: Tensor, multiple: int, conv: Convolution, packed: Convolution) -> list[Entry]:
-    """Times a convolution with all rows of `weight` `(o, i, h, w)` and with some, on this machine, right now.
+    """Time a convolution with all rows of `weight` `(o, i, h, w)` and with some, on this machine, right now.
 
-    The entries are at shares of `o`, rounded up to `multiple`; there is none where that leaves nothing to skip.
+    The entries are at shares of `o`, rounded up to `multiple`; shares that leave nothing to skip have none.
     """
     saliency, nothing = torch.rand(len(weight)), torch.zeros(len(weight), dtype=torch.bool)
     sizes = sorted({round_up(int(share * len(weight)), multiple) for share in SHARES if share * len(weight) >= 1})
@@ -110,7 +110,7 @@ def latency_table(weight: Tensor, multiple: int, conv: Convolution, packed: Conv
 
 
 def limits(table: Sequence[Entry]) -> tuple[int, int]:
-    """Up to how many channels a bucket, and up to how many a gathered set, is faster than all; 0 where none is.
+    """The most channels of a bucket, and of a gathered set, that are faster than all; 0 if none are.
 
     >>> limits([Entry(16, 1.0, 0.5, 0.9), Entry(32, 1.0, 0.8, 1.1)])
     (32, 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,14 +20,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.manidp.executor.buckets import Entry, latency_table, limits, round_up, unions
-from methods.manidp.executor.parts import ALL, MADE, Choice, Chooser, Cut, accumulate, narrow, scaled, spread
+from methods.manidp.executor.parts import ALL, GATHERED, Choice, Chooser, Cut, accumulate, narrow, scaled, spread
 from methods.manidp.gates import Gate, Gated, Mask, active, saliencies
 from methods.manidp.sites import Site
 
 
 class Executor(nn.Module):
-    """See `executor`. `table` is what was measured, by gate; `choosers` are by gate, `cuts` by site."""
+    """The result of `executor`: the measured `table` and the `choosers` are by gate, the `cuts` by site."""
 
     def __init__(
         self, network: nn.Module, choosers: Sequence[Chooser], cuts: Sequence[Cut], table: Mapping[int, list[Entry]]
@@ -43,8 +44,8 @@ class Executor(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What calibration images showed of one gate: which channels are left, and masks and saliencies `(n, left)`."""
+class _Usage:
+    """One gate on calibration images: the channels that are left, and masks and saliencies `(n, left)`."""
 
     left: Tensor
     saliency: Tensor
@@ -62,7 +63,7 @@ def executor(
     remove_unused: bool = False,
     cache_bytes: int = 256 << 20,
 ) -> Executor:
-    """A network that gives what `student` gives in eval mode, `(n, classes)`, and computes only what its masks leave.
+    """A network with the outputs of `student` in eval mode, `(n, classes)`, that computes only what its masks leave.
 
     It is exact up to rounding, on every image, unless `remove_unused` says otherwise. Norms are folded into
     convolutions, maps are channels-last, and weights that lie ready are in oneDNN's own layout. A batch runs image by
@@ -71,7 +72,7 @@ def executor(
     Args:
         student: a trained, calibrated network on the CPU; left untouched.
         calibration: images `(n, c, h, w)`.
-        buckets: sets of channels that are looked for per gate; 0 to cut the weights for every image anew.
+        buckets: the number of channel sets looked for per gate; 0 to cut the weights for every image anew.
         multiple: channel counts are rounded up to it with the next best channels, whose mask stays 0: the fewer
             different shapes there are, the more of them the convolution library has prepared.
         is_measured: whether to time every gated convolution, here and now, and to compute all channels wherever a
@@ -90,27 +91,29 @@ def executor(
     ShapeProp(network).propagate(calibration[:1])
     folded = _fold(network)
     found = [
-        _seen(saliency, active(saliency, mask.threshold), remove_unused)
+        _usage(saliency, active(saliency, mask.threshold), remove_unused)
         for saliency, mask in zip(saliencies(student, calibration), student.masks, strict=True)
     ]
     cuts = [_cut(network, site, found, {str(norm.target) for norm in folded}) for site in student.sites]
     inputs = {node.target: node.all_input_nodes[0] for node in network.graph.nodes if node.op == "call_module"}
     own = [(site, cut) for site, cut in zip(student.sites, cuts, strict=True) if not site.is_depthwise]
     table = {site.gate: _table(inputs[site.conv], site, cut, found, multiple) for site, cut in own if is_measured}
-    choosers = [_chooser(student, gate, seen, table.get(gate), (buckets, multiple)) for gate, seen in enumerate(found)]
+    choosers = [
+        _chooser(student, gate, usage, table.get(gate), (buckets, multiple)) for gate, usage in enumerate(found)
+    ]
     network.add_module("choosers", nn.ModuleList(choosers))
     network.add_module("cuts", nn.ModuleList(cuts))
-    made = Executor(_Rewriter(network, student.sites, folded).rewritten(), choosers, cuts, table)
-    _prepare(made, calibration, cache_bytes)
-    return made
+    finished = Executor(_Rewriter(network, student.sites, folded).rewritten(), choosers, cuts, table)
+    _prepare(finished, calibration, cache_bytes)
+    return finished
 
 
-def _seen(saliency: Tensor, on: Tensor, remove_unused: bool) -> _Seen:
+def _usage(saliency: Tensor, on: Tensor, remove_unused: bool) -> _Usage:
     left = on.any(0).nonzero()[:, 0] if remove_unused else torch.arange(on.shape[1])
-    return _Seen(left, saliency[:, left], on[:, left])
+    return _Usage(left, saliency[:, left], on[:, left])
 
 
-def _cut(network: fx.GraphModule, site: Site, found: Sequence[_Seen], norms: Collection[str]) -> Cut:
+def _cut(network: fx.GraphModule, site: Site, found: Sequence[_Usage], norms: Collection[str]) -> Cut:
     if site.norm and site.norm not in norms:
         raise Unsupported(f"{site.norm} cannot be folded, expected stored statistics; run the gated network itself")
     conv = cast(nn.Conv2d, network.get_submodule(site.conv))
@@ -120,8 +123,8 @@ def _cut(network: fx.GraphModule, site: Site, found: Sequence[_Seen], norms: Col
     return Cut(conv, found[site.gate].left, found[site.source].left if has_fewer_inputs else None)
 
 
-def _table(x: fx.Node, site: Site, cut: Cut, found: Sequence[_Seen], multiple: int) -> list[Entry]:
-    """Times a convolution on an input of the height and width of `x`, of as many channels as it usually has."""
+def _table(x: fx.Node, site: Site, cut: Cut, found: Sequence[_Usage], multiple: int) -> list[Entry]:
+    """Time a convolution on an input of the height and width of `x` and of its usual number of channels."""
     width = cut.weight.shape[1]
     if site.source >= 0:
         width = min(width, round_up(int(found[site.source].on.sum(1).double().mean()), multiple))
@@ -130,36 +133,36 @@ def _table(x: fx.Node, site: Site, cut: Cut, found: Sequence[_Seen], multiple: i
     return latency_table(weight, multiple, lambda weight: cut.conv(example, weight), lambda w: cut.packed(w, example))
 
 
-def _chooser(student: Gated, gate: int, seen: _Seen, table: Sequence[Entry] | None, sizes: tuple[int, int]) -> Chooser:
-    """A gate with its buckets, `sizes` being how many are looked for and the multiple; see `executor`."""
+def _chooser(
+    student: Gated, gate: int, usage: _Usage, table: Sequence[Entry] | None, sizes: tuple[int, int]
+) -> Chooser:
+    """A gate with its buckets; `sizes` are the number looked for and the multiple, see `executor`."""
     buckets, multiple = sizes
-    most = len(seen.left) - 1
+    most = len(usage.left) - 1
     most_ready, most_gathered = (most, most) if table is None else limits(table)
-    sets = [rows for rows in unions(seen.saliency, seen.on, buckets, multiple) if len(rows) <= most_ready]
+    sets = [rows for rows in unions(usage.saliency, usage.on, buckets, multiple) if len(rows) <= most_ready]
     threshold = student.masks[gate].threshold
-    return Chooser(student.gates[gate], threshold, seen.left, sets, multiple=multiple, limit=most_gathered)
+    return Chooser(student.gates[gate], threshold, usage.left, sets, multiple=multiple, limit=most_gathered)
 
 
-def _prepare(made: Executor, calibration: Tensor, room: int) -> None:
-    """Lays weights ready for the sets that calibration images share, the most frequent first, as far as they fit."""
+def _prepare(network: Executor, calibration: Tensor, room: int) -> None:
+    """Lay weights ready for the sets that calibration images share, the most frequent first, as far as they fit."""
     wanted: Counter[tuple[int, int, int]] = Counter()
-    met = {}
+    examples = {}
 
-    def recorder(number: int) -> torch.utils.hooks.RemovableHandle:
+    def recorder(number: int) -> Callable[[nn.Module, tuple[Tensor, Choice | None, Choice]], None]:
         def record(_: nn.Module, given: tuple[Tensor, Choice | None, Choice]) -> None:
             inputs, outputs = None if given[1] is None else given[1].subset, given[2].subset
             key = number, ALL if inputs is None else inputs.number, outputs.number
             wanted[key] += 1
-            met[key] = given[0], inputs, outputs
+            examples[key] = given[0], inputs, outputs
 
-        return made.cuts[number].register_forward_pre_hook(record)
+        return record
 
-    handles = [recorder(number) for number in range(len(made.cuts))]
-    made(calibration)
-    for handle in handles:
-        handle.remove()
-    for key in (key for key, _ in wanted.most_common() if MADE not in key):
-        cut, (x, inputs, outputs) = made.cuts[key[0]], met[key]
+    with hooked(cut.register_forward_pre_hook(recorder(number)) for number, cut in enumerate(network.cuts)):
+        network(calibration)
+    for key in (key for key, _ in wanted.most_common() if GATHERED not in key):
+        cut, (x, inputs, outputs) = network.cuts[key[0]], examples[key]
         weight, bias = cut.piece(inputs, outputs)
         if weight.nbytes <= room:
             room -= weight.nbytes
@@ -167,7 +170,7 @@ def _prepare(made: Executor, calibration: Tensor, room: int) -> None:
 
 
 def _fold(network: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Folds every norm that alone reads a convolution into it, in place; gives the convolution's node by the norm's."""
+    """Fold every norm that alone reads a convolution into it, in place; return the convolution's node by the norm's."""
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     modules = dict(network.named_modules())
     folded = {}
@@ -243,7 +246,7 @@ class _Rewriter:
         return self._mark(node, site.gate, self.graph.call_module(f"cuts.{number}", arguments))
 
     def _sum(self, node: fx.Node) -> fx.Node:
-        """A sum of two maps of one shape, one of them compact, needs no zeros; any other sum is what it was."""
+        """Rewrite a sum of two maps of one shape, one of them compact, which needs no zeros; copy any other sum."""
         operands = node.all_input_nodes
         for compact, other in (operands, operands[::-1]) if len(operands) == 2 else ():
             if compact in self.compact and _shape(compact) == _shape(other):
@@ -252,7 +255,7 @@ class _Rewriter:
         return self.graph.node_copy(node, self._spread)
 
     def _mark(self, node: fx.Node, gate: int | None, value: fx.Node) -> fx.Node:
-        """Remembers that the value of `node` holds only what this gate chose."""
+        """Remember that the value of `node` holds only the channels that this gate chose."""
         if gate is not None:
             self.compact[node] = gate
         return value

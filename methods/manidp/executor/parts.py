@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from methods.manidp.executor.buckets import best_rows, round_up
 from methods.manidp.gates import Gate, active
 
-ALL, MADE = 0, -1
-"""Numbers of the set that holds every channel, and of any set that was made for one image."""
+ALL, GATHERED = 0, -1
+"""Numbers of the set that holds every channel, and of any set that was gathered for one image."""
 
 Piece: TypeAlias = tuple[Tensor, Tensor | None]
 """Weight and bias of a part of a convolution."""
@@ -28,7 +28,7 @@ Piece: TypeAlias = tuple[Tensor, Tensor | None]
 class Subset:
     """Channels of a masked convolution: as `rows` `(k,)` of those it still has, as `channels` `(k,)` of all it had.
 
-    `number` tells buckets apart, see `ALL` and `MADE`.
+    `number` tells buckets apart, see `ALL` and `GATHERED`.
     """
 
     rows: Tensor
@@ -38,16 +38,16 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What is computed for one image, and `scale` `(k, 1, 1)`: the saliency, 0 for channels that are not active."""
+    """The channels computed for one image, and `scale` `(k, 1, 1)`: the saliency, 0 for those that are not active."""
 
     subset: Subset
     scale: Tensor
 
 
 class Chooser(nn.Module):
-    """A gate that answers with a `Choice`: the smallest bucket that holds all active channels, else a set made for it.
+    """A gate that answers with a `Choice`: the smallest bucket that holds all active channels, else a gathered set.
 
-    Sets are made of up to `limit` channels, in multiples of `multiple`; beyond that, all are computed.
+    Sets are gathered of up to `limit` channels, in multiples of `multiple`; beyond that, all are computed.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Chooser(nn.Module):
         if count > self.limit:
             return subset
         rows = best_rows(saliency, on, count)
-        return Subset(rows, self.left[rows], MADE)
+        return Subset(rows, self.left[rows], GATHERED)
 
 
 class Cut(nn.Module):

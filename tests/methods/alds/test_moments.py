@@ -1,4 +1,4 @@
-"""What layers read: against torch's own unfolding, however they pad, stride and group, and whoever else is asked."""
+"""The inputs of layers, against torch's own unfolding, for any padding, stride and groups, alone and among others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from methods.alds import moments
 from methods.alds.moments import input_rows, output_rows, positions, ridged, second_moments
 from methods.base import ScoreError
+from methods.hooks import hooked
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -82,13 +83,12 @@ def test_moments_are_the_mean_product_of_the_rows() -> None:
     images = IMAGES.double()
     seen: dict[str, Tensor] = {}
     layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    handles = [
+    hooks = (
         module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
         for name, module in layers.items()
-    ]
-    network(images)
-    for handle in handles:
-        handle.remove()
+    )
+    with hooked(hooks):
+        network(images)
     found = second_moments(network, list(layers), images)
     assert {name: layer.groups for name, layer in layers.items() if layer.groups > 1} == {"body.3.spread.0": 4}
     for name, layer in layers.items():
@@ -129,7 +129,7 @@ def test_the_ridge_grows_where_rows_are_missing() -> None:
 
 
 class Overflowing(nn.Module):
-    """Its second layer reads infinity, its third one nothing."""
+    """A network whose second layer reads infinity, its third one nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One layer's decomposition: what the two layers compute, and what every measure says of the error."""
+"""One layer's decomposition: the outputs of the two layers, and every measure of the error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.alds.method import decompose, relative_errors
+from methods.alds import decompose, relative_errors
 from methods.alds.spectra import MEASURES, SCHEMES, GroupedLinear, factors, fold
 from methods.base import Unsupported
 

@@ -23,7 +23,7 @@ joint_layers = st.lists(st.lists(st.tuples(errors, pairs), min_size=1, max_size=
 
 
 def every_choice(table: Sequence[Sequence[tuple[float, int]]], budget: int) -> list[tuple[list[float], int]]:
-    """(errors from the largest down, cost) of every affordable choice: the slow, obvious way."""
+    """Every affordable choice as (errors from the largest down, cost): the slow, obvious way."""
     sums = [(sorted((e for e, _ in pick), reverse=True), sum(c for _, c in pick)) for pick in product(*table)]
     return [(falling, cost) for falling, cost in sums if cost <= budget]
 
@@ -69,7 +69,7 @@ def test_lexi_is_the_brute_force_lexicographic_optimum(table: list[list[tuple[fl
     st.integers(0, 30),
 )
 def test_lexi_settles_ties_between_layers(table: list[tuple[tuple[float, int], ...]], budget: int) -> None:
-    """Every layer starts at error 1, so only some can come down: which ones decides about the second error."""
+    """Every layer starts at error 1, so only some can come down: the choice decides about the second error."""
     assert outcome(table, lexi(table, budget)) == min(every_choice(table, budget))
 
 

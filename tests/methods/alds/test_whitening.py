@@ -22,7 +22,7 @@ from tests.support.networks import NETWORKS
 seeds = st.integers(0, 10**6)
 
 TOLERANCE = 5e-6
-"""How far the ridge of 1e-6 moves an error where inputs are as alike as in these tests."""
+"""The most by which the ridge of 1e-6 moves an error for inputs as alike as in these tests."""
 
 
 def tensor(seed: int, *shape: int) -> Tensor:
@@ -70,7 +70,7 @@ def plain(network: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
 
 @torch.no_grad()
 def with_ridge(layer: nn.Conv2d | nn.Linear, second: Tensor, slices: int, rank: int, measured: float) -> float:
-    """A measured error with what the ridge of the moments adds to it: as much again of every weight, squared."""
+    """A measured error and the ridge's part in it: as much again of every weight, squared."""
     left, right = fitted_factors(layer.weight, second, slices=slices, rank=rank, measure="refit")
     weight = layer.weight.reshape(len(second), -1, second.shape[-1])
     lost = weight - (left @ right).transpose(1, 2).flatten(2)
@@ -213,7 +213,7 @@ IMAGES = smooth(3, 32, 3, 16, 16).float()
 
 
 def decomposed(name: str) -> tuple[nn.Module, nn.Module, dict[str, tuple[int, int]]]:
-    """A network and its student of rank 2, fitted to what the teacher's layers read."""
+    """A network and its student of rank 2, fitted to the inputs of the teacher's layers."""
     teacher = NETWORKS[name]()
     choices = {
         name: (1, 2)

@@ -18,7 +18,7 @@ _SLACK = 2e-6
 
 @dataclass(frozen=True)
 class Continuous:
-    """Remain rates `(L,)`, what they are worth, and a proven upper bound on what any are worth."""
+    """Remain rates `(L,)`, their worth, and a proven upper bound on the worth of any."""
 
     rates: np.ndarray
     value: float

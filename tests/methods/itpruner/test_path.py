@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from methods.itpruner.authors import reference_rates
 from methods.itpruner.elimination import Charge, Grid, ascend, cliques, largest_table, maximise, tables
 from methods.itpruner.path import build_path, distinct, evaluate, price_bound, share, uniform
 from methods.itpruner.relaxation import Worth, upper_bound
 from methods.network.widths import WidthCost
+from tests.methods.itpruner.authors import reference_rates, reference_widths
 from tests.methods.itpruner.continuous import continuous
 from tests.support.itpruner_vectors import VECTORS, Vector
 
@@ -245,6 +245,18 @@ def test_the_reference_solver_returns_the_published_widths_without_any_importanc
         rates = reference_rates([(charge, vector.target)], weights)
         assert np.around(rates * table.base).astype(int).tolist() == vector.widths
     assert charge(np.array(vector.widths) / table.base) == pytest.approx(vector.constrained, abs=0.01)
+
+
+@pytest.mark.parametrize("limited", [("macs",), ("macs", "params")])
+def test_the_reference_widths_keep_every_limit(limited: Sequence[str]) -> None:
+    base, costs = np.array([16, 24, 32]), network((16, 24, 32), CHAIN)
+    grid = grid_of(base.tolist(), worths("linear", 3), 2)
+    for part in (0.3, 0.6, 1.0):
+        limits = {name: int(part * costs[name](base)) for name in limited}
+        widths = reference_widths(grid, costs, [1.0, 1.0, 1.0], limits)
+        assert all(width in options for width, options in zip(widths, grid.widths, strict=True))
+        assert all(costs[name](widths) <= limit for name, limit in limits.items())
+    assert widths.tolist() == base.tolist()
 
 
 def test_the_table_of_resnet20_costs_what_the_released_code_says() -> None:

@@ -1,4 +1,4 @@
-"""The executor: it gives what the masked network gives, and runs no more than it says."""
+"""The executor: it has the outputs of the masked network, and runs no more than it says."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
+from methods.hooks import hooked
 from methods.manidp.executor.buckets import best_rows, latency_table, round_up, unions
 from methods.manidp.executor.build import Executor, executor
-from methods.manidp.executor.parts import ALL, MADE, Choice
+from methods.manidp.executor.parts import ALL, GATHERED, Choice
 from methods.manidp.gates import Gated, active, gated, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import find_sites, gate_macs, gated_macs, trace, widths
@@ -55,24 +56,23 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def assert_same(made: Executor, student: Gated, x: Tensor) -> None:
+def assert_same(built: Executor, student: Gated, x: Tensor) -> None:
     """Equal outputs, to 1e-5 of the largest."""
     with torch.no_grad():
         wanted = student(x)
-    torch.testing.assert_close(made(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(built(x), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
-def choices(made: Executor, image: Tensor) -> list[Choice]:
-    """What each gate chooses for one image."""
+def choices(built: Executor, image: Tensor) -> list[Choice]:
+    """The choice of each gate for one image."""
     found: list[Choice] = []
-    handles = [chooser.register_forward_hook(lambda _m, _x, choice: found.append(choice)) for chooser in made.choosers]
-    made(image)
-    for handle in handles:
-        handle.remove()
+    hooks = (chooser.register_forward_hook(lambda _m, _x, choice: found.append(choice)) for chooser in built.choosers)
+    with hooked(hooks):
+        built(image)
     return found
 
 
-def macs_of(made: Executor, image: Tensor) -> int:
+def macs_of(built: Executor, image: Tensor) -> int:
     """The MACs that torch sees run, weights in oneDNN's layout included."""
 
     def packed(_x: Any, weight: Any, *_rest: Any, out_shape: Any = None, **_more: Any) -> int:
@@ -80,7 +80,7 @@ def macs_of(made: Executor, image: Tensor) -> int:
 
     mapping = {torch.ops.mkldnn._convolution_pointwise: packed}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        made(image)
+        built(image)
     return int(counter.get_total_flops()) // 2
 
 
@@ -91,8 +91,8 @@ def macs_of(made: Executor, image: Tensor) -> int:
 @pytest.mark.parametrize(("buckets", "multiple"), [(0, 1), (0, 16), (4, 4)])
 def test_an_executor_gives_what_the_masked_network_gives(name: str, buckets: int, multiple: int) -> None:
     student = case(name, multiple)
-    made = executor(student, IMAGES, buckets=buckets, multiple=multiple, is_measured=False, remove_unused=True)
-    assert_same(made, student, IMAGES)
+    built = executor(student, IMAGES, buckets=buckets, multiple=multiple, is_measured=False, remove_unused=True)
+    assert_same(built, student, IMAGES)
     exact = executor(student, IMAGES, buckets=buckets, multiple=multiple, is_measured=False)
     assert_same(exact, student, torch.cat([IMAGES, OTHERS]))
 
@@ -100,9 +100,9 @@ def test_an_executor_gives_what_the_masked_network_gives(name: str, buckets: int
 @networks
 def test_what_is_measured_changes_no_output(name: str) -> None:
     student = case(name, 0)
-    made = executor(student, IMAGES, multiple=4)
-    assert set(made.table) == set(range(len(student.gates)))
-    assert_same(made, student, IMAGES)
+    built = executor(student, IMAGES, multiple=4)
+    assert set(built.table) == set(range(len(student.gates)))
+    assert_same(built, student, IMAGES)
 
 
 @settings(max_examples=15, deadline=None)
@@ -129,8 +129,8 @@ def test_kernels_strides_biases_and_rates(
             layers.append(nn.SiLU())
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 5)).eval()
     student = with_gates(model, rates)
-    made = executor(student, IMAGES, multiple=4, is_measured=False)
-    assert_same(made, student, torch.cat([IMAGES, OTHERS]))
+    built = executor(student, IMAGES, multiple=4, is_measured=False)
+    assert_same(built, student, torch.cat([IMAGES, OTHERS]))
 
 
 @networks
@@ -139,24 +139,24 @@ def test_gates_that_give_nothing_leave_channels_of_zeros(name: str) -> None:
     for gate in student.gates:
         nn.init.zeros_(gate.expand.weight)
         nn.init.zeros_(gate.expand.bias)
-    made = executor(student, IMAGES, multiple=1, is_measured=False, remove_unused=True)
-    assert all(len(choice.subset.rows) == 1 and not choice.scale.any() for choice in choices(made, IMAGES[:1]))
-    assert_same(made, student, torch.cat([IMAGES, OTHERS]))
+    built = executor(student, IMAGES, multiple=1, is_measured=False, remove_unused=True)
+    assert all(len(choice.subset.rows) == 1 and not choice.scale.any() for choice in choices(built, IMAGES[:1]))
+    assert_same(built, student, torch.cat([IMAGES, OTHERS]))
 
 
 @networks
 def test_a_removed_channel_is_never_active(name: str) -> None:
     student = copy.deepcopy(case(name, 5))
-    made = executor(student, IMAGES[:3], multiple=1, is_measured=False, remove_unused=True)
+    built = executor(student, IMAGES[:3], multiple=1, is_measured=False, remove_unused=True)
     unused = [
         ~active(found, mask.threshold).any(0)
         for found, mask in zip(saliencies(student, IMAGES[:3]), student.masks, strict=True)
     ]
-    assert [len(chooser.left) for chooser in made.choosers] == [int((~mask).sum()) for mask in unused]
+    assert [len(chooser.left) for chooser in built.choosers] == [int((~mask).sum()) for mask in unused]
     assert sum(int(mask.sum()) for mask in unused) > 0
     for gate, mask in zip(student.gates, unused, strict=True):
         gate.expand.weight.data[mask], gate.expand.bias.data[mask] = 0, 0
-    assert_same(made, student, torch.cat([IMAGES, OTHERS]))
+    assert_same(built, student, torch.cat([IMAGES, OTHERS]))
 
 
 def test_the_student_is_left_alone() -> None:
@@ -173,43 +173,43 @@ def test_the_student_is_left_alone() -> None:
 @networks
 def test_the_macs_that_run_are_those_of_the_rounded_counts(name: str) -> None:
     student, multiple = case(name, 7), 4
-    made = executor(student, IMAGES, buckets=0, multiple=multiple, is_measured=False)
+    built = executor(student, IMAGES, buckets=0, multiple=multiple, is_measured=False)
     on = [active(found, mask.threshold) for found, mask in zip(saliencies(student, IMAGES), student.masks, strict=True)]
     kept = [(-(-mask.sum(1) // multiple) * multiple).clamp(max=mask.shape[1]) for mask in on]
     expected = student.fixed_macs + gated_macs(student.sites, torch.stack(kept, 1))
     assert len(set(expected.tolist())) > 1
-    assert [macs_of(made, image) for image in IMAGES.unsqueeze(1)] == expected.tolist()
+    assert [macs_of(built, image) for image in IMAGES.unsqueeze(1)] == expected.tolist()
 
 
 @networks
 def test_the_macs_that_run_are_those_of_the_chosen_sets(name: str) -> None:
     student = case(name, 8)
-    made = executor(student, IMAGES, multiple=2, is_measured=False)
-    removed = [gate.expand.out_features - len(c.left) for gate, c in zip(student.gates, made.choosers, strict=True)]
+    built = executor(student, IMAGES, multiple=2, is_measured=False)
+    removed = [gate.expand.out_features - len(c.left) for gate, c in zip(student.gates, built.choosers, strict=True)]
     own = [site for site in student.sites if not site.is_depthwise]
     saved = sum(gate_macs(s) - s.hidden * (s.inputs + s.outputs - gone) for s, gone in zip(own, removed, strict=True))
     for image in OTHERS[:4].unsqueeze(1):
-        kept = torch.tensor([[len(choice.subset.rows) for choice in choices(made, image)]])
-        assert macs_of(made, image) == student.fixed_macs - saved + int(gated_macs(student.sites, kept))
+        kept = torch.tensor([[len(choice.subset.rows) for choice in choices(built, image)]])
+        assert macs_of(built, image) == student.fixed_macs - saved + int(gated_macs(student.sites, kept))
 
 
 def test_buckets_gathered_sets_and_all_channels_are_all_met() -> None:
     student = case("residual", 3)
-    made = executor(student, IMAGES[:6], multiple=1, is_measured=False)
-    made.choosers[0].limit = 0
-    numbers = [[choice.subset.number for choice in choices(made, image)] for image in images(40, 9).unsqueeze(1)]
-    assert {MADE, ALL} < {number for row in numbers for number in row}
-    assert MADE not in {row[0] for row in numbers}
+    built = executor(student, IMAGES[:6], multiple=1, is_measured=False)
+    built.choosers[0].limit = 0
+    numbers = [[choice.subset.number for choice in choices(built, image)] for image in images(40, 9).unsqueeze(1)]
+    assert {GATHERED, ALL} < {number for row in numbers for number in row}
+    assert GATHERED not in {row[0] for row in numbers}
 
 
 @pytest.mark.parametrize("room", [0, 20_000, 1 << 20])
 def test_weights_that_lie_ready_keep_to_their_memory(room: int) -> None:
     student = case("residual", 1)
-    made = executor(student, IMAGES, multiple=4, is_measured=False, cache_bytes=room)
-    kept = [weight for cut in made.cuts for weight, _ in cut.pieces.values()]
+    built = executor(student, IMAGES, multiple=4, is_measured=False, cache_bytes=room)
+    kept = [weight for cut in built.cuts for weight, _ in cut.pieces.values()]
     assert sum(weight.numel() * weight.element_size() for weight in kept) <= room
     assert bool(kept) == (room > 0)
-    assert_same(made, student, IMAGES)
+    assert_same(built, student, IMAGES)
 
 
 def test_networks_that_cannot_be_cut_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Gates: where they are put, that they change nothing until they should, and what each image then costs."""
+"""Gates: their places, their silence until they should act, and the cost of each image then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.base import Unsupported
-from methods.manidp.gates import Gate, Gated, active, gated, saliencies, seen
+from methods.manidp.gates import Gate, Gated, active, gated, mask_inputs, saliencies
 from methods.manidp.losses import quantile_threshold
 from methods.manidp.sites import (
     Site,
@@ -77,7 +77,7 @@ def at_rates(name: str, seed: int) -> Gated:
 
 
 class Gather(fx.Interpreter):
-    """The slow, obvious executor: one image, and every masked convolution cut to what is active and not zero."""
+    """The slow, obvious executor: one image, and every masked convolution cut to its active, nonzero channels."""
 
     def __init__(self, student: Gated) -> None:
         super().__init__(student.network)
@@ -281,7 +281,7 @@ def test_gates_compute_in_float32_under_autocast(seed: int) -> None:
 
 def test_the_gradient_reaches_what_is_kept_and_no_threshold() -> None:
     student = copy.deepcopy(at_rates("plain", 0))
-    with seen(student) as found:
+    with mask_inputs(student) as found:
         output = student(IMAGES)
     saliency = found[0][1]
     (gradient,) = torch.autograd.grad(output.square().sum(), saliency)

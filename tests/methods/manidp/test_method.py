@@ -24,7 +24,7 @@ from methods.manidp.losses import quantile_threshold
 from methods.manidp.objective import GatedObjective
 from methods.manidp.thresholds import calibrate, set_quantiles
 from methods.network import Profile, count_macs, count_params, profile
-from methods.pipeline import Bench, rebuild, trial
+from methods.pipeline import WorkerInputs, rebuild, trial
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
 from search.workload.samples import Arrays
@@ -118,7 +118,7 @@ def test_expected_and_static_limits_are_both_met_in_expectation() -> None:
 
 def test_what_is_out_of_reach_says_why() -> None:
     _, rows, scores = case("plain")
-    with pytest.raises(Infeasible, match="reaches no fewer than") as caught:
+    with pytest.raises(Infeasible, match=r"manidp reaches no less than .* with one channel per gate;") as caught:
         METHOD.allocate(scores, rows, Budget("tiny", macs=1000), {})
     gates = 24 * (16 + 24) + 32 * (24 + 32)
     assert caught.value.least == {"macs": rows.macs - 576 * 16 * 24 - 144 * 24 * 32 + gates + 576 * 16 + 144}
@@ -244,7 +244,7 @@ def test_fresh_gates_are_the_same_each_time_and_keep_every_channel(name: str) ->
 
 
 def blobs(count: int, seed: int) -> Arrays:
-    """Three classes of `(3, 16, 16)` images that differ in which rows are bright: separable, with noise."""
+    """Three classes of `(3, 16, 16)` images, told apart by the bright rows: separable, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, count)
     data = random.normal(0, 1.0, (count, 3, 16, 16)).astype(np.float32)
@@ -285,20 +285,20 @@ def test_one_seed_gives_one_student_bit_for_bit(thresholds: str) -> None:
 
 def test_a_trial_ends_with_a_student_that_meets_its_target_and_has_learnt() -> None:
     teacher, rows, scores = learnt()
-    bench = Bench(teacher, blobs(512, 0), blobs(256, 1), blobs(128, 2).images, top1)
+    inputs = WorkerInputs(teacher, blobs(512, 0), blobs(256, 1), blobs(128, 2).images, top1)
     plan = METHOD.allocate(scores, rows, Budget("half", macs=rows.macs // 2), defaults(METHOD))
-    run = trial(bench, METHOD, plan, replace(RECIPE, steps=40, report_every=40), 0)
+    run = trial(inputs, METHOD, plan, replace(RECIPE, steps=40, report_every=40), 0)
     assert next(run).step == 40
     with pytest.raises(StopIteration) as ended:
         next(run)
     outcome = ended.value.value
     assert outcome.top1_validation > outcome.top1_bn
-    assert outcome.top1_validation > 0.9 * evaluate(teacher, bench.validation, top1)
+    assert outcome.top1_validation > 0.9 * evaluate(teacher, inputs.validation, top1)
     assert plan.macs_expected is not None
     assert 0.995 * plan.macs_expected <= outcome.macs_expected <= plan.macs_expected
     assert outcome.macs_expected <= outcome.macs_worst <= outcome.macs == plan.macs
     student = rebuild(teacher, METHOD, plan, outcome.state)
-    assert evaluate(student, bench.validation, top1) == outcome.top1_validation
+    assert evaluate(student, inputs.validation, top1) == outcome.top1_validation
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"labels": False}, {"distill": 0.0}])

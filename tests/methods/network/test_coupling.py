@@ -1,4 +1,4 @@
-"""Finding channel groups: on torchvision's networks, and on wirings that must be refused with a reason."""
+"""Channel groups found on torchvision's networks, and wirings that must be refused with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 class Reader(nn.Module):
-    """A convolution of 8 channels, `middle` and a classifier over what it leaves."""
+    """A convolution of 8 channels, `middle` and a classifier over its outputs."""
 
     def __init__(self, middle: nn.Module, left: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_per_channel_modules_follow() -> None:
 
 
 class Dense(nn.Module):
-    """A map is concatenated with what a layer made of it, normed, flattened and normed again, as DenseNet might."""
+    """A map is concatenated with a layer's output for it, normed, flattened and normed again, as DenseNet might."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Channel groups as data and under the knife: what a width costs, which channels stay, and slicing equals masking."""
+"""Channel groups as data and under the knife: the cost of widths, the channels that stay, slicing equals masking."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from methods.base import Budget, ScoreError
+from methods.hooks import hooked
 from methods.network import ChannelGroup, Profile, count_macs, count_params, profile
 from methods.network.cut import CRITERIA, channel_scores, cut, cut_to, kept_channels
 from methods.network.groups import Member
-from methods.network.widths import WidthCost, from_choices, infeasible, levels, to_choices, width_costs
+from methods.network.widths import WidthCost, from_choices, levels, to_choices, width_costs, widths_out_of_reach
 from tests.support.networks import NETWORKS
 
 EXAMPLE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -87,7 +88,7 @@ def some_widths(name: str) -> st.SearchStrategy[dict[str, int]]:
 
 @contextmanager
 def silenced(model: nn.Module, channels: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Zeroes `channels` of the named modules' outputs."""
+    """Zero `channels` of the named modules' outputs."""
 
     def hook(gone: np.ndarray) -> Any:
         def silence(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -97,10 +98,8 @@ def silenced(model: nn.Module, channels: Mapping[str, np.ndarray]) -> Iterator[N
 
         return silence
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(gone)) for name, gone in channels.items()]
-    yield
-    for handle in handles:
-        handle.remove()
+    with hooked(model.get_submodule(name).register_forward_hook(hook(gone)) for name, gone in channels.items()):
+        yield
 
 
 @networks
@@ -166,7 +165,7 @@ def test_full_widths_change_nothing(name: str) -> None:
 
 @networks
 def test_the_teacher_stays_and_every_member_keeps_the_same_channels(name: str) -> None:
-    """Each weight is stamped with its own position, so the student's weights tell which ones they were."""
+    """Each weight is stamped with its own position, which the student's weights then tell."""
     model, groups = NETWORKS[name](), free(name)
     state = model.state_dict()
     for value in state.values():
@@ -286,16 +285,16 @@ def test_cut_to_takes_any_channels() -> None:
 
 def test_infeasible_names_what_is_missed() -> None:
     rows = teacher("plain")[1]
-    error = infeasible(
+    error = widths_out_of_reach(
         "uniform", Budget("tiny", macs=1000, params=10**6, channels=4), rows, {"macs": 7000, "params": 9}
     )
     assert error.least == {"macs": 7000, "params": 9}
     assert str(error) == (
-        f"budget 'tiny' asks for 1.00k MACs ({1000 / rows.macs:.1%}), but uniform reaches no less than 7.00k "
-        f"({7000 / rows.macs:.1%}), of which 0 cannot be pruned, at channel multiples of 4; "
+        f"budget 'tiny' allows 1,000 MACs ({1000 / rows.macs:.1%} of the teacher), but uniform reaches no less than "
+        f"7,000 ({7000 / rows.macs:.1%}), of which 0 cannot be pruned, at channel multiples of 4; "
         "raise it or try another method"
     )
-    both = str(infeasible("x", Budget("b", macs=10, params=10), rows, {"macs": 9, "params": 9}))
+    both = str(widths_out_of_reach("x", Budget("b", macs=10, params=10), rows, {"macs": 9, "params": 9}))
     assert "10 MACs" in both
     assert "10 params" in both
     assert "both together are not" in both

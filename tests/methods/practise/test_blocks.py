@@ -1,4 +1,4 @@
-"""Which blocks are found removable, why others are not, and what is left when they are gone."""
+"""Blocks found removable, the reasons why others are not, and the network without them."""
 
 from __future__ import annotations
 

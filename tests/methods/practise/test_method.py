@@ -1,4 +1,4 @@
-"""PRACTISE: whether a plan says the truth about its student, what is dropped first, and what recovery touches."""
+"""PRACTISE: plans that say the truth about their student, the first blocks to go, and the recovery."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.network import Profile, count_macs, count_params, profile
-from methods.practise import PRACTISE
-from methods.practise.method import interactions, removable_blocks, select
+from methods.practise import PRACTISE, removable_blocks, select
+from methods.practise.method import interactions
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
 from methods.training import Recipe, recalibrate
@@ -155,8 +155,8 @@ def test_an_infeasible_budget_names_what_is_missing() -> None:
         PRACTISE().allocate(scores, rows, Budget("pebble", 100, rows.params), {})
     least = caught.value.least["macs"]
     assert str(caught.value) == (
-        f"budget 'pebble' allows 100 MACs (0.0% of the teacher), but practise needs at least {least:,} "
-        f"({least / rows.macs:.1%}), with all 5 removable blocks dropped; raise it or try a chain such as "
+        f"budget 'pebble' allows 100 MACs (0.0% of the teacher), but practise reaches no less than "
+        f"{least:,} ({least / rows.macs:.1%}), with all 5 removable blocks dropped; raise it or try a chain such as "
         "[practise, alds]"
     )
 

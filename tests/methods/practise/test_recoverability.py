@@ -1,4 +1,4 @@
-"""What a network loses without a block: against numbers on paper, closed forms and a slow second implementation."""
+"""The loss of a network without a block: against numbers on paper, closed forms and a slow second implementation."""
 
 from __future__ import annotations
 

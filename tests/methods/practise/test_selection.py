@@ -1,4 +1,4 @@
-"""The exact choice, against all subsets: whatever the savings, the errors, their interactions and the targets."""
+"""The exact choice, against all subsets: for any savings, errors, interactions and targets."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_papers_greedy_choice_is_never_better(table: tuple[list[list[int]], 
 
 
 def test_greed_on_paper() -> None:
-    """Per unit saved, the first is the best (0.2 against 0.25); alone it is not enough, and the second alone is."""
+    """Per unit saved, the first is the best (0.2 against 0.25); it alone is not enough, and the second alone is."""
     assert select([5, 8], [1.0, 2.0], target=8) == [1]
 
 

@@ -1,4 +1,4 @@
-"""Steps that several processes share are those of one: weights, statistics, losses and what is evaluated."""
+"""Steps that several processes share are those of one: weights, statistics, losses and evaluations."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def without_labels(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterat
 
 
 def in_float32(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[int]]:
-    """As it is done, but for ReLU's kink."""
+    """As in real use, but for ReLU's kink."""
     teacher = smoothed(copy.deepcopy(teacher))
     student = shaken(teacher)
     return student, recover(student, teacher, found.train, RECIPE, 0)
@@ -114,13 +114,13 @@ def with_gates(teacher: nn.Module, found: Splits) -> tuple[nn.Module, Iterator[i
 
 Case = Callable[[nn.Module, Splits], tuple[nn.Module, Iterator[int]]]
 SHARED: dict[int, list[Case]] = {2: [with_labels, in_float32], 3: [without_labels, with_gates]}
-"""What so many processes train; 64 images make 21, 21 and 22 of three."""
+"""The cases by number of processes; 64 images make 21, 21 and 22 of three."""
 FARTHEST = {"in_float32": 1e-5}
-"""How far the states of one process and of several may be apart: 1e-10 in float64."""
+"""The most that the states of one process and of several may differ: 1e-10 in float64."""
 
 
 def trained(weights: Path, cases: list[Case]) -> dict[str, tuple[State, list[float]]]:
-    """What cases come to: the state, and top-1 whenever the training told of a step."""
+    """The results of cases: the state, and top-1 whenever the training reported a step."""
     found, teacher = splits(), original(weights)
     results = {}
     for case in cases:
@@ -148,7 +148,7 @@ def normed(rows: slice) -> State:
 
 
 def refused() -> str:
-    """What training says of batches with too few images."""
+    """The message of training about batches with too few images."""
     found = splits()
     try:
         next(train(zoo.build("resnet8", 1, 10, 0), found.train, replace(RECIPE, batch_size=1), 0))
@@ -158,7 +158,7 @@ def refused() -> str:
 
 
 def process(rank: int, folder: str, weights: str) -> None:
-    """One of the processes: is of two first, if it is one of those, then of three; starting them takes longest."""
+    """One of the processes: of two first, if it is one of those, then of three; starting them takes longest."""
     torch.set_num_threads(1)
     for count in SHARED:
         if rank < count:
@@ -166,7 +166,7 @@ def process(rank: int, folder: str, weights: str) -> None:
 
 
 def work(rank: int, count: int, folder: str, weights: str) -> None:
-    """One of `count` processes: does everything there is, and leaves what came of it in `folder`."""
+    """One of `count` processes: run all cases, and leave the results in `folder`."""
     torch.distributed.init_process_group("gloo", f"file://{folder}/met{count}", rank=rank, world_size=count)
     results = {
         "trained": trained(Path(weights), SHARED[count]),
@@ -187,20 +187,20 @@ def alone(teacher: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes have left what they came to."""
-    made = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (str(made), str(teacher)), nprocs=max(SHARED))
-    return made
+    """The folder with the results of the processes."""
+    results = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(process, (str(results), str(teacher)), nprocs=max(SHARED))
+    return results
 
 
 @pytest.fixture(scope="module", params=SHARED)
 def shared(request: pytest.FixtureRequest, folder: Path) -> list[Any]:
-    """What each of several processes came to."""
+    """The results of each of several processes."""
     return [torch.load(folder / f"{request.param}-{rank}", weights_only=False) for rank in range(request.param)]
 
 
 def distance(one: State, other: State) -> float:
-    """How far two states are apart at most, as a share of a tensor's largest value or of 1."""
+    """The largest distance of two states, as a share of a tensor's largest value or of 1."""
     gaps = {name: (one[name].double() - value.double()).abs().max() for name, value in other.items()}
     return max(float(gap / other[name].abs().max().clamp(min=1)) for name, gap in gaps.items())
 

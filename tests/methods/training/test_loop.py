@@ -27,7 +27,7 @@ RECIPE = Recipe(40, batch_size=32, learning_rate=0.05, report_every=10)
 
 
 def blobs(count: int = 256, seed: int = 0) -> Arrays:
-    """Three classes of `(1, 4, 4)` images that differ in which row is bright: separable, with noise."""
+    """Three classes of `(1, 4, 4)` images, told apart by the bright row: separable, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, count)
     images = random.normal(0, 0.3, (count, 1, 4, 4)).astype(np.float32)

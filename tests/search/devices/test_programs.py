@@ -16,7 +16,7 @@ from cluster import InlineCluster
 from methods import named
 from methods.base import Budget
 from methods.network import profile
-from methods.pipeline import Bench
+from methods.pipeline import WorkerInputs
 from methods.protocol import defaults
 from methods.training import Samples, top1
 from search.devices.programs import Exporter, program
@@ -30,10 +30,10 @@ def quiet(stage: str, done: int, total: int, note: str) -> None:
     """A report nobody reads."""
 
 
-def bench(teacher: nn.Module) -> Bench:
+def bench(teacher: nn.Module) -> WorkerInputs:
     """A bench without data to train on: programs need none."""
     nobody = cast(Samples, None)
-    return Bench(teacher, nobody, nobody, IMAGES.numpy(), top1)
+    return WorkerInputs(teacher, nobody, nobody, IMAGES.numpy(), top1)
 
 
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)

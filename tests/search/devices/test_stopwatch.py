@@ -170,7 +170,7 @@ def test_a_table_asks_once_for_each_layer_and_keeps_what_it_was_told(tmp_path: P
 
 
 def test_a_device_that_is_not_there_is_arithmetic(loaded: Workload, folder: Path) -> None:
-    cluster = Counted(InlineCluster(loaded.bench()))
+    cluster = Counted(InlineCluster(loaded.worker_inputs()))
     watch = stopwatch(loaded, folder, cluster, "edge")
     method, plan = named("uniform"), half(loaded)
     student = method.apply(loaded.teacher, plan)
@@ -195,7 +195,7 @@ def test_a_wrong_roofline_is_the_specs_mistake(loaded: Workload, folder: Path, t
 
 
 def test_students_are_measured_beside_the_teacher_once(loaded: Workload, folder: Path) -> None:
-    cluster = Counted(InlineCluster(loaded.bench()))
+    cluster = Counted(InlineCluster(loaded.worker_inputs()))
     reference = {"cpu-1": {"min": 1.0, "p50": 2.0, "p95": 3.0}}
     watch = stopwatch(loaded, folder, cluster, "cpu-1", reference=reference)
     students = [(named("uniform"), half(loaded, share)) for share in (1, 8)]
@@ -229,7 +229,7 @@ def test_students_are_measured_beside_the_teacher_once(loaded: Workload, folder:
 
 def test_times_are_scaled_to_what_the_teacher_took_when_the_search_began(loaded: Workload, folder: Path) -> None:
     student = (named("uniform"), half(loaded))
-    cluster = Counted(InlineCluster(loaded.bench()))
+    cluster = Counted(InlineCluster(loaded.worker_inputs()))
     slow, slower = (
         stopwatch(loaded, folder, cluster, "cpu-1", reference={"cpu-1": {"min": ms, "p50": ms, "p95": ms}})
         for ms in (3.0, 6.0)
@@ -249,7 +249,7 @@ def test_times_are_scaled_to_what_the_teacher_took_when_the_search_began(loaded:
 
 def test_a_noisy_reading_is_kept_for_its_own_search_alone(loaded: Workload, folder: Path) -> None:
     student = (named("uniform"), half(loaded))
-    cluster = Counted(InlineCluster(loaded.bench()), is_noisy=True)
+    cluster = Counted(InlineCluster(loaded.worker_inputs()), is_noisy=True)
     mine, yours = ({"cpu-1": {"min": ms, "p50": ms, "p95": ms}} for ms in (3.0, 4.0))
     (found,) = stopwatch(loaded, folder, cluster, "cpu-1", reference=mine).time([student], ["cpu-1"])
     assert found["cpu-1"].noise == 0.5
@@ -261,7 +261,7 @@ def test_a_noisy_reading_is_kept_for_its_own_search_alone(loaded: Workload, fold
 
 
 def test_a_prediction_is_the_sum_of_the_layers_times_the_teachers_error(loaded: Workload, folder: Path) -> None:
-    cluster = Counted(InlineCluster(loaded.bench()))
+    cluster = Counted(InlineCluster(loaded.worker_inputs()))
     watch = stopwatch(loaded, folder, cluster, "cpu-1", reference={"cpu-1": {"min": 5.0, "p50": 5.0, "p95": 5.0}})
     assert watch.predict(loaded.teacher, "cpu-1") == pytest.approx(5.0)
     asked = cluster.calls.count("layer_times")
@@ -277,7 +277,7 @@ def test_a_prediction_is_the_sum_of_the_layers_times_the_teachers_error(loaded: 
 
 
 def test_a_device_of_its_own_threads_shares_no_figures(loaded: Workload, folder: Path) -> None:
-    cluster = Counted(InlineCluster(loaded.bench()))
+    cluster = Counted(InlineCluster(loaded.worker_inputs()))
     flat = {"min": 5.0, "p50": 5.0, "p95": 5.0}
     devices = {
         "one": schema.DeviceSpec(),
@@ -305,13 +305,13 @@ class Choosy(nn.Module):
 
 def test_a_teacher_that_a_device_cannot_run_is_told(loaded: Workload, folder: Path) -> None:
     stubborn = replace(loaded, teacher=Choosy().eval())
-    watch = stopwatch(stubborn, folder, InlineCluster(stubborn.bench()), "cpu-1")
+    watch = stopwatch(stubborn, folder, InlineCluster(stubborn.worker_inputs()), "cpu-1")
     with pytest.raises(
         LatencyError, match=r"device 'cpu-1' cannot time the teacher and its layers: ExportError.*another runtime"
     ):
         watch.teacher()
     eager = Stopwatch(
-        {"here": schema.DeviceSpec(runtime="torch")}, folder, stubborn, InlineCluster(stubborn.bench()), quiet
+        {"here": schema.DeviceSpec(runtime="torch")}, folder, stubborn, InlineCluster(stubborn.worker_inputs()), quiet
     )
     assert eager.teacher()["here"]["p50"] > 0
 
@@ -321,7 +321,7 @@ def test_a_student_that_a_device_cannot_run_has_a_reason(loaded: Workload, folde
     foreign = profile(NETWORKS["residual"](), IMAGES)
     method = named("uniform")
     plan = method.allocate({}, foreign, Budget("b", macs=foreign.macs // 2), defaults(method))
-    watch = stopwatch(loaded, folder, InlineCluster(loaded.bench()), "cpu-1")
+    watch = stopwatch(loaded, folder, InlineCluster(loaded.worker_inputs()), "cpu-1")
     broken, fine = (method, plan), (method, half(loaded))
     first, second = watch.time([broken, fine], ["cpu-1"])
     assert first == {}
@@ -332,13 +332,13 @@ def test_a_student_that_a_device_cannot_run_has_a_reason(loaded: Workload, folde
 
 @pytest.mark.ray
 def test_programs_are_made_on_workers_and_measured_in_a_process_of_their_own(loaded: Workload, folder: Path) -> None:
-    cluster = RayCluster(loaded.bench(), max_parallel=2)
+    cluster = RayCluster(loaded.worker_inputs(), max_parallel=2)
     try:
         watch = stopwatch(loaded, folder, cluster, "cpu-1")
         teacher = watch.teacher()["cpu-1"]
         students = [(named("uniform"), half(loaded, divisor)) for divisor in (2, 8)]
         found = watch.time(students, ["cpu-1"])
-        here = stopwatch(loaded, folder, InlineCluster(loaded.bench()), "cpu-1", reference={"cpu-1": teacher})
+        here = stopwatch(loaded, folder, InlineCluster(loaded.worker_inputs()), "cpu-1", reference={"cpu-1": teacher})
         assert here.time(students, ["cpu-1"]) == found  # from the cache: it is the same device and the same reference
         assert all(row["cpu-1"].latency_ms["p50"] > 0 for row in found)
         assert watch.described() == here.described()

@@ -78,7 +78,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     (folder / "edge.yaml").write_text(EDGE)
     wanted = reading.parse(SPEC, folder=folder)
     loaded = loading.load(wanted, quiet)
-    cluster = InlineCluster(loaded.bench())
+    cluster = InlineCluster(loaded.worker_inputs())
     found = profile(loaded.teacher, loaded.example)
     stopwatch = Stopwatch(wanted.devices, folder, loaded, cluster, quiet)
     teacher_ms = stopwatch.teacher()["edge"]["p50"]
@@ -232,7 +232,7 @@ def test_reach_is_told_without_measuring(shop: Shop, every: list[tuple[Plan, flo
 
 def test_on_a_real_device_the_measured_student_meets_the_limit(shop: Shop) -> None:
     """Twice the teacher's own time is met whatever else runs here; a thousandth of it is not."""
-    cluster = InlineCluster(shop.workload.bench())
+    cluster = InlineCluster(shop.workload.worker_inputs())
     stopwatch = Stopwatch({"here": schema.DeviceSpec(channels=4)}, Path(), shop.workload, cluster, quiet)
     teacher_ms = stopwatch.teacher()["here"]["p50"]
 

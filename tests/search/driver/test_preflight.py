@@ -29,7 +29,7 @@ recovery: {steps: 2}
 
 
 def inline(made: Workload) -> Cluster:
-    return InlineCluster(made.bench())
+    return InlineCluster(made.worker_inputs())
 
 
 def test_what_gates_and_chains_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

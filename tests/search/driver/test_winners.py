@@ -142,7 +142,7 @@ class Search:
 
 def _outcome(made: Workload, plan: Plan) -> Outcome:
     """Return the outcome of a trial without recovery."""
-    steps = trial(made.bench(), Uniform(), plan, Recipe(steps=0), 0)
+    steps = trial(made.worker_inputs(), Uniform(), plan, Recipe(steps=0), 0)
     while True:
         try:
             next(steps)

@@ -52,7 +52,7 @@ def test_grey_images_are_repeated_for_every_channel() -> None:
 def test_recovery_is_given_the_other_images_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     found = loading.load(reading.parse(SPEC, folder=tmp_path), lambda *_: None, fit=False)
-    bench = found.bench()
+    bench = found.worker_inputs()
     assert (len(bench.train), len(found.splits.train)) == (1797, 48)
     assert bench.train.batch(np.arange(2))[0].shape == (2, 3, 12, 12)
     assert bench.calibration.shape == (8, 3, 12, 12)

@@ -304,7 +304,7 @@ def test_the_fingerprint_changes_with_the_teacher_and_the_data(folder: Path) -> 
 
 def test_workers_never_see_the_test_set(folder: Path) -> None:
     found = load(folder, factory())
-    bench = found.bench()
+    bench = found.worker_inputs()
     hidden: Tensor = found.splits.test.batch(np.arange(len(found.splits.test)))[0]
     seen = torch.cat([part.batch(np.arange(len(part)))[0] for part in (bench.train, bench.validation)])
     assert not any(torch.equal(one, other) for one in hidden for other in seen)

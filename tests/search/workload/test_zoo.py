@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, Scores
 from methods.network import Profile, count_macs, count_params, profile
-from methods.pipeline import Bench, Outcome, PlanMismatch, Progress, rebuild, score, trial
+from methods.pipeline import Outcome, PlanMismatch, Progress, WorkerInputs, rebuild, score, trial
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate
 from search.workload import zoo
@@ -40,7 +40,7 @@ def likelihood(logits: Tensor, labels: Tensor) -> float:
 
 
 @cache
-def bench(name: str) -> Bench:
+def bench(name: str) -> WorkerInputs:
     """An untrained network with lifelike norms, and random images `(1, 8, 8)`."""
     random = np.random.default_rng(0)
     teacher = zoo.build(name, 1, 10, seed=0).eval()
@@ -48,7 +48,7 @@ def bench(name: str) -> Bench:
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
     samples = Arrays(random.random((48, 1, 8, 8), dtype=np.float32), random.integers(0, 10, 48))
-    return Bench(teacher, samples, samples, samples.images[:32], likelihood)
+    return WorkerInputs(teacher, samples, samples, samples.images[:32], likelihood)
 
 
 @cache

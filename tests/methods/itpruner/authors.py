@@ -1,4 +1,4 @@
-"""The authors' own width solver, repeated to compare with published channel lists; nothing else should use it.
+"""The authors' own width solver, which returns the published channel lists: a yardstick for the path.
 
 Its importance lies many orders below the solver's tolerance, so what it returns is in effect the nearest point of the
 cost surface by Newton steps from full width: the published lists come out, integer for integer, with importance 0.
