@@ -11,15 +11,13 @@ from torch import nn
 
 from cluster import Cluster
 from search.base import Report
-from search.devices.device import Device, LatencyError
+from search.devices.device import Device
 from search.devices.measured import Present
 from search.devices.predicted import Absent
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Timing
 from search.workload import Workload
-
-__all__ = ["LatencyError", "Stopwatch", "Student", "Timing"]
 
 
 class Stopwatch:

@@ -18,11 +18,11 @@ from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, Score
 from methods.chain import SHARE, Chain
 from methods.pipeline import size_bytes
 from methods.protocol import defaults
-from search.devices.stopwatch import Stopwatch, Timing
+from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
 from search.driver.planner import Planner
 from search.spec.targets import Target
-from search.trials import LATENCY, Fitted
+from search.trials import LATENCY, Fitted, Timing
 from search.units import milliseconds, size
 from search.workload import Workload
 

@@ -33,8 +33,9 @@ from methods.base import Budget, Plan
 from methods.network import count_macs, profile
 from methods.protocol import defaults
 from search.base import SpecError
+from search.devices.device import LatencyError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
-from search.devices.stopwatch import LatencyError, Stopwatch
+from search.devices.stopwatch import Stopwatch
 from search.spec import reading, schema
 from search.workload import Workload, loading, zoo
 from search.workload.teacher import save_weights
