@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ class Present:
 
     Args:
         reference: the teacher's latency when the search began; measured when it is first needed where it is None.
-        spent: `measurements` and `measuring_s` are added to it.
     """
 
     is_predicted = False
@@ -54,7 +53,6 @@ class Present:
         *,
         report: Report,
         reference: Times | None,
-        spent: MutableMapping[str, float],
     ) -> None:
         self._name = name
         self._spec = spec
@@ -63,7 +61,6 @@ class Present:
         self._exporter = exporter
         self._report = report
         self._reference = reference
-        self._spent = spent
         self._runtime = runtime_of(spec)
         self._images = workload.splits.calibration[: spec.batch].copy()
         self._identity: dict[str, str] = {}
@@ -132,7 +129,6 @@ class Present:
                 refused[key] = event.error
             elif isinstance(event, Done):
                 self._keep(key, event.value)
-            self._count(event)
             self._report("measuring", event.index + 1, len(keys), f"{students[key][0].name} on {self._name}")
         return refused
 
@@ -169,7 +165,6 @@ class Present:
     def _alone(self, function: Any, *item: object) -> Any:
         """What `function` gives in the meter's process."""
         (event,) = self._cluster.alone(function, [item], self._spec.resources)
-        self._count(event)
         if isinstance(event, Done):
             return event.value
         assert isinstance(event, Failed)
@@ -180,10 +175,6 @@ class Present:
             f"device {self._name!r} cannot time the teacher and its layers: {reason}; expected a network that "
             f"{self._spec.runtime} runs; give the device another runtime, or leave it out"
         )
-
-    def _count(self, event: Any) -> None:
-        self._spent["measurements"] += 1
-        self._spent["measuring_s"] += event.seconds
 
 
 def _digest(*parts: object) -> str:

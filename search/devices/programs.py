@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -51,16 +51,11 @@ class Programs:
 
 
 class Exporter:
-    """Makes programs on the cluster, all at once, and keeps them until it is told to forget: the teacher's for good.
+    """Makes programs on the cluster, all at once, and keeps them until it is told to forget: the teacher's for good."""
 
-    Args:
-        spent: seconds of workers are added to its `measuring_s`.
-    """
-
-    def __init__(self, cluster: Cluster, report: Report, spent: MutableMapping[str, float]) -> None:
+    def __init__(self, cluster: Cluster, report: Report) -> None:
         self._cluster = cluster
         self._report = report
-        self._spent = spent
         self._teachers: dict[Kind, Program | str] = {}
         self._students: dict[tuple[str, Kind], Program | str] = {}
 
@@ -83,7 +78,6 @@ class Exporter:
         for event in self._cluster.run(program, items):
             if isinstance(event, Done | Failed):
                 made[event.index] = event.value if isinstance(event, Done) else event.error
-                self._spent["measuring_s"] += event.seconds
                 method = items[event.index][0]
                 self._report("exporting", len(made), len(items), "teacher" if method is None else method.name)
         return [made[index] for index in range(len(items))]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from cluster import Cluster
+from cluster import Cluster, Event, Item, Step, always
 from search.base import Report
 from search.devices.device import Device
 from search.devices.measured import Present
@@ -41,17 +42,15 @@ class Stopwatch:
         *,
         reference: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        self._spent = {"measurements": 0.0, "measuring_s": 0.0}
-        self._exporter = Exporter(cluster, report, self._spent)
+        self._tally = _Tally(cluster)
+        self._exporter = Exporter(self._tally, report)
         self._refusals: dict[tuple[str, str], str] = {}
 
         def device(name: str, spec: DeviceSpec) -> Device:
             if spec.runtime == "profile":
                 return Absent(spec, folder, workload)
             begun = (reference or {}).get(name)
-            return Present(
-                name, spec, workload, cluster, self._exporter, report=report, reference=begun, spent=self._spent
-            )
+            return Present(name, spec, workload, self._tally, self._exporter, report=report, reference=begun)
 
         self._devices = {name: device(name, spec) for name, spec in devices.items()}
 
@@ -61,10 +60,9 @@ class Stopwatch:
         return list(self._devices)
 
     def spent(self) -> dict[str, float]:
-        """What timing took since this was last asked: `measurements` on devices, `measuring_s` there and of exports."""
-        taken = dict(self._spent)
-        self._spent.update(dict.fromkeys(self._spent, 0.0))
-        return taken
+        """Return what timing took since last asked: `measurements` on devices, `measuring_s` there and of exports."""
+        measurements, seconds = self._tally.taken()
+        return {"measurements": float(measurements), "measuring_s": seconds}
 
     def is_predicted(self, device: str) -> bool:
         """Whether the device is not there, so that all its figures are computed from its roofline."""
@@ -114,6 +112,44 @@ class Stopwatch:
         Raises as `teacher` does.
         """
         return self._devices[device].predict(model)
+
+
+class _Tally:
+    """A cluster that passes everything on to another, and counts what that takes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._measurements, self._seconds = 0, 0.0
+
+    def taken(self) -> tuple[int, float]:
+        """Return how many items ran alone, and the seconds of all items, since this was last asked."""
+        taken = self._measurements, self._seconds
+        self._measurements, self._seconds = 0, 0.0
+        return taken
+
+    def run(
+        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
+    ) -> Iterator[Event]:
+        """See `Cluster.run`."""
+        return self._counted(self._cluster.run(function, items, go_on), measurements=0)
+
+    def alone(
+        self, function: Callable[..., Any], items: Iterable[Item], resources: Mapping[str, float] = MappingProxyType({})
+    ) -> Iterator[Event]:
+        """See `Cluster.alone`."""
+        return self._counted(self._cluster.alone(function, items, resources), measurements=1)
+
+    def close(self) -> None:
+        """See `Cluster.close`."""
+        self._cluster.close()
+
+    def _counted(self, events: Iterable[Event], *, measurements: int) -> Iterator[Event]:
+        """Yield the events; the end of each item counts as so many measurements."""
+        for event in events:
+            if not isinstance(event, Step):
+                self._measurements += measurements
+                self._seconds += event.seconds
+            yield event
 
 
 def _key(student: Student) -> str:

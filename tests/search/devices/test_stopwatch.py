@@ -311,6 +311,9 @@ def test_a_teacher_that_a_device_cannot_run_is_told(loaded: Workload, folder: Pa
         LatencyError, match=r"device 'cpu-1' cannot time the teacher and its layers: ExportError.*another runtime"
     ):
         watch.teacher()
+    spent = watch.spent()
+    assert spent["measurements"] == 0
+    assert spent["measuring_s"] > 0  # of the export
     eager = Stopwatch(
         {"here": schema.DeviceSpec(runtime="torch")}, folder, stubborn, InlineCluster(stubborn.bench()), quiet
     )
