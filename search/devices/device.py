@@ -7,9 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from cluster import (
-    Runtime,
-)
+from cluster import Runtime
 from search.base import SearchError
 from search.devices.programs import Kind, Student
 from search.spec.schema import DeviceSpec

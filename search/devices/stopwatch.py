@@ -13,8 +13,8 @@ from torch import nn
 from cluster import Cluster, Event, Item, Step, always
 from search.base import Report
 from search.devices.device import Device
-from search.devices.measured import Present
-from search.devices.predicted import Absent
+from search.devices.measured import MeasuredDevice
+from search.devices.predicted import PredictedDevice
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Timing
@@ -48,9 +48,9 @@ class Stopwatch:
 
         def device(name: str, spec: DeviceSpec) -> Device:
             if spec.runtime == "profile":
-                return Absent(spec, folder, workload)
+                return PredictedDevice(spec, folder, workload)
             begun = (reference or {}).get(name)
-            return Present(name, spec, workload, self._tally, self._exporter, report=report, reference=begun)
+            return MeasuredDevice(name, spec, workload, self._tally, self._exporter, report=report, reference=begun)
 
         self._devices = {name: device(name, spec) for name, spec in devices.items()}
 
