@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,16 @@ import onnx
 import torch
 from torch import fx, nn
 
-import cluster
-from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, identity, predicted_ms
+from cluster import Cluster, InlineCluster, Program, RayCluster, predicted_ms
 from search.base import SearchError, SpecError
-from search.devices.device import LatencyError, described, kind_of, runtime_of
+from search.devices.device import described, kind_of
 from search.devices.layer_table import layers_of
-from search.devices.predicted import roofline_of
+from search.devices.meter import Meter, timing_of
+from search.devices.predicted import flat, roofline_of
 from search.export import onnx_program
 from search.spec import SearchSpec, load
 from search.spec.schema import DeviceSpec
-from search.trials import LATENCY
+from search.trials import LATENCY, Times, Timing
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""
@@ -66,18 +68,17 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
     settings = None if spec is None else load(spec)
     found = _loaded(model, uri)
     wanted = _device(device, settings, found.tags)
+    known: Mapping[str, str] = {}
     if wanted.runtime == "profile":
-        timed = described(wanted, {}) | {"latency_ms": _predicted(found, wanted, settings), "noise": None}
-        beside = None
+        timing, beside = _predicted(found, wanted, settings), None
     else:
         teacher = _teacher(found.tags, uri)
-        known, reading = _measured(found, teacher or found, wanted, address)
-        noise = reading.noise if reading.is_noisy else None
-        timed = described(wanted, known) | {"latency_ms": asdict(reading.latency["model"]), "noise": noise}
-        beside = None if teacher is None else asdict(reading.latency["beside"])
+        known, timing = _measured(found, teacher or found, wanted, address)
+        beside = None if teacher is None else timing.teacher_latency_ms
     is_same = _searched_for(found.tags).get(device) == wanted  # a name may mean another device today
-    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside) if is_same else None
-    return {"model": model, "device": device, **timed, "teacher_latency_ms": beside, "searched": searched}
+    searched = _searched(device, found.tags, timing.latency_ms["p50"], beside) if is_same else None
+    timed = {"latency_ms": timing.latency_ms, "noise": timing.noise, "teacher_latency_ms": beside}
+    return {"model": model, "device": device, **described(wanted, known), **timed, "searched": searched}
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
@@ -112,42 +113,39 @@ def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
     }
 
 
-def _measured(model: Model, beside: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:
-    """What the device is, and what it took; its process is this one where it needs no resources of a node.
+def _measured(model: Model, teacher: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Timing]:
+    """Return the device's identity and the model's timing; measures in this process where no node is needed.
 
     A search measures a student in turn with its teacher, so the model takes turns with that, or with a copy of itself:
     alone it would find its weights in the processor's caches, and small networks seem up to 8 % faster.
     """
-    runtime = runtime_of(device)
     images = np.random.default_rng(0).standard_normal((device.batch, *model.shape), np.float32)
-    programs = {"model": _program(model, device), "beside": _program(beside, device)}
-    meter: Cluster = RayCluster(None, address=address or "auto", max_parallel=1) if device.resources else _HERE
-    try:
-        known: dict[str, str] = _alone(meter, device, identity, runtime)
-        return known, _alone(meter, device, cluster.measure, programs, runtime, images)
-    finally:
-        meter.close()
+    programs = {"student": _program(model, device), "teacher": _program(teacher, device)}
+    with closing(_cluster(device, address)) as cluster:
+        meter = Meter(cluster, device, partial(_refusal, device))
+        return meter.identity(), timing_of(meter.read(programs, images))
 
 
-_HERE = InlineCluster(None)
+def _cluster(device: DeviceSpec, address: str | None) -> Cluster:
+    """Return the cluster with the device's node, or this process where it needs no node's resources."""
+    if device.resources:
+        return RayCluster(None, address=address or "auto", max_parallel=1)
+    return InlineCluster(None)
 
 
-def _alone(meter: Cluster, device: DeviceSpec, function: Any, *item: object) -> Any:
-    (event,) = meter.alone(function, [item], device.resources)
-    if isinstance(event, Done):
-        return event.value
-    raise LatencyError(
-        f"{device.runtime} cannot run the model: {getattr(event, 'error', event)}; expected a network it runs for "
-        f"batches of {device.batch}; choose a device with another runtime or batch"
+def _refusal(device: DeviceSpec, reason: str) -> str:
+    return (
+        f"{device.runtime} cannot run the model: {reason}; expected a network it runs for batches of {device.batch}; "
+        "choose a device with another runtime or batch"
     )
 
 
-def _predicted(model: Model, device: DeviceSpec, spec: SearchSpec | None) -> dict[str, float]:
-    """What the roofline of a device that is not there gives."""
+def _predicted(model: Model, device: DeviceSpec, spec: SearchSpec | None) -> Timing:
+    """Return the timing by the roofline of a device that is not there."""
     module = _module(model, "a roofline")
     layers = layers_of(module, torch.zeros(1, *model.shape))
-    ms = predicted_ms(layers, roofline_of(device, Path(spec.folder if spec else ".")), device.batch)
-    return {"min": ms, "p50": ms, "p95": ms}
+    latency_ms = flat(predicted_ms(layers, roofline_of(device, Path(spec.folder if spec else ".")), device.batch))
+    return Timing(latency_ms, latency_ms)
 
 
 def _program(model: Model, device: DeviceSpec) -> Program:
@@ -165,9 +163,7 @@ def _module(model: Model, needer: str) -> nn.Module:
     return model.program
 
 
-def _searched(
-    device: str, tags: Mapping[str, str], now: float, beside: Mapping[str, float] | None
-) -> dict[str, Any] | None:
+def _searched(device: str, tags: Mapping[str, str], now: float, beside: Times | None) -> dict[str, Any] | None:
     """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
     prefix = f"{LATENCY}{device}/"
     latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
