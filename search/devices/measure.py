@@ -1,4 +1,4 @@
-"""The latency of a saved model on a device, measured the way a search measures it, beside what was measured then."""
+"""`paredown measure`: the latency of a saved model, measured as a search does it, beside the search's own figures."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
     Args:
         model: a `.pt2` or `.onnx` file, a folder that `paredown compress` wrote, `models:/NAME@ALIAS` or
             `models:/NAME/VERSION`.
-        device: one of the spec's where there is a spec, else the one a registered version was searched for, else
+        device: a device of the spec if there is one, else one that a registered version was searched for, else
             `cpu-N`: onnxruntime with N threads.
-        address: a running Ray cluster; a device that needs a node's resources is looked for there.
+        address: a running Ray cluster with the node of a device that needs resources.
         uri: the MLflow store of registered models.
 
     Returns:
         `model`, `device`, `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`, `latency_ms` (`min`,
         `p50`, `p95` of one call, which runs the device's batch), `noise` (how far the median lay above the fastest
-        call, as a share, where that was too far after all repeats, else None), and `searched`: what the search wrote
-        down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None
-        where the search had no such device.
+        call, as a share, where that was too far after all repeats, else None), and `searched`: the search's own figures
+        for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None where
+        the search had no such device.
         A registered version is measured in turn with its teacher; `teacher_latency_ms` is that, and the ratio is
         corrected for drift by it, as a search's own figures are.
 
@@ -66,24 +66,24 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         ClusterError: the device's resources are nowhere.
     """
     settings = None if spec is None else load(spec)
-    found = _loaded(model, uri)
-    wanted = _device(device, settings, found.tags)
+    saved = _loaded(model, uri)
+    wanted = _device(device, settings, saved.tags)
     known: Mapping[str, str] = {}
     if wanted.runtime == "profile":
-        timing, beside = _predicted(found, wanted, settings), None
+        timing, beside = _predicted(saved, wanted, settings), None
     else:
-        teacher = _teacher(found.tags, uri)
-        known, timing = _measured(found, teacher or found, wanted, address)
+        teacher = _teacher(saved.tags, uri)
+        known, timing = _measured(saved, teacher or saved, wanted, address)
         beside = None if teacher is None else timing.teacher_latency_ms
-    is_same = _searched_for(found.tags).get(device) == wanted  # a name may mean another device today
-    searched = _searched(device, found.tags, timing.latency_ms["p50"], beside) if is_same else None
+    is_same = _searched_devices(saved.tags).get(device) == wanted  # a name may mean another device today
+    searched = _searched_figures(device, saved.tags, timing.latency_ms["p50"], beside) if is_same else None
     timed = {"latency_ms": timing.latency_ms, "noise": timing.noise, "teacher_latency_ms": beside}
     return {"model": model, "device": device, **described(wanted, known), **timed, "searched": searched}
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
-    """The device of that name, wherever it is described."""
-    known = dict(_searched_for(tags) if spec is None else spec.devices)
+    """The device of that name: of the spec if there is one, else of the tags, else `cpu-N`."""
+    known = dict(_searched_devices(tags) if spec is None else spec.devices)
     if name in known:
         return known[name]
     if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]*)", name)):
@@ -95,7 +95,7 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
 
 
 def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
-    """The teacher of a registered version, where that says where it is."""
+    """The teacher of a registered version, or None where its tags do not say where that is."""
     from search.record.logged_models import load_model
 
     if (where := tags.get("teacher_uri")) is None:
@@ -103,7 +103,7 @@ def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
     return _exported(load_model(uri, where), where, {})
 
 
-def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
+def _searched_devices(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
     """The devices of the search that a registered version came from."""
     prefix = "device_spec/"
     return {
@@ -114,7 +114,7 @@ def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
 
 
 def _measured(model: Model, teacher: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Timing]:
-    """Return the device's identity and the model's timing; measures in this process where no node is needed.
+    """Measure a model; return the device's identity and the timing.
 
     A search measures a student in turn with its teacher, so the model takes turns with that, or with a copy of itself:
     alone it would find its weights in the processor's caches, and small networks seem up to 8 % faster.
@@ -163,8 +163,8 @@ def _module(model: Model, needer: str) -> nn.Module:
     return model.program
 
 
-def _searched(device: str, tags: Mapping[str, str], now: float, beside: Times | None) -> dict[str, Any] | None:
-    """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
+def _searched_figures(device: str, tags: Mapping[str, str], now: float, beside: Times | None) -> dict[str, Any] | None:
+    """The search's own figures for this device, and how `now` compares with them at the speed its teacher had then."""
     prefix = f"{LATENCY}{device}/"
     latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
     if "p50" not in latency_ms:
@@ -211,7 +211,7 @@ def _from_pt2(path: Path) -> Model:
 
 
 def _exported(module: object, name: str, tags: Mapping[str, str]) -> Model:
-    """The model of an exported module, which says itself what inputs it takes."""
+    """The model of an exported module; the module itself holds the shape of its inputs."""
     graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
     inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) else ()

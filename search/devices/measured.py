@@ -80,7 +80,7 @@ class MeasuredDevice:
         return {key: one if isinstance(one, str) else self._corrected(one) for key, one in found.items()}
 
     def predict(self, model: nn.Module) -> float:
-        """See `Device.predict`: the sum of its layers' times, and the factor by which that is wrong for the teacher."""
+        """See `Device.predict`: the sum of the layers' times, times the factor by which it is wrong for the teacher."""
         return self._factor * self._sum(model)
 
     def _measure(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:

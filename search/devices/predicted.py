@@ -1,4 +1,4 @@
-"""A device that is not there: its roofline predicts."""
+"""A device that is not there: its roofline predicts the latency of every network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from search.workload import Workload
 
 
 def roofline_of(device: DeviceSpec, folder: Path) -> Roofline:
-    """The roofline of a device that is not there; its file is looked for in `folder`.
+    """The roofline of a device that is not there; a relative path of its file starts in `folder`.
 
     Raises:
         SpecError: the file is wrong.
@@ -44,7 +44,7 @@ def rooflines(spec: SearchSpec) -> dict[str, dict[str, float]]:
 
 
 class PredictedDevice:
-    """A device that is not there: all its figures are computed from its roofline."""
+    """A device that is not there: its roofline gives all its figures."""
 
     is_predicted = True
 
@@ -78,5 +78,5 @@ class PredictedDevice:
 
 
 def flat(ms: float) -> dict[str, float]:
-    """A latency that has no spread, because it was computed."""
+    """A computed latency, which has no spread."""
     return {"min": ms, "p50": ms, "p95": ms}

@@ -1,4 +1,4 @@
-"""The stopwatch of a search: what the teacher and students take on its devices, measured, or predicted beforehand."""
+"""The stopwatch of a search: times the teacher and students on its devices, and predicts them beforehand."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Stopwatch:
     """Times the teacher and students on the devices of a search.
 
     Args:
-        folder: where relative roofline files are looked for.
-        reference: the teacher's latency when the search began, by device; what it lacks is measured when needed.
+        folder: relative paths of roofline files start here.
+        reference: the teacher's latency when the search began, by device; a missing one is measured when needed.
 
     Raises:
         SpecError: a roofline file is wrong.
@@ -65,11 +65,11 @@ class Stopwatch:
         return {"measurements": float(measurements), "measuring_s": seconds}
 
     def is_predicted(self, device: str) -> bool:
-        """Whether the device is not there, so that all its figures are computed from its roofline."""
+        """Whether the device is not there, so that its roofline gives all its figures."""
         return self._devices[device].is_predicted
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """What each device is: `runtime`, `threads`, `batch`, `host`, `processor` and whether it `is_predicted`."""
+        """The facts about each device: `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`."""
         return {name: device.described() for name, device in self._devices.items()}
 
     def teacher(self) -> dict[str, dict[str, float]]:
@@ -82,7 +82,7 @@ class Stopwatch:
         return {name: dict(device.teacher()) for name, device in self._devices.items()}
 
     def time(self, students: Sequence[Student], devices: Collection[str]) -> list[dict[str, Timing]]:
-        """The latency of each student on each of the devices; where it cannot run it has none, see `refusal`.
+        """The latency of each student on each of the devices; one that cannot run there has none, see `refusal`.
 
         Raises as `teacher` does.
         """
@@ -100,13 +100,13 @@ class Stopwatch:
         return table
 
     def refusal(self, student: Student, device: str) -> str | None:
-        """Why a student could not be timed on a device, or None."""
+        """The reason why a student could not be timed on a device, or None."""
         return self._refusals.get((_key(student), device))
 
     def predict(self, model: nn.Module, device: str) -> float:
-        """The milliseconds `model`, on the CPU, would take on the device for one batch.
+        """Predict the milliseconds that `model`, on the CPU, takes on the device for one batch.
 
-        On a device that is there, it is the sum of its layers' times, measured once each, times the factor by which
+        On a device that is there, they are the sum of its layers' times, measured once each, times the factor by which
         that sum is wrong for the teacher.
 
         Raises as `teacher` does.
@@ -115,7 +115,7 @@ class Stopwatch:
 
 
 class _Tally:
-    """A cluster that passes everything on to another, and counts what that takes."""
+    """A cluster that passes every call on to another, and counts the seconds and the items run alone."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
