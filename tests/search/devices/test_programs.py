@@ -1,4 +1,4 @@
-"""Students as ONNX: the same outputs at any batch size, numbers that time nothing else, and reasons when it fails."""
+"""Students as ONNX: the same outputs at any batch size, weights that slow no processor, and reasons for failures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_parity_is_relative_to_the_largest_output() -> None:
 
 
 class Choosy(nn.Module):
-    """Decides by the images what to do with them, which no exporter can follow."""
+    """Branches on the values of its images, which no exporter can follow."""
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean((2, 3))

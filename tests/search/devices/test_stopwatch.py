@@ -1,4 +1,4 @@
-"""What students take: layers heard where torch runs them, a table of their times, and measurements that are kept."""
+"""Times of students: layers recorded where torch runs them, a table of their times, and readings that are kept."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def loaded(folder: Path) -> Workload:
 
 @dataclass
 class Counted:
-    """A cluster that keeps count of what is asked of it, and may call every reading noisy."""
+    """A cluster that records the calls it gets, and may call every reading noisy."""
 
     inner: Cluster
     is_noisy: bool = False
@@ -115,13 +115,13 @@ def half(loaded: Workload, divisor: int = 2) -> Plan:
 
 
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_the_layers_heard_hold_all_macs_of_the_network(build: Callable[[], nn.Module]) -> None:
+def test_the_recorded_layers_hold_all_macs_of_the_network(build: Callable[[], nn.Module]) -> None:
     model = build()
-    heard = layers_of(model, IMAGES)
-    assert sum(layer.macs for layer in heard) == count_macs(model, IMAGES)
+    recorded = layers_of(model, IMAGES)
+    assert sum(layer.macs for layer in recorded) == count_macs(model, IMAGES)
     batch = torch.export.Dim("batch", min=1)
     exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: batch},)).module()
-    assert layers_of(exported, IMAGES) == heard
+    assert layers_of(exported, IMAGES) == recorded
 
 
 class Functional(nn.Module):
@@ -138,7 +138,7 @@ class Functional(nn.Module):
         return F.linear(self.up(x).flatten(2).transpose(1, 2), self.matrix)
 
 
-def test_layers_without_a_module_are_heard_too() -> None:
+def test_layers_without_a_module_are_recorded_too() -> None:
     conv = LayerShape("conv", 3, 8, (3, 5), (2, 1), (1, 4), (1, 2), 1, (16, 16))
     height, width = conv.out_hw
     rows = (height + 1) * (width + 1)
