@@ -137,7 +137,7 @@ class Pool:
         """Give every idle worker an item."""
         self.check_open()
         while self._idle and (taken := queue.take()) is not None:
-            if not self._idle:  # a run that began meanwhile lost the worker
+            if not self._idle:  # a run begun by taking the item lost the worker
                 queue.put_back(*taken)
                 break
             worker = self._idle.pop()

@@ -168,7 +168,7 @@ def identity(runtime: Runtime) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's model as Linux names it, or the board's where Linux names that instead."""
+    """The processor's model as Linux names it, or the board's if Linux names that instead."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -15,7 +15,7 @@ from search.trials import Times, Timing
 
 
 class LatencyError(SearchError):
-    """A device cannot run what it is given; the message says why."""
+    """A device cannot run a network; the message says why."""
 
 
 class Device(Protocol):

@@ -95,7 +95,7 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
 
 
 def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
-    """The teacher of a registered version, or None where its tags do not say where that is."""
+    """The teacher of a registered version, or None if its tags do not name it."""
     from search.record.logged_models import load_model
 
     if (where := tags.get("teacher_uri")) is None:
@@ -127,7 +127,7 @@ def _measured(model: Model, teacher: Model, device: DeviceSpec, address: str | N
 
 
 def _cluster(device: DeviceSpec, address: str | None) -> Cluster:
-    """Return the cluster with the device's node, or this process where it needs no node's resources."""
+    """Return the cluster with the device's node, or this process if it needs no resources."""
     if device.resources:
         return RayCluster(None, address=address or "auto", max_parallel=1)
     return InlineCluster(None)

@@ -26,7 +26,7 @@ class MeasuredDevice:
     """A device that is there: other work disturbs it, so a student is only ever measured in turn with the teacher.
 
     Args:
-        reference: the teacher's latency when the search began; measured when it is first needed where it is None.
+        reference: the teacher's latency when the search began; measured when first needed if it is None.
     """
 
     is_predicted = False
@@ -100,7 +100,7 @@ class MeasuredDevice:
         return found
 
     def _corrected(self, reading: Timing) -> Timing:
-        """Scale a reading by how much slower or faster the teacher was then than when the search began."""
+        """Correct a reading for drift, by the teacher's latency when the search began over that in the reading."""
         scale = self.teacher()["p50"] / reading.teacher_latency_ms["p50"]
         return replace(reading, latency_ms={name: ms * scale for name, ms in reading.latency_ms.items()})
 

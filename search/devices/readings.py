@@ -38,7 +38,7 @@ class Readings:
         self._known: dict[str, Timing] = {}
 
     def find(self, key: str) -> Timing | None:
-        """Return the reading of a student, or None where it has none yet."""
+        """Return the reading of a student, or None if it has none yet."""
         for path in (self._path(key, is_quiet=False), self._path(key, is_quiet=True)):  # this search's own first
             if key not in self._known and (found := read_json(path)):
                 self._known[key] = Timing(found["student"], found["teacher"], found["noise"])

@@ -60,7 +60,7 @@ class Stopwatch:
         return list(self._devices)
 
     def spent(self) -> dict[str, float]:
-        """Return what timing took since last asked: `measurements` on devices, `measuring_s` there and of exports."""
+        """Return the cost of timing since last asked: `measurements` on devices, `measuring_s` there and of exports."""
         measurements, seconds = self._tally.taken()
         return {"measurements": float(measurements), "measuring_s": seconds}
 
@@ -122,7 +122,7 @@ class _Tally:
         self._measurements, self._seconds = 0, 0.0
 
     def taken(self) -> tuple[int, float]:
-        """Return how many items ran alone, and the seconds of all items, since this was last asked."""
+        """Return the number of items that ran alone, and the seconds of all items, since last asked."""
         taken = self._measurements, self._seconds
         self._measurements, self._seconds = 0, 0.0
         return taken

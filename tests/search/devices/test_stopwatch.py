@@ -206,7 +206,7 @@ def test_students_are_measured_beside_the_teacher_once(loaded: Workload, folder:
     for timing in (whole["cpu-1"], small["cpu-1"]):
         assert timing.latency_ms.keys() == {"min", "p50", "p95"}
         assert timing.latency_ms["min"] <= timing.latency_ms["p50"] <= timing.latency_ms["p95"]
-    # The teacher's own shape beside the teacher: whatever else runs here runs beside both.
+    # The teacher's own shape beside the teacher: any other work here disturbs both.
     assert whole["cpu-1"].latency_ms["min"] == pytest.approx(
         2.0 * whole["cpu-1"].teacher_latency_ms["min"] / whole["cpu-1"].teacher_latency_ms["p50"], rel=0.5
     )
