@@ -1,7 +1,7 @@
-"""Items that several processes share: each is run by a group of Ray Train's own, made for it and gone after it.
+"""Items that several processes share: Ray Train starts a group of processes for each item and ends it afterwards.
 
 All processes of a group call the same function with the same item, in a torch process group: gloo on CPUs, nccl on
-GPUs, which was not run here. The first one is listened to; what is answered to its steps goes to all.
+GPUs, which was not run here. The first one reports, and the answer to each of its steps goes to all.
 """
 
 from __future__ import annotations
@@ -27,93 +27,96 @@ from ray.util.placement_group import (
 
 from cluster.base import Done, Event, Failed, Item, Step, Stopped
 from cluster.inline import InlineCluster
-from cluster.workers import ProcessLost, Room, line
+from cluster.workers import ProcessLost, Room, summary
 
 
 @dataclass(frozen=True)
 class Group:
-    """As many as `count` processes, each with `needs` of Ray's resources and a copy of what `context` refers to."""
+    """A group of `count` processes, each with `needs` of Ray's resources and a copy of the object behind `context`."""
 
     context: Any
     count: int
     needs: Mapping[str, float]
 
-    def room(self, there: PlacementGroup, *, is_there: bool) -> Room:
-        """What the item holds by having such a group."""
-        return Room(0, there, {name: amount * self.count for name, amount in self.needs.items()}, is_there)
+    def room(self, reserved: PlacementGroup, *, is_ready: bool) -> Room:
+        """The room that an item with such a group holds."""
+        return Room(0, reserved, {name: amount * self.count for name, amount in self.needs.items()}, is_ready)
 
 
 class ItemFailed(Exception):
-    """The item raised, which was told already: this only ends the group."""
+    """The item raised, and that was reported already: this only ends the group."""
 
 
 class Coordinator:
-    """A worker that has a group do its items, and holds nothing itself: for the driver it is a `Worker`.
+    """A worker that has a group run its items, and holds no resources itself: for the driver it is a `Worker`.
 
-    Made an actor with the concurrency groups `control`, as that is, and `group`, by which its processes are heard.
+    The pool makes it an actor with the concurrency groups `control`, as a `Worker`, and `group`, for its processes.
     """
 
     def __init__(self, group: Group, *, sees_gpus: bool) -> None:
         self._group = group
-        self._news: SimpleQueue[Event | Room | None] = SimpleQueue()
+        self._events: SimpleQueue[Event | Room | None] = SimpleQueue()
         self._answers: SimpleQueue[bool] = SimpleQueue()
 
     def ping(self) -> None:
-        """Answers."""
+        """Return at once."""
 
     @ray.method(num_returns="streaming")
-    def run(self, function: Callable[..., Any], item: Item, asks: bool) -> Iterator[Event | Room]:
-        """The events of one item, numbered 0; seconds count from when there was room for its group, for each process.
+    def run(self, function: Callable[..., Any], item: Item, awaits_answers: bool) -> Iterator[Event | Room]:
+        """Yield the events of one item, numbered 0; its seconds count for each process, once the group has room.
 
-        Ray Train makes its own room and would wait for that in silence, so it is found first, here, and given up when
-        Train is ready to. The driver hears of both: Ray keeps them for as long as its job where this process dies.
+        Ray Train reserves its own room and would wait for that in silence, so this reserves room first, and frees it
+        when Train is ready to take it. The driver is told of both, since Ray keeps them if this process dies.
 
         Raises:
             ProcessLost: the group ended without the item's own end.
         """
         room = placement_group([dict(self._group.needs)] * self._group.count)
-        yield self._group.room(room, is_there=False)
+        yield self._group.room(room, is_ready=False)
         ray.get(room.ready())
-        yield self._group.room(room, is_there=True)
+        yield self._group.room(room, is_ready=True)
         began = time.monotonic()
         here = ray.get_runtime_context().current_actor
         end: Done | Failed | Stopped | None = None
         with ThreadPoolExecutor(1) as thread:
-            work = partial(_take_part, self._group.context, here, function, item)
-            group = thread.submit(_fit, work, self._group, room)
-            group.add_done_callback(lambda _: self._news.put(None))
-            while (event := self._news.get()) is not None:
+            work = partial(_run_in_process, self._group.context, here, function, item)
+            group = thread.submit(_run_group, work, self._group, room)
+            group.add_done_callback(lambda _: self._events.put(None))
+            while (event := self._events.get()) is not None:
                 if not isinstance(event, Step | Room):
                     end = end or event  # where several processes fail, the first says why
                     continue
                 yield event
-                if isinstance(event, Step) and not asks:
+                if isinstance(event, Step) and not awaits_answers:
                     self._answers.put(True)
         error = group.exception()
         if end is None or _is_lost(error):
-            raise ProcessLost(line(error) if isinstance(error, Exception) else "it told no end")
+            raise ProcessLost(summary(error) if isinstance(error, Exception) else "it told no end")
         yield replace(end, seconds=(time.monotonic() - began) * self._group.count)
 
     @ray.method(concurrency_group="control")
-    def answer(self, goes_on: bool) -> None:
-        """Tells the item that waits whether it goes on."""
-        self._answers.put(goes_on)
+    def answer(self, continues: bool) -> None:
+        """Tell the waiting item whether it continues."""
+        self._answers.put(continues)
 
     @ray.method(concurrency_group="group")
-    def settle(self, room: PlacementGroup) -> None:
-        """Takes note of where the group is, for after a kill: Ray Train frees that only where Ray has a dashboard."""
-        self._news.put(self._group.room(room, is_there=True))
+    def note_room(self, room: PlacementGroup) -> None:
+        """Note the group's own room, to free it after a kill: Ray Train does so only where Ray has a dashboard."""
+        self._events.put(self._group.room(room, is_ready=True))
 
     @ray.method(concurrency_group="group")
-    def hear(self, event: Event) -> bool:
-        """Takes what a process of the group tells; returns whether it goes on after a step, once that is known."""
-        self._news.put(event)
+    def report(self, event: Event) -> bool:
+        """Take an event of one of the group's processes; return whether it continues after a step, once known."""
+        self._events.put(event)
         return self._answers.get() if isinstance(event, Step) else False
 
 
-def _fit(work: Callable[[], None], group: Group, room: PlacementGroup) -> None:
-    """Has every process of a new group do `work`, in place of `room`; Ray Train's own retries are off: the pool has its
-    own, and where another has taken the room since, it waits for room again and says so."""
+def _run_group(work: Callable[[], None], group: Group, room: PlacementGroup) -> None:
+    """Have every process of a new group do `work`, in place of `room`.
+
+    Ray Train's own retries are off: the pool has its own. Where another has taken the room since, Train waits for room
+    again and says so.
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -127,15 +130,15 @@ def _fit(work: Callable[[], None], group: Group, room: PlacementGroup) -> None:
         "logging_config": LoggingConfig("ERROR"),
     }
     scale = ScalingConfig(num_workers=group.count, use_gpu=has_gpus, resources_per_worker=dict(group.needs))
-    with TemporaryDirectory(prefix="paredown-") as folder:  # a run of a known name and place would go on with that
+    with TemporaryDirectory(prefix="paredown-") as folder:  # a run of a known name and place would be resumed
         run = RunConfig(name=f"item-{uuid4().hex}", storage_path=folder, **settings)
         trainer = TorchTrainer(work, scaling_config=scale, run_config=run)
         remove_placement_group(room)
         trainer.fit()
 
 
-def _take_part(context: Any, coordinator: Any, function: Callable[..., Any], item: Item) -> None:
-    """What each process of a group does: the item, as a worker alone would, asking together after every step.
+def _run_in_process(context: Any, coordinator: Any, function: Callable[..., Any], item: Item) -> None:
+    """Run the item in one process of a group, as a worker alone would; all share the answer to every step.
 
     Raises:
         ItemFailed: the item raised here, so that Ray Train ends the others, which may wait for this one.
@@ -145,20 +148,20 @@ def _take_part(context: Any, coordinator: Any, function: Callable[..., Any], ite
 
     is_first = get_context().get_world_rank() == 0
     if is_first:
-        ray.get(coordinator.settle.remote(get_current_placement_group()))
+        ray.get(coordinator.note_room.remote(get_current_placement_group()))
 
-    def goes_on(index: int, value: object) -> bool:
-        answer = ray.get(coordinator.hear.remote(Step(index, value))) if is_first else None
+    def continues(index: int, value: object) -> bool:
+        answer = ray.get(coordinator.report.remote(Step(index, value))) if is_first else None
         return bool(broadcast_from_rank_zero(answer))
 
-    *_, end = InlineCluster(ray.get(context)).run(function, [item], goes_on)
+    *_, end = InlineCluster(ray.get(context)).run(function, [item], continues)
     if is_first or isinstance(end, Failed):
-        ray.get(coordinator.hear.remote(end))
+        ray.get(coordinator.report.remote(end))
     if isinstance(end, Failed):
         raise ItemFailed(end.error)
 
 
 def _is_lost(error: BaseException | None) -> bool:
-    """Whether a group ended by something else than its item's own error."""
+    """Whether a group ended by another error than its item's own."""
     failures = getattr(error, "worker_failures", {0: error}).values()
     return error is not None and not all(isinstance(failure, ItemFailed) for failure in failures)

@@ -19,26 +19,26 @@ from cluster.token import keep_token
 
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 METER = "paredown_meter"
-"""The resource that a node has one of: who holds it measures there, and nobody else."""
+"""The resource of which a node has one: its holder alone measures there."""
 START_S, END_S, POLL_S = 300.0, 60.0, 0.2
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
-"""Those of Ray's that have a fixed number, or are to be known."""
-TIED = """
+"""Ray's ports that have a fixed number by default, or whose number is needed here."""
+START_COMMAND = """
 import ctypes, signal, sys
 from ray.scripts.scripts import main
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 main()
 """
-"""Ray's command line, which ends with the thread that started it, even where that is killed."""
+"""Ray's command line, but it ends with the thread that started it, even one that is killed."""
 
 
 @contextmanager
 def own_head() -> Iterator[tuple[str, str]]:
-    """A head for as long as the context is open: its address, and its dashboard's, which also takes jobs.
+    """Run a head while the context is open; yield its address and that of its dashboard, which also takes jobs.
 
-    What `ray.init` starts cannot be told which ports to use, and keeps no record of itself: a second one on a machine
-    takes no jobs, and those of the first may find the second. Its folder goes when it has ended, unless it never
+    `ray.init` cannot be told which ports to use, and its head keeps no record of itself: a second one on a machine
+    takes no jobs, and jobs of the first may find the second. The head's folder is removed at the end, unless it never
     started: then its log says why.
 
     Raises:
@@ -47,7 +47,7 @@ def own_head() -> Iterator[tuple[str, str]]:
     keep_token()
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))
-    command = [sys.executable, "-c", TIED, "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
+    command = [sys.executable, "-c", START_COMMAND, "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
     command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -59,23 +59,23 @@ def own_head() -> Iterator[tuple[str, str]]:
         )  # fmt: skip  # Ctrl-C is for the command, which ends its Ray itself
     has_started = False
     try:
-        _wait_for(head, ports["dashboard-port"], Path(log.name))
+        _wait_for_dashboard(head, ports["dashboard-port"], Path(log.name))
         has_started = True
         yield f"127.0.0.1:{ports['port']}", f"127.0.0.1:{ports['dashboard-port']}"
     finally:
-        _end(head)
+        _stop(head)
         if has_started:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on."""
+    """Find ports of the loopback that no process listens on."""
     with ExitStack() as taken:
         sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _end(head: subprocess.Popen[bytes]) -> None:
+def _stop(head: subprocess.Popen[bytes]) -> None:
     head.terminate()
     try:
         head.wait(END_S)
@@ -84,8 +84,8 @@ def _end(head: subprocess.Popen[bytes]) -> None:
         head.wait()
 
 
-def _wait_for(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Waits until the dashboard answers, which starts last."""
+def _wait_for_dashboard(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until the dashboard answers, which starts last."""
     deadline = time.monotonic() + START_S
     while head.poll() is None and time.monotonic() < deadline:
         with suppress(OSError):

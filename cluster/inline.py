@@ -6,10 +6,10 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
+from types import GeneratorType, MappingProxyType
 from typing import Any
 
-from cluster.base import ClusterError, Done, Event, Failed, Item, Step, Stopped, always, values
+from cluster.base import ClusterError, Done, Event, Failed, Item, Step, Stopped, always
 
 
 class InlineCluster:
@@ -23,7 +23,7 @@ class InlineCluster:
     ) -> Iterator[Event]:
         """See `Cluster.run`."""
         for index, item in enumerate(items):
-            yield from _events(index, values(function, self._context, item), go_on)
+            yield from _events(index, _outputs(function, self._context, item), go_on)
 
     def alone(
         self,
@@ -34,38 +34,38 @@ class InlineCluster:
         """See `Cluster.alone`; here the process is this one.
 
         Raises:
-            ClusterError: `resources` are asked for, and a process has none.
+            ClusterError: `resources` are asked for, and this process has none.
         """
         if resources:
             raise ClusterError(
-                f"this process has no {listed(resources)}; expected a Ray cluster with a node that has it; "
+                f"this process has no {resources_text(resources)}; expected a Ray cluster with a node that has it; "
                 "give its --address"
             )
-        yield from InlineCluster(None).run(partial(bare, function), items)
+        yield from InlineCluster(None).run(partial(without_context, function), items)
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Do nothing: there is no worker to stop."""
 
 
-def bare(function: Callable[..., Any], context: object, *item: object) -> object:
-    """What `function` gives for `item` alone, without the context."""
+def without_context(function: Callable[..., Any], context: object, *item: object) -> object:
+    """Call `function` with the item alone."""
     return function(*item)
 
 
-def listed(resources: Mapping[str, float]) -> str:
+def resources_text(resources: Mapping[str, float]) -> str:
     """Resources as a person reads them: `1 dut, 2 CPU`."""
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items())) or "nothing"
 
 
 def _events(
-    index: int, told: Generator[tuple[bool, Any]], go_on: Callable[[int, Any], bool]
+    index: int, outputs: Generator[tuple[bool, Any]], go_on: Callable[[int, Any], bool]
 ) -> Generator[Event, None, None]:
-    """The events of one item. Only what the item raises is its result: an error of `go_on` is the caller's own."""
+    """Yield the events of one item. An error of the item is its result, an error of `go_on` is the caller's own."""
     began = time.monotonic()
     while True:
         try:
-            is_last, value = next(told)
-        except Exception as error:  # noqa: BLE001 - whatever an item raises is its result
+            is_last, value = next(outputs)
+        except Exception as error:  # noqa: BLE001 - any error of an item is its result
             seconds = time.monotonic() - began
             yield Failed(index, f"{type(error).__name__}: {error}", traceback.format_exc(), seconds)
             return
@@ -74,6 +74,21 @@ def _events(
             return
         yield Step(index, value)
         if not go_on(index, value):
-            told.close()
+            outputs.close()
             yield Stopped(index, time.monotonic() - began)
             return
+
+
+def _outputs(function: Callable[..., Any], context: object, item: Item) -> Generator[tuple[bool, Any]]:
+    """Yield the steps of one call and then its result, each with whether it is the result."""
+    result = function(context, *item)
+    if not isinstance(result, GeneratorType):
+        yield True, result
+        return
+    while True:
+        try:
+            step = next(result)
+        except StopIteration as stop:
+            yield True, stop.value
+            return
+        yield False, step

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: a command of ours, submitted over HTTP to the head and run there, watched and stopped.
+"""Jobs on a Ray cluster: submit a command over HTTP to the head, which runs it; watch and stop it.
 
 Ray's client is imported where it is used: every worker imports this package, and none of them submits anything.
 """
@@ -32,19 +32,19 @@ NOT_SENT = (
     *("__pycache__", ".venv", "venv", ".git", "mlruns", "mlartifacts", "*.db", "*.db-journal", "*.artifacts"),
     *("paredown.studies*", "paredown.reports", ".paredown.*"),
 )
-"""What of a folder stays here, beside what its ignore files name: environments, and what searches write."""
+"""Patterns of files that are not sent, besides those in ignore files: environments, and the files of searches."""
 
 MOST_BYTES = 512 * 1024**2
-"""A larger folder is not even packed. Ray's job server takes 100 MiB, packed: of that, Ray itself says so."""
+"""A larger folder is not even packed. Ray's job server takes 100 MiB, packed, and itself refuses more."""
 
 CONNECT_S, ANSWER_S, POLL_S = 10, 60, 0.5
-"""How long the head has to take a call and, each time, to say something; the latter with a folder of 100 MiB sent."""
+"""Time for the head to take a call; to say something each time, even with 100 MiB sent; between two looks at a job."""
 
 STOP_WAIT_S = 60
-"""What a stopped job has for putting its books in order; Ray's own 3 seconds are too few for an MLflow server."""
+"""Time for a stopped job to finish its records; Ray's own 3 seconds are too few for an MLflow server."""
 
 INSTALL_S = 900
-"""What a node has for installing packages: as long as Ray by itself waits for a job to start."""
+"""Time for a node to install packages: as long as Ray by itself waits for a job to start."""
 
 NODES = 10_000
 """The most nodes asked for, since Ray's own default is 100."""
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether it has ended, well or not."""
         return self.status in ("succeeded", "failed", "stopped")
 
     @property
@@ -86,7 +86,7 @@ class Jobs:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         _check_answer(self.address)
-        with self._asking(), _without_overrides():
+        with self._own_errors(), _without_overrides():
             self._client = _client(self.address)
 
     def submit(
@@ -100,12 +100,12 @@ class Jobs:
         packages: Sequence[str] = (),
         metadata: Mapping[str, str] = MappingProxyType({}),
     ) -> Job:
-        """Runs a shell command on the head, and says so as soon as Ray has taken it.
+        """Run a shell command on the head; return its job as soon as Ray has taken it.
 
         Args:
             folder: becomes the command's working folder, and that of its workers, without `NOT_SENT`.
             modules: folders of packages, which the command and its workers import before any installed one.
-            environment: variables of the command and its workers; whoever may use the cluster can read them.
+            environment: variables of the command and its workers; every user of the cluster can read them.
             packages: requirements that Ray installs on every node before anything runs there.
 
         Raises:
@@ -122,7 +122,7 @@ class Jobs:
             wanted["working_dir"] = str(folder)
         if packages:
             wanted |= {"uv": list(packages), "config": {"setup_timeout_seconds": INSTALL_S}}
-        with self._asking():
+        with self._own_errors():
             self._client.submit_job(
                 entrypoint=entrypoint, submission_id=id, runtime_env=wanted, metadata=dict(metadata)
             )
@@ -136,52 +136,52 @@ class Jobs:
         """
         found = self._details(id) if re.fullmatch(r"\w[\w.-]*", id) else None  # it becomes part of an address
         if found is None or found.submission_id is None:
-            held = ", ".join(job.id for job in self.all()) or "none"
+            known = ", ".join(job.id for job in self.all()) or "none"
             raise ClusterError(
-                f"no job {id!r} on {self.address}; it has {held}; expected one of them; check the id and the address"
+                f"no job {id!r} on {self.address}; it has {known}; expected one of them; check the id and the address"
             )
         return _job(found)
 
     def all(self) -> list[Job]:
         """Every job submitted to the cluster since it was started, newest last."""
-        with self._asking():
+        with self._own_errors():
             found = [_job(one) for one in self._client.list_jobs() if one.submission_id is not None]
         return sorted(found, key=lambda job: job.started or 0.0)
 
     def logs(self, id: str) -> str:
-        """What the job has written so far."""
+        """The output of the job so far."""
         self.get(id)
-        with self._asking():
+        with self._own_errors():
             return str(self._client.get_job_logs(id))
 
     def follow(self, id: str) -> Iterator[str]:
-        """What the job has written and writes, piece by piece, until it ends."""
+        """Yield the output of the job, past and coming, piece by piece, until it ends."""
         from aiohttp import ClientError
 
-        told = 0
+        shown = 0
         self.get(id)
         while True:
             position = 0
-            with suppress(RuntimeError, ClientError):  # as a proxy makes of what is silent for long
-                for piece in _in_turn(self._client.tail_job_logs(id)):
-                    if new := piece[max(0, told - position) :]:
+            with suppress(RuntimeError, ClientError):  # a proxy may cut a connection that is silent for long
+                for piece in _blocking(self._client.tail_job_logs(id)):
+                    if new := piece[max(0, shown - position) :]:
                         yield new
                     position += len(piece)
-                    told = max(told, position)
+                    shown = max(shown, position)
             if self.get(id).is_over:
-                yield self.logs(id)[told:]
+                yield self.logs(id)[shown:]
                 return
             time.sleep(POLL_S)
 
     def stop(self, id: str, timeout_s: float = STOP_WAIT_S + 30) -> Job:
-        """Asks the job to end by SIGTERM, and waits until it has; one that has ended stays as it is."""
+        """Ask the job to end by SIGTERM, and wait until it has; one that has ended stays as it is."""
         if not self.get(id).is_over:
-            with self._asking():
+            with self._own_errors():
                 self._client.stop_job(id)
         return self.wait(id, timeout_s)
 
     def wait(self, id: str, timeout_s: float) -> Job:
-        """The job, once it has ended.
+        """Wait until the job has ended.
 
         Raises:
             ClusterError: it has not ended after `timeout_s` seconds.
@@ -197,29 +197,29 @@ class Jobs:
         return job
 
     def nodes(self) -> list[dict[str, float]]:
-        """What each living node has of Ray's resources."""
+        """The resources in Ray of each living node."""
         from ray.util.state import list_nodes
         from ray.util.state.exception import RayStateApiException
 
-        with self._asking(RayStateApiException), _without_overrides():
+        with self._own_errors(RayStateApiException), _without_overrides():
             found = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], limit=NODES)
         return [dict(node.resources_total) for node in found]
 
     def may_grow(self) -> bool:
-        """Whether nodes may come with demand: True where an autoscaler is at work, or where one cannot be ruled out.
+        """Whether nodes may come with demand: True if an autoscaler is at work, or cannot be ruled out.
 
         Ray tells this nowhere. Without an autoscaler its monitor gives every node a type of its own, `node_` and the
         node's id; the newer of Ray's two autoscalers writes nothing there at all.
         """
-        with self._asking():
+        with self._own_errors():
             answer = self._client._do_request("GET", "/api/cluster_status").json()
         report = ((answer.get("data") or {}).get("clusterStatus") or {}).get("autoscalerReport") or {}
         types = report.get("nodeTypeMapping")
         return not types or any(kind != f"node_{node}" for node, kind in types.items())
 
     def _details(self, id: str) -> JobDetails | None:
-        """What Ray knows of a job, or None where it knows of none."""
-        with self._asking():
+        """Ray's own record of a job, or None."""
+        with self._own_errors():
             try:
                 return self._client.get_job_info(id)
             except RuntimeError as error:
@@ -228,8 +228,8 @@ class Jobs:
                 raise
 
     @contextmanager
-    def _asking(self, kind: type[Exception] = OSError) -> Iterator[None]:
-        """What Ray's client raises, and errors of this `kind`, as ours."""
+    def _own_errors(self, kind: type[Exception] = OSError) -> Iterator[None]:
+        """Raise errors of Ray's client, and those of this `kind`, as ClusterError."""
         try:
             yield
         except AuthenticationError as error:
@@ -242,7 +242,7 @@ class Jobs:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    """Ray's client, which by itself would wait for ever for a head that is silent."""
+    """Ray's client with time limits: by itself it would wait for ever for a silent head."""
     from ray.job_submission import JobSubmissionClient
 
     for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
@@ -256,7 +256,7 @@ def _client(address: str) -> JobSubmissionClient:
 
 
 def _check_answer(address: str) -> None:
-    """Makes sure that somebody listens there: Ray's own client would wait for minutes."""
+    """Make sure that a server listens there: Ray's own client would wait for minutes."""
     try:
         place = urlsplit(address)
         port = place.port or {"http": 80, "https": 443}[place.scheme]
@@ -270,7 +270,7 @@ def _check_answer(address: str) -> None:
 
 @contextmanager
 def _without_overrides() -> Iterator[None]:
-    """Hides the variables by which Ray replaces an address, even one that was given in so many words."""
+    """Hide the variables by which Ray replaces an address, even one that is given to it."""
     kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
         yield
@@ -279,7 +279,7 @@ def _without_overrides() -> Iterator[None]:
 
 
 def _refusal(address: str, reason: str) -> str:
-    """What to tell of an answer that is not the one that was asked for."""
+    """The message for an answer that is an error."""
     lines = [line.strip() for line in reason.splitlines() if line.strip(" .^~")]
     brief = lines[-1] if lines else "nothing"
     if "already exists" in brief:
@@ -293,10 +293,10 @@ def _refusal(address: str, reason: str) -> str:
 
 
 def _check_size(folder: Path) -> None:
-    """Refuses a folder that could never be sent, before it is packed; one with an ignore file may have less to send."""
+    """Refuse a folder that could never be sent, before it is packed; with an ignore file it may have less to send."""
     if any((folder / name).is_file() for name in (".gitignore", ".rayignore")):
         return
-    sizes = {entry.name: _bytes(entry) for entry in folder.iterdir() if not _stays(entry)}
+    sizes = {entry.name: _size(entry) for entry in folder.iterdir() if not _is_left_out(entry)}
     if (total := sum(sizes.values())) > MOST_BYTES:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         raise ClusterError(
@@ -305,14 +305,14 @@ def _check_size(folder: Path) -> None:
         )
 
 
-def _bytes(entry: Path) -> int:
-    """The size of a file, or of what a folder would send."""
+def _size(entry: Path) -> int:
+    """The bytes of a file, or of the files in a folder that would be sent."""
     if not entry.is_dir():
         return entry.stat().st_size if entry.exists() else 0
-    return sum(_bytes(inner) for inner in entry.iterdir() if not (_stays(inner) or inner.is_symlink()))
+    return sum(_size(inner) for inner in entry.iterdir() if not (_is_left_out(inner) or inner.is_symlink()))
 
 
-def _stays(entry: Path) -> bool:
+def _is_left_out(entry: Path) -> bool:
     return any(entry.match(pattern) for pattern in NOT_SENT)
 
 
@@ -328,8 +328,8 @@ def _job(found: JobDetails) -> Job:
     )
 
 
-def _in_turn(pieces: AsyncIterator[str]) -> Iterator[str]:
-    """An asynchronous iterator as a plain one."""
+def _blocking(pieces: AsyncIterator[str]) -> Iterator[str]:
+    """Turn an asynchronous iterator into a plain one."""
 
     async def following() -> str | None:
         return await anext(pieces, None)

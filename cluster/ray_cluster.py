@@ -18,30 +18,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
 from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER
-from cluster.inline import bare, listed
+from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.token import keep_token
-from cluster.workers import line
+from cluster.workers import summary
 
 NOT_TO_ASK = ("memory", "object_store_memory")
-"""What every node has and Ray refuses to take as a resource of a worker."""
+"""The resources that every node has and no worker can ask for."""
 
 
 class RayCluster:
     """Actors on a Ray cluster, each with one CPU thread and `context` in memory.
 
-    A process that is connected to Ray already stays as it is; otherwise the object connects, and `close` disconnects.
+    A process that is connected to Ray already stays connected; otherwise the object connects, and `close` disconnects.
 
     Args:
-        context: what every worker holds; shipped once per node through the object store.
+        context: the object that every worker holds; shipped once per node through the object store.
         address: `auto` starts a Ray of our own on this machine, anything else is a running cluster's address.
         max_parallel: the most workers; `auto` is as many as the cluster's CPUs (GPUs, where a trial needs one) allow
-            now. At an address a number is taken as it is, since a cluster may grow by what is asked of it.
+            now. At an address a number is taken as it is, since a cluster may grow with demand.
         gpus_per_worker: the share of a GPU each worker holds; with 0, workers do not see GPUs at all.
         stall_s: the seconds of silence after which an item is taken to hang, and its worker is replaced.
         shared: functions whose items are each run by so many processes together, every one with the resources of a
             worker and all of them in a torch process group: see `cluster.groups`. The workers make room for them.
-        by_value: modules that exist only on this machine, sent along with what refers to them.
+        by_value: modules that exist only on this machine, sent along with the objects that refer to them.
 
     Raises:
         ClusterError: no cluster at the address, or it cannot hold one worker, or all that share an item; or the
@@ -67,7 +67,7 @@ class RayCluster:
         try:
             size = _capacity(max_parallel, gpus_per_worker, may_grow=address != "auto")
             _check_groups(shared.values(), size)
-            reference = _sent(context)
+            reference = _stored(context)
         except ClusterError:
             self._disconnect()
             raise
@@ -75,18 +75,13 @@ class RayCluster:
         self._stall_s = stall_s
         self._counts = {function: count for function, count in shared.items() if count > 1}
         self._groups = {
-            function: Pool(
-                Group(reference, count, needs),
-                size=size // count,
-                needs={},
-                strategy=_here(),  # and Ray Train's own processes beside it: not where devices are measured
-                stall_s=stall_s,
-                worker=Coordinator,
-            )
+            function: _coordinators(Group(reference, count, needs), size // count, stall_s)
             for function, count in self._counts.items()
         }
         self._alone: dict[tuple[tuple[str, float], ...], Pool] = {}
-        self._pool = Pool(reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s, lent=self._lent)
+        self._pool = Pool(
+            reference, size=size, needs=needs, strategy="SPREAD", stall_s=stall_s, occupied=self._occupied
+        )
         self._pool.fill()
 
     def run(
@@ -95,21 +90,21 @@ class RayCluster:
         """See `Cluster.run` and `Pool.run`.
 
         Raises:
-            ClusterError: the workers cannot start; or all are busy with the run that this one began in.
+            ClusterError: the workers cannot start, or all are busy with the run that this one began in.
         """
         if (groups := self._groups.get(function)) is not None:
             return groups.run(function, self._with_room(items), go_on)
         return self._pool.run(function, items, go_on)
 
     def _with_room(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each when the workers, which taking it may have set to work, have left their room to its group."""
+        """Yield the items; before each, idle workers leave their room to its group: taking it may have started them."""
         for item in items:
-            self._pool.rest()
+            self._pool.release_idle()
             yield item
-        self._pool.rest()
+        self._pool.release_idle()
 
-    def _lent(self) -> int:
-        """How many workers' room the groups have that are at work."""
+    def _occupied(self) -> int:
+        """The number of workers whose room the busy groups have."""
         return sum(self._counts[function] * groups.busy for function, groups in self._groups.items())
 
     def alone(
@@ -129,12 +124,12 @@ class RayCluster:
         self._pool.check_open()
         place = tuple(sorted(resources.items()))
         if place not in self._alone:
-            make = partial(_exclusive, resources) if resources else _beside_the_driver
-            self._alone[place] = make(self._stall_s)
-        return self._alone[place].run(partial(bare, function), items)
+            start = partial(_on_a_node_with, resources) if resources else _beside_the_driver
+            self._alone[place] = start(self._stall_s)
+        return self._alone[place].run(partial(without_context, function), items)
 
     def close(self) -> None:
-        """Kills the workers, whatever they do, and stops Ray where this object connected to it."""
+        """Kill all workers, busy ones too, and stop Ray if this object connected to it."""
         for pool in (self._pool, *self._groups.values(), *self._alone.values()):
             pool.close()
         self._disconnect()
@@ -145,8 +140,13 @@ class RayCluster:
             self._is_ours = False  # the next Ray of this process is another's
 
 
-def _exclusive(resources: Mapping[str, float], stall_s: float) -> Pool:
-    """One process that holds these resources.
+def _coordinators(group: Group, size: int, stall_s: float) -> Pool:
+    """A pool of coordinators on the driver's node, with Ray Train's own processes: not where devices are measured."""
+    return Pool(group, size=size, needs={}, strategy=_driver_node(), stall_s=stall_s, worker=Coordinator)
+
+
+def _on_a_node_with(resources: Mapping[str, float], stall_s: float) -> Pool:
+    """A pool of one process, which holds these resources.
 
     Raises:
         ClusterError: no node has them all.
@@ -158,31 +158,31 @@ def _exclusive(resources: Mapping[str, float], stall_s: float) -> Pool:
     ]
     if not any(all(node.get(name, 0) >= amount for name, amount in resources.items()) for node in nodes):
         raise ClusterError(
-            f"no node has {listed(resources)}; the nodes have {'; '.join(map(_shown, nodes))}; expected one to have "
-            "it all; start Ray there with --resources, or correct the device's resources"
+            f"no node has {resources_text(resources)}; the nodes have {'; '.join(map(_node_text, nodes))}; expected "
+            "one to have it all; start Ray there with --resources, or correct the device's resources"
         )
     return Pool(None, size=1, needs=resources, strategy="DEFAULT", stall_s=stall_s)
 
 
-def _here() -> NodeAffinitySchedulingStrategy:
-    """The driver's node, or none: Ray puts what needs no resources anywhere where that is only preferred."""
+def _driver_node() -> NodeAffinitySchedulingStrategy:
+    """The driver's node and no other: Ray puts an actor without resources anywhere if a node is only preferred."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _beside_the_driver(stall_s: float) -> Pool:
-    """One process on the driver's node, which holds the node's meter where there is one."""
+    """A pool of one process on the driver's node, which holds the node's meter if there is one."""
     here = ray.get_runtime_context().get_node_id()
     has_meter = any(node["NodeID"] == here and node["Resources"].get(METER, 0) >= 1 for node in ray.nodes())  # type: ignore[no-untyped-call]
-    return Pool(None, size=1, needs={METER: 1} if has_meter else {}, strategy=_here(), stall_s=stall_s)
+    return Pool(None, size=1, needs={METER: 1} if has_meter else {}, strategy=_driver_node(), stall_s=stall_s)
 
 
-def _shown(resources: Mapping[str, float]) -> str:
-    """A node's resources, without the names that Ray gives every node."""
-    return listed({name: amount for name, amount in resources.items() if ":" not in name})
+def _node_text(resources: Mapping[str, float]) -> str:
+    """A node's resources as a text, without the names that Ray gives every node."""
+    return resources_text({name: amount for name, amount in resources.items() if ":" not in name})
 
 
 def _connect(address: str) -> None:
-    """Connects this process, with Ray's usage reports off."""
+    """Connect this process, with Ray's usage reports off."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -199,7 +199,7 @@ def _connect(address: str) -> None:
 
 
 def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float, *, may_grow: bool) -> int:
-    """How many workers fit, or may come to fit; a share of a GPU never spans two."""
+    """The number of workers that fit, now or once the cluster grows; a share of a GPU never spans two."""
     if may_grow and max_parallel != "auto":
         return max_parallel
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -219,7 +219,7 @@ def _capacity(max_parallel: int | Literal["auto"], gpus_per_worker: float, *, ma
 
 
 def _check_groups(counts: Iterable[int], size: int) -> None:
-    """Refuses items that more processes are to share than there can be."""
+    """Refuse items that more processes are to share than the cluster has room for."""
     if (most := max(counts, default=1)) > size:
         raise ClusterError(
             f"the cluster has room for {size} workers, and {most} are to share an item; expected room for all of them; "
@@ -227,8 +227,8 @@ def _check_groups(counts: Iterable[int], size: int) -> None:
         )
 
 
-def _sent(context: object) -> Any:
-    """The context in the object store."""
+def _stored(context: object) -> Any:
+    """Put the context into the object store; return the reference to it."""
     try:
         return ray.put(context)
     except (ObjectStoreFullError, OutOfDiskError) as error:
@@ -239,6 +239,6 @@ def _sent(context: object) -> Any:
         ) from error
     except (TypeError, AttributeError) as error:
         raise ClusterError(
-            f"the model or the data cannot be sent to workers: {line(error)}; expected objects that pickle; "
+            f"the model or the data cannot be sent to workers: {summary(error)}; expected objects that pickle; "
             "open files, locks and handles where they are used, not in the constructor"
         ) from error

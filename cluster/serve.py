@@ -1,4 +1,4 @@
-"""An HTTP app on Ray Serve, for as long as a context is open. Knows nothing of what the app answers."""
+"""Serve an HTTP app by Ray Serve while a context is open. Knows nothing of the app's answers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ App: TypeAlias = Any
 """An ASGI app."""
 
 HEAD = {"node:__internal_head__": 0.001}
-"""What only the head node has: the app is to be where the command is, and its files."""
+"""A resource that only the head node has: the app has to be beside the command and its files."""
 MOST_ONGOING = 256
 """Requests at once; event streams are long ones."""
 ANSWER_S = 10.0
-"""What the dashboard has to say whether it asks for a token."""
+"""Time for the dashboard to show whether it asks for a token."""
 CLOSING_S = 2.0
 PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-"""Keeps Serve from listening on all interfaces, which it does with either of these, whatever host it was given."""
+"""Keep Serve from listening on all interfaces: with either of these it does, even if a host is given."""
 
 
 @contextmanager
 def connected(address: str) -> Iterator[str]:
-    """Ray for as long as the context is open: its dashboard's URL, where it also takes jobs.
+    """Connect to Ray while the context is open; yield the URL of its dashboard, which also takes jobs.
 
     Args:
         address: `auto` starts a Ray of our own on this machine, which ends with the context, and with it all jobs;
@@ -76,7 +76,7 @@ def serving(
     port: int,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[str]:
-    """Serves the app that `build` makes on the head node, and yields its URL; Ray must be connected.
+    """Serve the app that `build` makes on the head node, and yield its URL; Ray must be connected.
 
     `environment` is for the app's process.
 
@@ -105,7 +105,7 @@ def serving(
 
 
 def _check_idle(name: str) -> None:
-    """Refuses a cluster where Serve runs: what it listens on cannot be changed, and what it serves may be in use."""
+    """Refuse a cluster where Serve runs: its address cannot be changed, and its apps may be in use."""
     from ray import serve
 
     for noisy in ("ray.serve", "ray"):
@@ -137,7 +137,7 @@ def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any
 
 
 def _warn_if_open(dashboard: str) -> None:
-    """Says so where Ray asks nobody for a token: the service's own would protect nothing."""
+    """Log a warning if Ray asks for no token: the service's own token would protect nothing."""
     with suppress(OSError), urlopen(f"http://{dashboard}/api/version", timeout=ANSWER_S):
         log.warning(
             "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on it; expected one; "
@@ -147,7 +147,7 @@ def _warn_if_open(dashboard: str) -> None:
 
 
 def _check_head() -> None:
-    """Refuses to serve from afar: the address to listen on, and the files, are the head node's."""
+    """Refuse to serve from another node: the address to listen on, and the files, are the head node's."""
     here = ray.get_runtime_context().get_node_id()
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
     if not set(HEAD) <= set(nodes[here]["Resources"]):
@@ -155,7 +155,7 @@ def _check_head() -> None:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Refuses an address that cannot be listened on, of which Serve would only tell its own log."""
+    """Refuse an address that cannot be listened on: Serve would only tell its own log."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -1,4 +1,4 @@
-"""One Ray worker process, the items it is given, and what the driver hears of them."""
+"""One Ray worker process, the items it is given, and the events that the driver reads from it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cluster.inline import InlineCluster
 
 
 class Worker:
-    """One process with the context loaded: a cluster of one, whose events the driver hears as they happen.
+    """One process with the context loaded: a cluster of one, whose events reach the driver as they happen.
 
-    Made an actor with a concurrency group `control`, so that an answer gets in while an item waits for it.
+    The pool makes it an actor with a concurrency group `control`, so that an answer gets in while an item waits for it.
     """
 
     def __init__(self, context: object, *, sees_gpus: bool) -> None:
@@ -31,84 +31,86 @@ class Worker:
         self._answers: SimpleQueue[bool] = SimpleQueue()
 
     def ping(self) -> None:
-        """Answers."""
+        """Return, once the context is loaded."""
 
     @ray.method(num_returns="streaming")
-    def run(self, function: Callable[..., Any], item: Item, asks: bool) -> Iterator[Event]:
-        """The events of one item, numbered 0; one that `asks` waits for an `answer` after every step."""
-        yield from self._here.run(function, [item], self._answered if asks else always)
+    def run(self, function: Callable[..., Any], item: Item, awaits_answers: bool) -> Iterator[Event]:
+        """Yield the events of one item, numbered 0; if it `awaits_answers`, it waits for one after every step."""
+        yield from self._here.run(function, [item], self._wait_for_answer if awaits_answers else always)
 
     @ray.method(concurrency_group="control")
-    def answer(self, goes_on: bool) -> None:
-        """Tells the item that waits whether it goes on."""
-        self._answers.put(goes_on)
+    def answer(self, continues: bool) -> None:
+        """Tell the waiting item whether it continues."""
+        self._answers.put(continues)
 
-    def _answered(self, index: int, value: object) -> bool:
+    def _wait_for_answer(self, index: int, value: object) -> bool:
         return self._answers.get()
 
 
 @dataclass(frozen=True)
 class Room:
-    """What item number `index` holds beside its worker: `needs` of Ray's resources, for which it waits until they are
-    there."""
+    """The room that item number `index` holds in Ray beside its worker: `needs`, reserved by the placement `group`.
+
+    The item waits until the room is ready.
+    """
 
     index: int
     group: PlacementGroup
     needs: Mapping[str, float]
-    is_there: bool
+    is_ready: bool
 
 
 @dataclass(frozen=True)
 class Work:
-    """An item on a worker, for the `attempt`-th time, when it began and when it last told something (monotonic)."""
+    """An item on a worker, for the `attempt`-th time; when it began, and when its last event came (monotonic)."""
 
     worker: Any
     index: int
     item: Item
     attempt: int
     began: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)
+    last_event: float = field(default_factory=time.monotonic)
     room: Room | None = None
 
     @property
-    def waits(self) -> bool:
-        """Whether it cannot begin yet, so that its silence tells nothing."""
-        return self.room is not None and not self.room.is_there
+    def is_waiting(self) -> bool:
+        """Whether it still waits for its room, so that its silence means nothing."""
+        return self.room is not None and not self.room.is_ready
 
 
 class Queue:
-    """Items to be done: taken from their source one at a time, those that must run again first."""
+    """The items to run: taken from their source one at a time, those that must run again first."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._source = enumerate(items)
         self._again: deque[tuple[int, Item, int]] = deque()
-        self._is_dry = False
+        self._is_exhausted = False
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left, as far as asking has shown."""
-        return self._is_dry and not self._again
+        """Whether no item is left, as far as the source was asked."""
+        return self._is_exhausted and not self._again
 
     def take(self) -> tuple[int, Item, int] | None:
-        """The next item with its number and which attempt this is; asking the source may run anything."""
+        """Take the next item: its number, the item, and the number of this attempt; the source may run anything."""
         if self._again:
             return self._again.popleft()
         for index, item in self._source:
             return index, item, 1
-        self._is_dry = True
+        self._is_exhausted = True
         return None
 
     def put_back(self, index: int, item: Item, attempt: int) -> None:
-        """Has an item taken next."""
+        """Put an item in front, to be taken next."""
         self._again.appendleft((index, item, attempt))
 
 
 class ProcessLost(Exception):
-    """One of the processes that share an item is gone, and so is what the others had of it."""
+    """One of the processes that share an item is gone, so the work of the others on it is lost."""
 
 
-def heard(stream: Any, work: Work) -> tuple[Event | Room, bool]:
-    """The next event of an item, or its room; and whether its worker is lost."""
+def next_event(stream: Any, work: Work) -> tuple[Event | Room, bool]:
+    """Read the next event of an item, or its room; also return whether its worker is lost."""
     try:
         event: Event | Room = ray.get(next(stream))
     except RayTaskError as error:  # the item's own errors are events: this one is of a value that does not pickle
@@ -117,19 +119,21 @@ def heard(stream: Any, work: Work) -> tuple[Event | Room, bool]:
         return Failed(work.index, f"{type(error.cause).__name__}: {error.cause}", str(error), seconds), is_lost
     except RayError as error:
         seconds = time.monotonic() - work.began
-        return Failed(work.index, f"lost its worker {work.attempt} times: {line(error)}", str(error), seconds), True
+        return Failed(work.index, f"lost its worker {work.attempt} times: {summary(error)}", str(error), seconds), True
     return replace(event, index=work.index), False
 
 
 def stalled(work: Work) -> Failed:
-    """What an item comes to whose worker is alive and tells nothing."""
+    """Build the failure of an item whose worker is alive but silent for too long."""
     now = time.monotonic()
-    error = f"told nothing for {now - work.heard:.0f} s, attempt {work.attempt}; expected a step or an end before that"
+    error = (
+        f"told nothing for {now - work.last_event:.0f} s, attempt {work.attempt}; expected a step or an end before that"
+    )
     return Failed(work.index, f"{error}; mend what hangs, or raise cluster.stall_timeout", "", now - work.began)
 
 
-def line(error: Exception) -> str:
-    """The line of an error that says what happened: Ray's last one, but the first where memory ran out."""
+def summary(error: Exception) -> str:
+    """Pick the line of an error that says most: Ray's last one, but the first where memory ran out."""
     lines = [one.strip() for one in str(error).splitlines() if one.strip()]
     if isinstance(error, OutOfMemoryError) and lines:
         return f"{lines[0]}; expected room for it; lower cluster.max_parallel, or give the nodes more memory"

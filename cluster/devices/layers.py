@@ -1,4 +1,4 @@
-"""What each layer of a network takes on a device: the table from which a network's latency is predicted."""
+"""Time single layers on a device: the milliseconds from which a network's latency is predicted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 Pair: TypeAlias = tuple[int, int]
 
 GROUP = 16
-"""How many layers are loaded at a time."""
+"""Layers that are loaded at a time."""
 
 SECONDS = 0.02
-"""How long a session takes at least for one layer; a network has dozens of them."""
+"""The least time of a session for one layer; a network has dozens of them."""
 
 OPSET, IR_VERSION = 17, 8
-"""Of the ONNX files made here: old enough for any onnxruntime that we allow."""
+"""The versions of the ONNX files made here: old enough for any onnxruntime that we allow."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A convolution, or a linear layer: all that its time depends on.
+    """A convolution or a linear layer, by all that its time depends on.
 
     Pairs are `(h, w)`. A linear layer has only channels and `in_hw`, `(rows, 1)`, the rows it sees for one input.
     """
@@ -50,7 +50,10 @@ class LayerShape:
     def out_hw(self) -> Pair:
         """Height and width of the output map."""
         sizes = zip(self.in_hw, self.padding, self.dilation, self.kernel, self.stride, strict=True)
-        height, width = ((size + 2 * pad - far * (long - 1) - 1) // step + 1 for size, pad, far, long, step in sizes)
+        height, width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in sizes
+        )
         return height, width
 
     @property
@@ -84,10 +87,10 @@ class LayerShape:
 def layer_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
     """The milliseconds each layer adds to a network on this machine, over a batch of `runtime.batch` inputs.
 
-    They are of its fastest call: what disturbs single layers for a moment must not stay in a table.
+    They are of its fastest call: a short disturbance of single layers must not stay in a table.
 
-    A layer runs as a network of its own, as it would inside one: see `alone`. What a call takes that computes nothing
-    is taken off: a network pays it once, and over the layers of a small one it comes to twice the network's own time.
+    A layer runs as a network of its own, as it would inside one: see `network_of`. The time of a call that computes
+    nothing is taken off: a network pays it once, and over the layers of a small one it comes to twice its own time.
     """
     distinct = list(dict.fromkeys(layers))
     found: dict[LayerShape, float] = {}
@@ -99,20 +102,20 @@ def layer_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
 
 
 def _group_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
-    """The times of distinct layers taken in turn with the call that computes nothing, so that all meet the same."""
+    """Time distinct layers in turn with the call that computes nothing, so that all are disturbed alike."""
     generator = np.random.default_rng(0)
     shapes = [(1,), *map(_in_shape, layers)]
     images = [generator.standard_normal((runtime.batch, *shape), np.float32) for shape in shapes]
-    programs = [_nothing(runtime), *(alone(layer, runtime) for layer in layers)]
+    programs = [_empty_network(runtime), *(network_of(layer, runtime) for layer in layers)]
     with ExitStack() as stack:
         calls = [stack.enter_context(loaded(one, runtime, x)) for one, x in zip(programs, images, strict=True)]
         reading = quietest({str(index): call for index, call in enumerate(calls)}, seconds=SECONDS)
-    nothing, *fastest = (reading.latency[str(index)].min for index in range(len(calls)))
-    return [max(time - nothing, 0.0) for time in fastest]
+    empty, *fastest = (reading.latency[str(index)].min for index in range(len(calls)))
+    return [max(time - empty, 0.0) for time in fastest]
 
 
-def alone(layer: LayerShape, runtime: Runtime) -> Program:
-    """A network of that one layer with random weights, for `(n, c, h, w)`, `(n, rows, c)` or `(n, c)` inputs.
+def network_of(layer: LayerShape, runtime: Runtime) -> Program:
+    """A network of this one layer with random weights, for `(n, c, h, w)`, `(n, rows, c)` or `(n, c)` inputs.
 
     A ReLU follows, which onnxruntime runs inside the layer. In torch a convolution has its batch norm too: there it
     is a step of its own, while an exporter folds it into the weights.
@@ -121,7 +124,7 @@ def alone(layer: LayerShape, runtime: Runtime) -> Program:
 
 
 def _in_shape(layer: LayerShape) -> tuple[int, ...]:
-    """Of one input, without the batch."""
+    """The shape of one input, without the batch."""
     if layer.kind == "conv":
         return layer.in_channels, *layer.in_hw
     rows = layer.in_hw[0]
@@ -129,7 +132,7 @@ def _in_shape(layer: LayerShape) -> tuple[int, ...]:
 
 
 def _onnx(layer: LayerShape) -> bytes:
-    """The ONNX file, built node by node: torch's exporter takes seconds for it."""
+    """Build the ONNX file node by node: torch's exporter takes seconds for it."""
     from onnx import helper
 
     generator = np.random.default_rng(0)
@@ -158,13 +161,13 @@ def _attributes(layer: LayerShape) -> dict[str, Any]:
 
 
 def _file(nodes: Sequence[Any], in_shape: tuple[int, ...], weights: dict[str, NDArray[np.float32]]) -> bytes:
-    """An ONNX file that takes `x`, `(batch, *in_shape)`, and gives `y`, of as many axes."""
+    """Build an ONNX file that takes `x`, `(batch, *in_shape)`, and returns `y`, of as many axes."""
     from onnx import TensorProto, helper, numpy_helper
 
-    taken = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *in_shape])
-    given = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *[None] * len(in_shape)])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *in_shape])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *[None] * len(in_shape)])
     stored = [numpy_helper.from_array(values, name) for name, values in weights.items()]
-    graph = helper.make_graph(nodes, "layer", [taken], [given], stored)
+    graph = helper.make_graph(nodes, "layer", [x], [y], stored)
     opset = helper.make_opsetid("", OPSET)
     return bytes(helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION).SerializeToString())
 
@@ -187,8 +190,8 @@ def _module(layer: LayerShape) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(layer.out_channels), nn.ReLU())
 
 
-def _nothing(runtime: Runtime) -> Program:
-    """The least network there is. Compiled, it has to do something, or nothing of it is left to call."""
+def _empty_network(runtime: Runtime) -> Program:
+    """The least network there is. A compiled one has to compute something, or nothing of it is left to call."""
     if runtime.kind == "onnxruntime":
         from onnx import helper
 

@@ -1,4 +1,4 @@
-"""Latency of several networks under the same conditions: interleaved, in one process, after warm-up, and alone."""
+"""Measure several networks under the same conditions: interleaved, in one process, after warm-up, and alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cluster.devices.runtimes import Program, Runtime, loaded
 logger = logging.getLogger(__name__)
 
 NOISE = 0.1
-"""Medians that lie farther above the fastest call than this share of it are too noisy: 0.02 to 0.09 where nothing else
-runs, 0.4 to 0.9 where something does."""
+"""Medians that lie farther above the fastest call than this share of it are too noisy: 0.02 to 0.09 where no other
+work runs, 0.4 to 0.9 beside other work."""
 
 ATTEMPTS = 4
-"""How often a noisy session is held before its quietest is kept as it is."""
+"""The most sessions that are held while all are noisy; the quietest is kept."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Reading:
-    """The latency of each program in the quietest session, and how quiet that was.
+    """The latency of each program in the quietest session, and the noise of that session.
 
     `noise` is the largest share over its programs by which the median lies above the fastest call of any session;
     `is_noisy` says that it was more than `NOISE` after all attempts.
@@ -53,10 +53,10 @@ class Reading:
 
 
 def measure(programs: Mapping[str, Program], runtime: Runtime, images: NDArray[np.float32]) -> Reading:
-    """The latency of every program on this machine, taken in turn, while no other meter of this user runs here.
+    """Measure every program on this machine, in turn, while no other meter of this user runs here.
 
     Args:
-        programs: what to run, by name; of the type that `runtime` takes.
+        programs: the networks by name, of the type that `runtime` takes.
         images: `(n, c, h, w)`; the first `runtime.batch` of them are used, repeated where they are too few.
 
     Raises:
@@ -74,9 +74,9 @@ def quietest(
     seconds: float = 0.25,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Reading:
-    """The quietest of up to `ATTEMPTS` sessions, which end with the first that is not noisy.
+    """Hold up to `ATTEMPTS` sessions, which end with the first that is not noisy; return the quietest.
 
-    What a session is compared with is the fastest call of all of them, since some processors run slower for seconds.
+    A session is compared with the fastest call of all of them, since some processors run slower for seconds.
     A session has at least 30 rounds, and lasts at least `seconds` for each call on average.
 
     Args:
@@ -102,10 +102,10 @@ def interleaved(
     warmup: int = 5,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Latency]:
-    """The latency of each call, taken in turn (A B A B ...), so that what disturbs one disturbs all.
+    """Time each call, in turn (A B A B ...), so that a disturbance of one disturbs all.
 
     Args:
-        calls: what to time, by name; each must be done when it returns.
+        calls: the functions to time, by name; each must be done when it returns.
         rounds: timed calls of each, at least 1.
         warmup: untimed calls of each before that.
         clock: nanoseconds since some moment.
@@ -128,7 +128,7 @@ def interleaved(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keeps the garbage collector from running inside a timed call."""
+    """Keep the garbage collector from running inside a timed call."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -140,9 +140,9 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Waits until no other process of this user measures on this machine, and keeps others waiting meanwhile.
+    """Wait until no other process of this user measures on this machine, and keep others waiting meanwhile.
 
-    The system frees the lock when its process ends, however that ends. Not to be entered twice in one process.
+    The system frees the lock when its process ends, however that ends. Do not enter it twice in one process.
     """
     path = Path(tempfile.gettempdir()) / f"paredown-meter-{os.getuid()}.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -158,7 +158,7 @@ def exclusive() -> Iterator[None]:
 
 
 def identity(runtime: Runtime) -> dict[str, str]:
-    """What a figure depends on beside network, threads and batch: `host`, `processor`, `runtime` and its `version`."""
+    """The facts that figures depend on beside network, threads and batch: `host`, `processor`, `runtime`, `version`."""
     return {
         "host": platform.node(),
         "processor": _processor(),
@@ -168,10 +168,10 @@ def identity(runtime: Runtime) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's model as Linux names it; boards name themselves instead."""
+    """The processor's model as Linux names it, or the board's if Linux names that instead."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return told.get("Model") or told.get("model name") or platform.machine()
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return entries.get("Model") or entries.get("model name") or platform.machine()

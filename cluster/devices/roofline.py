@@ -1,4 +1,4 @@
-"""A device that is not there: what its peaks say that a network takes. Such figures are predicted, never measured."""
+"""A device that is not there: its peaks predict the time of a network. Such figures are never measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ELEMENT = 4
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device's peaks: multiply-accumulates and bytes in a second, and what starting a layer takes in microseconds."""
+    """A device's peaks: multiply-accumulates and bytes in a second, and the microseconds it takes to start a layer."""
 
     macs_per_s: float
     bytes_per_s: float
@@ -40,14 +40,14 @@ def roofline(path: Path) -> Roofline:
     mistakes = [f"unknown key {key!r}; expected only {', '.join(keys)}" for key in raw if key not in keys]
     mistakes += [f"{key}: missing; it has to be given" for key in keys if key not in raw]
     numbers = {key: _number(raw[key]) for key in keys if key in raw}
-    mistakes += [_told(key, raw[key]) for key, number in numbers.items() if not _is_allowed(key, number)]
+    mistakes += [_mistake(key, raw[key]) for key, number in numbers.items() if not _is_allowed(key, number)]
     if mistakes:
         raise ValueError(f"the roofline {path} is wrong:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return Roofline(**numbers)
 
 
 def _number(value: object) -> float:
-    """`value` as a number, NaN where it is none; YAML takes 2e9, without a point and a sign, for text."""
+    """`value` as a number, or NaN; YAML takes 2e9, without a point and a sign, for text."""
     try:
         return math.nan if isinstance(value, bool) else float(str(value))
     except ValueError:
@@ -58,7 +58,7 @@ def _is_allowed(key: str, number: float) -> bool:
     return 0 < number < math.inf or (number == 0 and key == "overhead_us")
 
 
-def _told(key: str, value: object) -> str:
+def _mistake(key: str, value: object) -> str:
     if key == "overhead_us":
         return f"{key}: {value!r} is no number of at least 0; write the microseconds of one layer, such as 20"
     return f"{key}: {value!r} is no positive number; write how many in a second, such as 2e9"

@@ -1,4 +1,4 @@
-"""How a device runs a network: what `Runtime` says becomes a call that runs one batch to its end."""
+"""Turn a network and a device's `Runtime` into a call that runs one batch to its end."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 Program: TypeAlias = "bytes | nn.Module"
-"""A network as a runtime takes it: an ONNX file for onnxruntime, a module for the others."""
+"""A network in the form that its runtime takes: an ONNX file for onnxruntime, a module for the others."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a device runs networks: by what, on how many threads, and how many images in one call."""
+    """The way a device runs networks: the library, its threads, and the images in one call."""
 
     kind: Literal["onnxruntime", "torch", "torch-compiled"]
     threads: int = 1
@@ -36,7 +36,7 @@ class Runtime:
 
 @contextmanager
 def loaded(program: Program, runtime: Runtime, images: NDArray[np.float32]) -> Iterator[Callable[[], object]]:
-    """A call that runs `program` once over a batch of `images` on this machine's CPU, for as long as the context lasts.
+    """Yield a call that runs `program` once over a batch of `images` on this machine's CPU, while the context is open.
 
     A module is run as a copy in evaluation mode, its maps channels-last, as training leaves them: on the zoo that takes
     0.75 to 0.87 of the time. The threads are torch's own again afterwards.
@@ -68,7 +68,7 @@ def _session(program: bytes, runtime: Runtime, batch: NDArray[np.float32]) -> Ca
     options.intra_op_num_threads, options.inter_op_num_threads = runtime.threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # what goes wrong is raised too
+    options.log_severity_level = 4  # errors are raised too
     session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
     if isinstance(images.shape[0], int) and images.shape[0] != runtime.batch:
@@ -99,7 +99,7 @@ def _module(program: nn.Module, runtime: Runtime, batch: NDArray[np.float32]) ->
 
 
 def _compiled(module: nn.Module, threads: int) -> Callable[..., object]:
-    """`module` as inductor makes it at the first call.
+    """Compile `module` by inductor, which it does at the first call.
 
     Each has its own compilations: they are counted by the code they come from, which all `nn.Sequential` share, and
     after eight of them the compiler would go back to eager without an error.

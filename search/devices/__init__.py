@@ -1,5 +1,5 @@
-"""How fast a network runs on a device: measured or predicted.
+"""Measure or predict how fast a network runs on a device.
 
-Read `stopwatch` first, then `device` (the protocol), `measured` and `predicted`, `layer_table`, `programs` (what a
-device runs) and `measure` (the command).
+Read `stopwatch` first, then `device` (the protocol) and its two kinds: `measured`, with `meter`, `readings` (kept on
+disk) and `layer_table`, and `predicted`; then `programs` (the networks that devices run) and `measure` (the command).
 """

@@ -1,4 +1,4 @@
-"""The devices of a search: one that is there measures students beside the teacher, one that is not predicts them."""
+"""The protocol of the devices of a search, and the functions that both kinds share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from cluster import (
-    Runtime,
-)
+from cluster import Runtime
 from search.base import SearchError
 from search.devices.programs import Kind, Student
 from search.spec.schema import DeviceSpec
@@ -17,17 +15,17 @@ from search.trials import Times, Timing
 
 
 class LatencyError(SearchError):
-    """A device cannot run what it is given; the message says why."""
+    """A device cannot run a network; the message says why."""
 
 
 class Device(Protocol):
-    """What both kinds of devices can do; `is_predicted` tells them apart. Students come by a key of their own."""
+    """A device, measured or predicted: `is_predicted` tells which. Students come by keys of the caller's."""
 
     @property
     def is_predicted(self) -> bool: ...
 
     def described(self) -> dict[str, Any]:
-        """`runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`; what is not known is None."""
+        """`runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`; an unknown value is None."""
         ...
 
     def teacher(self) -> Times:
@@ -35,27 +33,27 @@ class Device(Protocol):
         ...
 
     def time(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:
-        """The latency of each student, or why it has none."""
+        """The latency of each student, or the reason why it has none."""
         ...
 
     def predict(self, model: nn.Module) -> float:
-        """The milliseconds that `model`, on the CPU, would take for one batch."""
+        """Predict the milliseconds that `model`, on the CPU, takes for one batch."""
         ...
 
 
 def runtime_of(device: DeviceSpec) -> Runtime:
-    """How a device that is there runs models."""
+    """The runtime of a device that is there."""
     assert device.runtime != "profile"
     return Runtime(device.runtime, device.threads, device.batch)
 
 
 def kind_of(device: DeviceSpec) -> Kind:
-    """What such a device runs."""
+    """The kind of program that a device which is there runs."""
     return "onnx" if device.runtime == "onnxruntime" else "torch"
 
 
 def described(spec: DeviceSpec, known: Mapping[str, str]) -> dict[str, Any]:
-    """What a device is, as JSON-ready values; `known` is its identity, empty where it is not there."""
+    """Describe a device in JSON-ready values; `known` is its identity, empty for one that is not there."""
     return {
         "runtime": spec.runtime,
         "threads": spec.threads,

@@ -1,4 +1,4 @@
-"""The layers a network runs, as the meter knows them, and the table of what each takes on a device."""
+"""The layers a network runs, in the meter's terms, and a table of the milliseconds each takes on a device."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from cluster import LayerShape
 from search.cache import keep_json, read_json
 
 BATCH = 16
-"""Layers that are timed before the table is kept: a killed search loses no more."""
+"""Layers that are timed before the table is written: a killed search loses no more."""
 
 
 def layers_of(model: nn.Module, example: Tensor) -> list[LayerShape]:
-    """Every call of a 2-d convolution or a linear layer when `model` reads `example[:1]`, `(1, c, h, w)`, in order.
+    """Return every call of a 2-d convolution or a linear layer when `model` reads `example[:1]`, `(1, c, h, w)`.
 
-    They are heard where torch runs them, so functional calls and exported programs count too. Attention products and
-    transposed convolutions are left out.
+    Calls are recorded where torch runs them, in order, so functional calls and exported programs count too. Attention
+    products and transposed convolutions are left out.
     """
-    heard: list[LayerShape] = []
-    with torch.no_grad(), _Ears(heard):
+    recorder = _LayerRecorder()
+    with torch.no_grad(), recorder:
         model(example[:1])
-    return heard
+    return recorder.layers
 
 
-class _Ears(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds the convolutions and matrix products that torch runs meanwhile to `heard`."""
+class _LayerRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records in `layers` the convolutions and matrix products that torch runs while the context is open."""
 
-    def __init__(self, heard: list[LayerShape]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.heard = heard
+        self.layers: list[LayerShape] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.convolution.default:
-            self.heard += _convolution(*args[:9])
+            self.layers += _convolution(*args[:9])
         elif func is torch.ops.aten.addmm.default:
-            self.heard.append(_linear(args[1], args[2]))
+            self.layers.append(_linear(args[1], args[2]))
         elif func is torch.ops.aten.mm.default:
-            self.heard.append(_linear(args[0], args[1]))
+            self.layers.append(_linear(args[0], args[1]))
         return func(*args, **(kwargs or {}))
 
 
-def _convolution(x: Tensor, weight: Tensor, _: Tensor | None, *how: Any) -> Iterator[LayerShape]:
-    """The layer of a call of `aten.convolution`, if it is one that can be timed."""
-    stride, padding, dilation, is_transposed, _output_padding, groups = how
+def _convolution(x: Tensor, weight: Tensor, _: Tensor | None, *options: Any) -> Iterator[LayerShape]:
+    """Yield the layer of a call of `aten.convolution`, if the meter can time it."""
+    stride, padding, dilation, is_transposed, _output_padding, groups = options
     if weight.ndim == 4 and not is_transposed:
         yield LayerShape(
             kind="conv",
@@ -77,7 +77,7 @@ def _pair(sizes: Sequence[int]) -> tuple[int, int]:
 
 
 class LayerTable:
-    """Milliseconds of single layers on one device, each measured when it is first asked for, and kept in a file.
+    """The milliseconds of single layers on one device, each measured when first needed, and kept in a file.
 
     Args:
         path: the file, JSON; several searches may share it.
@@ -90,7 +90,7 @@ class LayerTable:
         self._known: dict[str, float] = read_json(path)
 
     def ms(self, layers: Sequence[LayerShape]) -> float:
-        """The sum over `layers`."""
+        """Return the sum over `layers`."""
         missing = list({_key(layer): layer for layer in layers if _key(layer) not in self._known}.values())
         for begin in range(0, len(missing), BATCH):
             batch = missing[begin : begin + BATCH]
@@ -99,7 +99,7 @@ class LayerTable:
         return sum(self._known[_key(layer)] for layer in layers)
 
     def _keep(self) -> None:
-        """Writes the table; what another search wrote meanwhile stays as that one measured it."""
+        """Write the table; entries that another search wrote meanwhile stay as they are."""
         self._known |= read_json(self._path)
         keep_json(self._path, self._known)
 

@@ -1,10 +1,12 @@
-"""The latency of a saved model on a device, measured the way a search measures it, beside what was measured then."""
+"""`paredown measure`: the latency of a saved model, measured as a search does it, beside the search's own figures."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,17 @@ import onnx
 import torch
 from torch import fx, nn
 
-import cluster
-from cluster import Cluster, Done, InlineCluster, Program, RayCluster, Reading, identity, predicted_ms
+from cluster import Cluster, InlineCluster, Program, RayCluster, predicted_ms
 from search.base import SearchError, SpecError
-from search.devices.device import LatencyError, described, kind_of, runtime_of
+from search.devices.device import described, kind_of
 from search.devices.layer_table import layers_of
-from search.devices.predicted import roofline_of
+from search.devices.meter import Meter, timing_of
+from search.devices.predicted import flat, roofline_of
 from search.export import onnx_program
 from search.limits import latency_on
 from search.spec import SearchSpec, load
 from search.spec.schema import DeviceSpec
+from search.trials import Times, Timing
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""
@@ -43,17 +46,17 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
     Args:
         model: a `.pt2` or `.onnx` file, a folder that `paredown compress` wrote, `models:/NAME@ALIAS` or
             `models:/NAME/VERSION`.
-        device: one of the spec's where there is a spec, else the one a registered version was searched for, else
+        device: a device of the spec if there is one, else one that a registered version was searched for, else
             `cpu-N`: onnxruntime with N threads.
-        address: a running Ray cluster; a device that needs a node's resources is looked for there.
+        address: a running Ray cluster with the node of a device that needs resources.
         uri: the MLflow store of registered models.
 
     Returns:
         `model`, `device`, `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`, `latency_ms` (`min`,
         `p50`, `p95` of one call, which runs the device's batch), `noise` (how far the median lay above the fastest
-        call, as a share, where that was too far after all repeats, else None), and `searched`: what the search wrote
-        down for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None
-        where the search had no such device.
+        call, as a share, where that was too far after all repeats, else None), and `searched`: the search's own figures
+        for this device, `latency_ms`, `noise`, `host`, and the `ratio` of the median now to the one then; None where
+        the search had no such device.
         A registered version is measured in turn with its teacher; `teacher_latency_ms` is that, and the ratio is
         corrected for drift by it, as a search's own figures are.
 
@@ -64,25 +67,24 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         ClusterError: the device's resources are nowhere.
     """
     settings = None if spec is None else load(spec)
-    found = _loaded(model, uri)
-    wanted = _device(device, settings, found.tags)
+    saved = _loaded(model, uri)
+    wanted = _device(device, settings, saved.tags)
+    known: Mapping[str, str] = {}
     if wanted.runtime == "profile":
-        timed = described(wanted, {}) | {"latency_ms": _predicted(found, wanted, settings), "noise": None}
-        beside = None
+        timing, beside = _predicted(saved, wanted, settings), None
     else:
-        teacher = _teacher(found.tags, uri)
-        known, reading = _measured(found, teacher or found, wanted, address)
-        noise = reading.noise if reading.is_noisy else None
-        timed = described(wanted, known) | {"latency_ms": asdict(reading.latency["model"]), "noise": noise}
-        beside = None if teacher is None else asdict(reading.latency["beside"])
-    is_same = _searched_for(found.tags).get(device) == wanted  # a name may mean another device today
-    searched = _searched(device, found.tags, timed["latency_ms"]["p50"], beside) if is_same else None
-    return {"model": model, "device": device, **timed, "teacher_latency_ms": beside, "searched": searched}
+        teacher = _teacher(saved.tags, uri)
+        known, timing = _measured(saved, teacher or saved, wanted, address)
+        beside = None if teacher is None else timing.teacher_latency_ms
+    is_same = _searched_devices(saved.tags).get(device) == wanted  # a name may mean another device today
+    searched = _searched_figures(device, saved.tags, timing.latency_ms["p50"], beside) if is_same else None
+    timed = {"latency_ms": timing.latency_ms, "noise": timing.noise, "teacher_latency_ms": beside}
+    return {"model": model, "device": device, **described(wanted, known), **timed, "searched": searched}
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:
-    """The device of that name, wherever it is described."""
-    known = dict(_searched_for(tags) if spec is None else spec.devices)
+    """The device of that name: of the spec if there is one, else of the tags, else `cpu-N`."""
+    known = dict(_searched_devices(tags) if spec is None else spec.devices)
     if name in known:
         return known[name]
     if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]*)", name)):
@@ -94,7 +96,7 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
 
 
 def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
-    """The teacher of a registered version, where that says where it is."""
+    """The teacher of a registered version, or None if its tags do not name it."""
     from search.record.logged_models import load_model
 
     if (where := tags.get("teacher_uri")) is None:
@@ -102,7 +104,7 @@ def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
     return _exported(load_model(uri, where), where, {})
 
 
-def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
+def _searched_devices(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
     """The devices of the search that a registered version came from."""
     prefix = "device_spec/"
     return {
@@ -112,42 +114,39 @@ def _searched_for(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
     }
 
 
-def _measured(model: Model, beside: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Reading]:
-    """What the device is, and what it took; its process is this one where it needs no resources of a node.
+def _measured(model: Model, teacher: Model, device: DeviceSpec, address: str | None) -> tuple[dict[str, str], Timing]:
+    """Measure a model; return the device's identity and the timing.
 
     A search measures a student in turn with its teacher, so the model takes turns with that, or with a copy of itself:
     alone it would find its weights in the processor's caches, and small networks seem up to 8 % faster.
     """
-    runtime = runtime_of(device)
     images = np.random.default_rng(0).standard_normal((device.batch, *model.shape), np.float32)
-    programs = {"model": _program(model, device), "beside": _program(beside, device)}
-    meter: Cluster = RayCluster(None, address=address or "auto", max_parallel=1) if device.resources else _HERE
-    try:
-        known: dict[str, str] = _alone(meter, device, identity, runtime)
-        return known, _alone(meter, device, cluster.measure, programs, runtime, images)
-    finally:
-        meter.close()
+    programs = {"student": _program(model, device), "teacher": _program(teacher, device)}
+    with closing(_cluster(device, address)) as cluster:
+        meter = Meter(cluster, device, partial(_refusal, device))
+        return meter.identity(), timing_of(meter.read(programs, images))
 
 
-_HERE = InlineCluster(None)
+def _cluster(device: DeviceSpec, address: str | None) -> Cluster:
+    """Return the cluster with the device's node, or this process if it needs no resources."""
+    if device.resources:
+        return RayCluster(None, address=address or "auto", max_parallel=1)
+    return InlineCluster(None)
 
 
-def _alone(meter: Cluster, device: DeviceSpec, function: Any, *item: object) -> Any:
-    (event,) = meter.alone(function, [item], device.resources)
-    if isinstance(event, Done):
-        return event.value
-    raise LatencyError(
-        f"{device.runtime} cannot run the model: {getattr(event, 'error', event)}; expected a network it runs for "
-        f"batches of {device.batch}; choose a device with another runtime or batch"
+def _refusal(device: DeviceSpec, reason: str) -> str:
+    return (
+        f"{device.runtime} cannot run the model: {reason}; expected a network it runs for batches of {device.batch}; "
+        "choose a device with another runtime or batch"
     )
 
 
-def _predicted(model: Model, device: DeviceSpec, spec: SearchSpec | None) -> dict[str, float]:
-    """What the roofline of a device that is not there gives."""
+def _predicted(model: Model, device: DeviceSpec, spec: SearchSpec | None) -> Timing:
+    """Return the timing by the roofline of a device that is not there."""
     module = _module(model, "a roofline")
     layers = layers_of(module, torch.zeros(1, *model.shape))
-    ms = predicted_ms(layers, roofline_of(device, Path(spec.folder if spec else ".")), device.batch)
-    return {"min": ms, "p50": ms, "p95": ms}
+    latency_ms = flat(predicted_ms(layers, roofline_of(device, Path(spec.folder if spec else ".")), device.batch))
+    return Timing(latency_ms, latency_ms)
 
 
 def _program(model: Model, device: DeviceSpec) -> Program:
@@ -165,10 +164,8 @@ def _module(model: Model, needer: str) -> nn.Module:
     return model.program
 
 
-def _searched(
-    device: str, tags: Mapping[str, str], now: float, beside: Mapping[str, float] | None
-) -> dict[str, Any] | None:
-    """What the search wrote down for this device, and how that compares at the speed its teacher had then."""
+def _searched_figures(device: str, tags: Mapping[str, str], now: float, beside: Times | None) -> dict[str, Any] | None:
+    """The search's own figures for this device, and how `now` compares with them at the speed its teacher had then."""
     prefix = f"{latency_on(device)}/"
     latency_ms = {tag.removeprefix(prefix): float(value) for tag, value in tags.items() if tag.startswith(prefix)}
     if "p50" not in latency_ms:
@@ -215,7 +212,7 @@ def _from_pt2(path: Path) -> Model:
 
 
 def _exported(module: object, name: str, tags: Mapping[str, str]) -> Model:
-    """The model of an exported module, which says itself what inputs it takes."""
+    """The model of an exported module; the module itself holds the shape of its inputs."""
     graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
     inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) else ()

@@ -1,45 +1,32 @@
-"""A device that is there: it measures students beside the teacher."""
+"""A device that is there: it measures students beside the teacher, and predicts others from their layers."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cluster import (
-    Cluster,
-    Done,
-    Failed,
-    Reading,
-    identity,
-    layer_times,
-    measure,
-)
-from search import cache
+from cluster import Cluster, LayerShape
 from search.base import Report
-from search.cache import keep_json, read_json
 from search.devices.device import LatencyError, described, kind_of, runtime_of
 from search.devices.layer_table import LayerTable, layers_of
+from search.devices.meter import Meter
 from search.devices.programs import Exporter, Student
+from search.devices.readings import Readings, folder_of
 from search.spec.schema import DeviceSpec
 from search.trials import Times, Timing
 from search.workload import Workload
 
 
-class Present:
+class MeasuredDevice:
     """A device that is there: other work disturbs it, so a student is only ever measured in turn with the teacher.
 
-    What was measured is kept on disk: a quiet reading for every search of this teacher on such a device, a noisy one
-    for this search alone, so that a resumed search plans as it did before.
-
     Args:
-        reference: the teacher's latency when the search began; measured when it is first needed where it is None.
-        spent: `measurements` and `measuring_s` are added to it.
+        reference: the teacher's latency when the search began; measured when first needed if it is None.
     """
 
     is_predicted = False
@@ -54,26 +41,19 @@ class Present:
         *,
         report: Report,
         reference: Times | None,
-        spent: MutableMapping[str, float],
     ) -> None:
         self._name = name
         self._spec = spec
         self._workload = workload
-        self._cluster = cluster
+        self._meter = Meter(cluster, spec, self._refusal)
         self._exporter = exporter
         self._report = report
         self._reference = reference
-        self._spent = spent
-        self._runtime = runtime_of(spec)
         self._images = workload.splits.calibration[: spec.batch].copy()
-        self._identity: dict[str, str] = {}
-        self._table: LayerTable | None = None
-        self._factor: float | None = None
-        self._known: dict[str, dict[str, Any]] = {}
 
     def described(self) -> dict[str, Any]:
         """See `Device.described`."""
-        return described(self._spec, self._identified())
+        return described(self._spec, self._identity)
 
     def teacher(self) -> Times:
         """See `Device.teacher`.
@@ -85,9 +65,9 @@ class Present:
         if self._reference is None:
             program = self._exporter.of({}, kind_of(self._spec)).teacher
             if isinstance(program, str):
-                raise LatencyError(self._helpless(program))
+                raise LatencyError(self._refusal(program))
             self._report("measuring", 0, 1, f"teacher on {self._name}")
-            reading: Reading = self._alone(measure, {"teacher": program}, self._runtime, self._images)
+            reading = self._meter.read({"teacher": program}, self._images)
             self._reference = asdict(reading.latency["teacher"])
             self._report("measuring", 1, 1, f"teacher on {self._name}: {self._reference['p50']:.3g} ms")
         return self._reference
@@ -95,97 +75,69 @@ class Present:
     def time(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:
         """See `Device.time`; programs are made on the cluster all at once, then measured one after the other."""
         self.teacher()
-        missing = {key: student for key, student in students.items() if not self._recall(key)}
-        refused = self._measure(missing) if missing else {}
-        return refused | {key: self._timing(self._known[key]) for key in students if key not in refused}
+        known = {key: reading for key in students if (reading := self._readings.find(key)) is not None}
+        found = known | self._measure({key: student for key, student in students.items() if key not in known})
+        return {key: one if isinstance(one, str) else self._corrected(one) for key, one in found.items()}
 
     def predict(self, model: nn.Module) -> float:
-        """See `Device.predict`: the sum of its layers' times, and the factor by which that is wrong for the teacher."""
-        if self._factor is None:
-            teacher = self._sum(self._workload.teacher.cpu())
-            self._factor = self.teacher()["p50"] / teacher
+        """See `Device.predict`: the sum of the layers' times, times the factor by which it is wrong for the teacher."""
         return self._factor * self._sum(model)
 
+    def _measure(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:
+        """Measure students, each beside the teacher; return the reason in place of a timing that one cannot have."""
+        if not students:
+            return {}
+        programs = self._exporter.of(students, kind_of(self._spec))
+        found: dict[str, Timing | str] = {key: why for key, why in programs.students.items() if isinstance(why, str)}
+        keys = [key for key in students if key not in found]
+        pairs = [{"teacher": programs.teacher, "student": programs.students[key]} for key in keys]
+        for number, reading in enumerate(self._meter.read_pairs(pairs, self._images)):
+            key = keys[number]
+            if isinstance(reading, Timing):
+                self._readings.keep(key, reading)
+            found[key] = reading
+            self._report("measuring", number + 1, len(keys), f"{students[key][0].name} on {self._name}")
+        return found
+
+    def _corrected(self, reading: Timing) -> Timing:
+        """Correct a reading for drift, by the teacher's latency when the search began over that in the reading."""
+        scale = self.teacher()["p50"] / reading.teacher_latency_ms["p50"]
+        return replace(reading, latency_ms={name: ms * scale for name, ms in reading.latency_ms.items()})
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        return self._meter.identity()
+
+    @cached_property
+    def _folder(self) -> Path:
+        return folder_of(self._identity, runtime_of(self._spec))
+
+    @cached_property
+    def _readings(self) -> Readings:
+        return Readings(self._folder, self._workload.fingerprint, self.teacher())
+
+    @cached_property
+    def _table(self) -> LayerTable:
+        return LayerTable(self._folder / "layers.json", self._layer_times)
+
+    @cached_property
+    def _factor(self) -> float:
+        """The teacher's latency over the sum of its layers' times."""
+        layers_ms = self._sum(self._workload.teacher.cpu())
+        return self.teacher()["p50"] / layers_ms
+
     def _sum(self, model: nn.Module) -> float:
-        """Milliseconds of the model's layers, each timed by itself."""
-        if self._table is None:
-            self._table = LayerTable(self._folder() / "layers.json", self._layer_times)
+        """Return the milliseconds of the model's layers, each timed by itself."""
         return max(self._table.ms(layers_of(model, self._workload.example)), 1e-6)
 
-    def _layer_times(self, layers: list[Any]) -> list[float]:
+    def _layer_times(self, layers: list[LayerShape]) -> list[float]:
         self._report("measuring", 0, len(layers), f"single layers on {self._name}")
-        found: list[float] = self._alone(layer_times, layers, self._runtime)
+        found = self._meter.layer_times(layers)
         self._report("measuring", len(layers), len(layers), f"single layers on {self._name}")
         return found
 
-    def _measure(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:
-        """Measures students, each beside the teacher; gives the reasons of those that cannot run."""
-        made = self._exporter.of(students, kind_of(self._spec))
-        ready = {key: program for key, program in made.students.items() if not isinstance(program, str)}
-        refused: dict[str, Timing | str] = {key: why for key, why in made.students.items() if isinstance(why, str)}
-        pairs = ({"teacher": made.teacher, "student": program} for program in ready.values())
-        items = ((pair, self._runtime, self._images) for pair in pairs)
-        keys = list(ready)
-        for event in self._cluster.alone(measure, items, self._spec.resources):
-            key = keys[event.index]
-            if isinstance(event, Failed):
-                refused[key] = event.error
-            elif isinstance(event, Done):
-                self._keep(key, event.value)
-            self._count(event)
-            self._report("measuring", event.index + 1, len(keys), f"{students[key][0].name} on {self._name}")
-        return refused
-
-    def _timing(self, kept: Mapping[str, Any]) -> Timing:
-        """What was measured, scaled by how much slower or faster the teacher was than when the search began."""
-        scale = self.teacher()["p50"] / kept["teacher"]["p50"]
-        return Timing({name: ms * scale for name, ms in kept["student"].items()}, kept["teacher"], kept["noise"])
-
-    def _keep(self, key: str, reading: Reading) -> None:
-        found = {name: asdict(times) for name, times in reading.latency.items()}
-        self._known[key] = found | {"noise": reading.noise if reading.is_noisy else None}
-        keep_json(self._path(key, is_quiet=not reading.is_noisy), self._known[key])
-
-    def _recall(self, key: str) -> bool:
-        """Whether a student was measured before; then it is among those known."""
-        for path in (self._path(key, is_quiet=False), self._path(key, is_quiet=True)):  # its own first
-            if key not in self._known and (found := read_json(path)):
-                self._known[key] = found
-        return key in self._known
-
-    def _path(self, key: str, *, is_quiet: bool) -> Path:
-        search = [] if is_quiet else sorted(self.teacher().items())  # no other search saw just these times
-        return self._folder() / f"{_digest(self._workload.fingerprint, key, search)}.json"
-
-    def _folder(self) -> Path:
-        """Where the figures of all such devices are kept."""
-        return cache.folder() / "latency" / _digest(self._identified(), asdict(self._runtime))
-
-    def _identified(self) -> dict[str, str]:
-        if not self._identity:
-            self._identity = self._alone(identity, self._runtime)
-        return self._identity
-
-    def _alone(self, function: Any, *item: object) -> Any:
-        """What `function` gives in the meter's process."""
-        (event,) = self._cluster.alone(function, [item], self._spec.resources)
-        self._count(event)
-        if isinstance(event, Done):
-            return event.value
-        assert isinstance(event, Failed)
-        raise LatencyError(self._helpless(event.error))
-
-    def _helpless(self, reason: str) -> str:
+    def _refusal(self, reason: str) -> str:
         return (
             f"device {self._name!r} cannot time the teacher and its layers: {reason}; expected a network that "
             f"{self._spec.runtime} runs; give the device another runtime, or leave it out"
         )
-
-    def _count(self, event: Any) -> None:
-        self._spent["measurements"] += 1
-        self._spent["measuring_s"] += event.seconds
-
-
-def _digest(*parts: object) -> str:
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""A device that is not there: its roofline predicts."""
+"""A device that is not there: its roofline predicts the latency of every network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from cluster import (
-    Roofline,
-    predicted_ms,
-    roofline,
-)
+from cluster import Roofline, predicted_ms, roofline
 from search.base import SpecError
 from search.devices.device import described
 from search.devices.layer_table import layers_of
@@ -25,7 +21,7 @@ from search.workload import Workload
 
 
 def roofline_of(device: DeviceSpec, folder: Path) -> Roofline:
-    """The roofline of a device that is not there; its file is looked for in `folder`.
+    """The roofline of a device that is not there; a relative path of its file starts in `folder`.
 
     Raises:
         SpecError: the file is wrong.
@@ -47,8 +43,8 @@ def rooflines(spec: SearchSpec) -> dict[str, dict[str, float]]:
     return {name: asdict(roofline_of(device, Path(spec.folder))) for name, device in absent.items()}
 
 
-class Absent:
-    """A device that is not there: all its figures are computed from its roofline."""
+class PredictedDevice:
+    """A device that is not there: its roofline gives all its figures."""
 
     is_predicted = True
 
@@ -65,14 +61,14 @@ class Absent:
     def teacher(self) -> Times:
         """See `Device.teacher`."""
         if self._reference is None:
-            self._reference = _flat(self.predict(self._workload.teacher.cpu()))
+            self._reference = flat(self.predict(self._workload.teacher.cpu()))
         return self._reference
 
     def time(self, students: Mapping[str, Student]) -> dict[str, Timing | str]:
         """See `Device.time`."""
         teacher, reference = self._workload.teacher.cpu(), self.teacher()
         return {
-            key: Timing(_flat(self.predict(method.apply(teacher, plan))), reference)
+            key: Timing(flat(self.predict(method.apply(teacher, plan))), reference)
             for key, (method, plan) in students.items()
         }
 
@@ -81,6 +77,6 @@ class Absent:
         return predicted_ms(layers_of(model, self._workload.example), self._peaks, self._spec.batch)
 
 
-def _flat(ms: float) -> dict[str, float]:
-    """A latency that has no spread, because it was computed."""
+def flat(ms: float) -> dict[str, float]:
+    """A computed latency, which has no spread."""
     return {"min": ms, "p50": ms, "p95": ms}

@@ -1,9 +1,9 @@
-"""Students as programs that devices run: an ONNX file, or a module on the CPU; and whether a program says the same."""
+"""Teacher and students as the programs that devices run: an ONNX file, or a module on the CPU."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -19,7 +19,7 @@ from search.base import Report
 from search.export import onnx_program
 
 Kind: TypeAlias = Literal["onnx", "torch"]
-"""What a device runs: ONNX bytes, or a module."""
+"""The two kinds of programs: ONNX bytes, or a module."""
 
 Student: TypeAlias = tuple[AnyMethod, Plan]
 
@@ -27,10 +27,10 @@ _Item: TypeAlias = tuple[AnyMethod | None, Plan | None, Kind]
 
 
 def program(inputs: WorkerInputs, method: AnyMethod | None, plan: Plan | None, kind: Kind) -> Program:
-    """What a device runs of the student that `plan` describes, or of the teacher where there is no method.
+    """Make the program of the student that `plan` describes, or of the teacher if there is no method.
 
-    Only the shapes are the student's: its weights are drawn anew, since time must not depend on what a cut left of the
-    trained ones. Numbers close to zero, which dead channels have, can slow a processor down a hundred times.
+    Only the shapes are the student's: its weights are drawn anew, since time must not depend on the trained ones that a
+    cut left. Numbers close to zero, which dead channels have, can slow a processor down a hundred times.
 
     Raises:
         ExportError: the student cannot be written as ONNX.
@@ -44,23 +44,18 @@ def program(inputs: WorkerInputs, method: AnyMethod | None, plan: Plan | None, k
 
 @dataclass(frozen=True)
 class Programs:
-    """The teacher's program and those of students by key; in place of one that cannot be made, why not."""
+    """The teacher's program and those of students by key; the reason stands in place of one that cannot be made."""
 
     teacher: Program | str
     students: Mapping[str, Program | str]
 
 
 class Exporter:
-    """Makes programs on the cluster, all at once, and keeps them until it is told to forget: the teacher's for good.
+    """Makes programs on the cluster, all at once. It keeps the teacher's for good, and the students' until `forget`."""
 
-    Args:
-        spent: seconds of workers are added to its `measuring_s`.
-    """
-
-    def __init__(self, cluster: Cluster, report: Report, spent: MutableMapping[str, float]) -> None:
+    def __init__(self, cluster: Cluster, report: Report) -> None:
         self._cluster = cluster
         self._report = report
-        self._spent = spent
         self._teachers: dict[Kind, Program | str] = {}
         self._students: dict[tuple[str, Kind], Program | str] = {}
 
@@ -68,29 +63,29 @@ class Exporter:
         """The programs of the teacher and of `students`."""
         missing = {key: one for key, one in students.items() if (key, kind) not in self._students}
         items: list[_Item] = [(method, plan, kind) for method, plan in missing.values()]
-        made = self._made(items if kind in self._teachers else [*items, (None, None, kind)])
-        self._students |= {(key, kind): found for key, found in zip(missing, made, strict=False)}
+        programs = self._export(items if kind in self._teachers else [*items, (None, None, kind)])
+        self._students |= {(key, kind): one for key, one in zip(missing, programs, strict=False)}
         if kind not in self._teachers:
-            self._teachers[kind] = made[-1]
+            self._teachers[kind] = programs[-1]
         return Programs(self._teachers[kind], {key: self._students[key, kind] for key in students})
 
     def forget(self) -> None:
-        """Lets go of the students' programs."""
+        """Drop the students' programs."""
         self._students = {}
 
-    def _made(self, items: list[_Item]) -> list[Program | str]:
-        made: dict[int, Program | str] = {}
+    def _export(self, items: list[_Item]) -> list[Program | str]:
+        """Make the program of each item, or find the reason why it has none; report each as it ends."""
+        programs: dict[int, Program | str] = {}
         for event in self._cluster.run(program, items):
             if isinstance(event, Done | Failed):
-                made[event.index] = event.value if isinstance(event, Done) else event.error
-                self._spent["measuring_s"] += event.seconds
+                programs[event.index] = event.value if isinstance(event, Done) else event.error
                 method = items[event.index][0]
-                self._report("exporting", len(made), len(items), "teacher" if method is None else method.name)
-        return [made[index] for index in range(len(items))]
+                self._report("exporting", len(programs), len(items), "teacher" if method is None else method.name)
+        return [programs[index] for index in range(len(items))]
 
 
 def _draw(model: nn.Module) -> None:
-    """Draws the weights anew, always the same, of a size that keeps activations in range from layer to layer."""
+    """Draw the weights anew, always the same, of a size that keeps activations in range from layer to layer."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, _BatchNorm):

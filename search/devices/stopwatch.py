@@ -1,33 +1,32 @@
-"""The stopwatch of a search: what the teacher and students take on its devices, measured, or predicted beforehand."""
+"""The stopwatch of a search: times the teacher and students on its devices, and predicts them beforehand."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from cluster import Cluster
+from cluster import Cluster, Event, Item, Step, always
 from search.base import Report
-from search.devices.device import Device, LatencyError
-from search.devices.measured import Present
-from search.devices.predicted import Absent
+from search.devices.device import Device
+from search.devices.measured import MeasuredDevice
+from search.devices.predicted import PredictedDevice
 from search.devices.programs import Exporter, Student
 from search.spec.schema import DeviceSpec
 from search.trials import Timing
 from search.workload import Workload
-
-__all__ = ["LatencyError", "Stopwatch", "Student", "Timing"]
 
 
 class Stopwatch:
     """Times the teacher and students on the devices of a search.
 
     Args:
-        folder: where relative roofline files are looked for.
-        reference: the teacher's latency when the search began, by device; what it lacks is measured when needed.
+        folder: relative paths of roofline files start here.
+        reference: the teacher's latency when the search began, by device; a missing one is measured when needed.
 
     Raises:
         SpecError: a roofline file is wrong.
@@ -43,17 +42,15 @@ class Stopwatch:
         *,
         reference: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        self._spent = {"measurements": 0.0, "measuring_s": 0.0}
-        self._exporter = Exporter(cluster, report, self._spent)
+        self._tally = _Tally(cluster)
+        self._exporter = Exporter(self._tally, report)
         self._refusals: dict[tuple[str, str], str] = {}
 
         def device(name: str, spec: DeviceSpec) -> Device:
             if spec.runtime == "profile":
-                return Absent(spec, folder, workload)
+                return PredictedDevice(spec, folder, workload)
             begun = (reference or {}).get(name)
-            return Present(
-                name, spec, workload, cluster, self._exporter, report=report, reference=begun, spent=self._spent
-            )
+            return MeasuredDevice(name, spec, workload, self._tally, self._exporter, report=report, reference=begun)
 
         self._devices = {name: device(name, spec) for name, spec in devices.items()}
 
@@ -63,17 +60,16 @@ class Stopwatch:
         return list(self._devices)
 
     def spent(self) -> dict[str, float]:
-        """What timing took since this was last asked: `measurements` on devices, `measuring_s` there and of exports."""
-        taken = dict(self._spent)
-        self._spent.update(dict.fromkeys(self._spent, 0.0))
-        return taken
+        """Return the cost of timing since last asked: `measurements` on devices, `measuring_s` there and of exports."""
+        measurements, seconds = self._tally.taken()
+        return {"measurements": float(measurements), "measuring_s": seconds}
 
     def is_predicted(self, device: str) -> bool:
-        """Whether the device is not there, so that all its figures are computed from its roofline."""
+        """Whether the device is not there, so that its roofline gives all its figures."""
         return self._devices[device].is_predicted
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """What each device is: `runtime`, `threads`, `batch`, `host`, `processor` and whether it `is_predicted`."""
+        """The facts about each device: `runtime`, `threads`, `batch`, `host`, `processor`, `is_predicted`."""
         return {name: device.described() for name, device in self._devices.items()}
 
     def teacher(self) -> dict[str, dict[str, float]]:
@@ -86,7 +82,7 @@ class Stopwatch:
         return {name: dict(device.teacher()) for name, device in self._devices.items()}
 
     def time(self, students: Sequence[Student], devices: Collection[str]) -> list[dict[str, Timing]]:
-        """The latency of each student on each of the devices; where it cannot run it has none, see `refusal`.
+        """The latency of each student on each of the devices; one that cannot run there has none, see `refusal`.
 
         Raises as `teacher` does.
         """
@@ -104,13 +100,13 @@ class Stopwatch:
         return table
 
     def refusal(self, student: Student, device: str) -> str | None:
-        """Why a student could not be timed on a device, or None."""
+        """The reason why a student could not be timed on a device, or None."""
         return self._refusals.get((_key(student), device))
 
     def predict(self, model: nn.Module, device: str) -> float:
-        """The milliseconds `model`, on the CPU, would take on the device for one batch.
+        """Predict the milliseconds that `model`, on the CPU, takes on the device for one batch.
 
-        On a device that is there, it is the sum of its layers' times, measured once each, times the factor by which
+        On a device that is there, they are the sum of its layers' times, measured once each, times the factor by which
         that sum is wrong for the teacher.
 
         Raises as `teacher` does.
@@ -118,8 +114,45 @@ class Stopwatch:
         return self._devices[device].predict(model)
 
 
+class _Tally:
+    """A cluster that passes every call on to another, and counts the seconds and the items run alone."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._measurements, self._seconds = 0, 0.0
+
+    def taken(self) -> tuple[int, float]:
+        """Return the number of items that ran alone, and the seconds of all items, since last asked."""
+        taken = self._measurements, self._seconds
+        self._measurements, self._seconds = 0, 0.0
+        return taken
+
+    def run(
+        self, function: Callable[..., Any], items: Iterable[Item], go_on: Callable[[int, Any], bool] = always
+    ) -> Iterator[Event]:
+        """See `Cluster.run`."""
+        return self._counted(self._cluster.run(function, items, go_on), measurements=0)
+
+    def alone(
+        self, function: Callable[..., Any], items: Iterable[Item], resources: Mapping[str, float] = MappingProxyType({})
+    ) -> Iterator[Event]:
+        """See `Cluster.alone`."""
+        return self._counted(self._cluster.alone(function, items, resources), measurements=1)
+
+    def close(self) -> None:
+        """See `Cluster.close`."""
+        self._cluster.close()
+
+    def _counted(self, events: Iterable[Event], *, measurements: int) -> Iterator[Event]:
+        """Yield the events; the end of each item counts as so many measurements."""
+        for event in events:
+            if not isinstance(event, Step):
+                self._measurements += measurements
+                self._seconds += event.seconds
+            yield event
+
+
 def _key(student: Student) -> str:
     """The same for plans that lead to the same student."""
     method, plan = student
-    choices = {name: value for name, value in plan.to_json().items() if name not in ("loss", "bound", "notes")}
-    return json.dumps([method.name, choices], sort_keys=True)
+    return json.dumps([method.name, plan.identity()], sort_keys=True)

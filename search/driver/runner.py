@@ -35,10 +35,7 @@ class Planned:
     @property
     def work(self) -> str:
         """A name for the training it asks for: trials that share it are trained once."""
-        plan = {
-            key: value for key, value in self.fitted.plan.to_json().items() if key not in ("loss", "bound", "notes")
-        }
-        text = json.dumps([plan, asdict(self.how)], sort_keys=True)
+        text = json.dumps([self.fitted.plan.identity(), asdict(self.how)], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

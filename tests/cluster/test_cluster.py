@@ -1,4 +1,4 @@
-"""Both clusters keep one promise: every item ends once, in steps and a result or an error, whoever dies."""
+"""Both clusters keep one promise: every item ends once, in steps and a result or an error, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -16,19 +16,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster import (
-    Cluster,
-    ClusterError,
-    Done,
-    Event,
-    Failed,
-    InlineCluster,
-    RayCluster,
-    Step,
-    Stopped,
-    always,
-    pool,
-)
+from cluster import Cluster, ClusterError, Done, Event, Failed, InlineCluster, RayCluster, Step, Stopped, always, pool
 
 CONTEXT = np.arange(4.0)
 CPUS = 3
@@ -45,7 +33,7 @@ def counted(context: np.ndarray, steps: int) -> Generator[int, None, str]:
 
 
 def hanging(context: np.ndarray, number: int, folder: str) -> Generator[int, None, int]:
-    """Hangs after its first step where it is called for the first time."""
+    """Yield once; hang there at the first call."""
     yield number
     if not Path(folder, f"{number}").exists():
         Path(folder, f"{number}").touch()
@@ -60,7 +48,7 @@ def refusing(context: np.ndarray, number: int) -> int:
 
 
 def dying(context: np.ndarray, number: int, folder: str, deaths: int) -> int:
-    """Takes its process along the first `deaths` times it is called; the files remember across processes."""
+    """Kill its process the first `deaths` times it is called; the files count across processes."""
     died = len(list(Path(folder).glob(f"{number}-*")))
     if died < deaths:
         Path(folder, f"{number}-{died}").touch()
@@ -69,7 +57,7 @@ def dying(context: np.ndarray, number: int, folder: str, deaths: int) -> int:
 
 
 def careful(context: np.ndarray, folder: str) -> Generator[str, None, None]:
-    """Leaves a mark after each step it got beyond, and one when it ends, however it ends."""
+    """Leave a file after each step it got beyond, and one at the end, also if it is stopped."""
     try:
         for step in "abc":
             yield step
@@ -78,13 +66,13 @@ def careful(context: np.ndarray, folder: str) -> Generator[str, None, None]:
         Path(folder, "end").touch()
 
 
-def told_its_process(context: np.ndarray, steps: int) -> Iterator[int]:
+def telling_its_process(context: np.ndarray, steps: int) -> Iterator[int]:
     for _ in range(steps):
         yield os.getpid()
 
 
 def held() -> tuple[int, dict[str, float], str | None]:
-    """Of a Ray worker: its process, what it holds of Ray's resources, and the GPUs it sees."""
+    """The process of a Ray worker, its share of Ray's resources, and the GPUs it sees."""
     resources = ray.get_runtime_context().get_assigned_resources()
     return os.getpid(), resources, os.environ.get("CUDA_VISIBLE_DEVICES")
 
@@ -98,7 +86,7 @@ def results(events: Iterable[Event]) -> dict[int, object]:
     return {event.index: event.value for event in events if isinstance(event, Done)}
 
 
-def answered(index: int, value: object) -> bool:  # unlike `always`, each step waits for it
+def agreeing(index: int, value: object) -> bool:  # unlike `always`, each step waits for it
     return True
 
 
@@ -138,7 +126,7 @@ def test_values_come_back_by_item(cluster: Cluster) -> None:
     assert len(events) == 3
 
 
-def test_generators_tell_steps_then_their_result(cluster: Cluster) -> None:
+def test_generators_yield_steps_then_their_result(cluster: Cluster) -> None:
     events = [event for event in cluster.run(counted, [(3,), (0,)]) if event.index == 0]
     assert events[:3] == [Step(0, 0), Step(0, 1), Step(0, 2)]
     assert isinstance(events[3], Done)
@@ -186,7 +174,7 @@ def test_an_error_while_taking_leaves_the_cluster_usable(cluster: Cluster) -> No
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        list(cluster.run(counted, items(), answered))
+        list(cluster.run(counted, items(), agreeing))
     assert results(cluster.run(total, [(1,), (2,), (3,)])) == {0: 6, 1: 12, 2: 18}
 
 
@@ -221,8 +209,8 @@ def test_an_error_of_the_answer_is_the_callers(cluster: Cluster) -> None:
     assert results(cluster.run(total, [(1,)])) == {0: 6}
 
 
-@pytest.mark.parametrize("go_on", [always, answered])
-def test_a_run_that_is_given_up_leaves_the_cluster_usable(
+@pytest.mark.parametrize("go_on", [always, agreeing])
+def test_a_run_that_is_stopped_early_leaves_the_cluster_usable(
     cluster: Cluster, go_on: Callable[[int, object], bool]
 ) -> None:
     run = cluster.run(counted, [(3,), (3,), (3,)], go_on)
@@ -251,7 +239,7 @@ def test_alone_holds_its_resources(ray_cluster: RayCluster) -> None:
     beside, meter, gpus = results(ray_cluster.alone(held, [()]))[0]
     phone, device, _ = results(ray_cluster.alone(held, [()], {"phone": 1}))[0]
     assert (meter, device, gpus) == ({"paredown_meter": 1.0}, {"phone": 1.0}, "")
-    workers = {event.value for event in ray_cluster.run(told_its_process, [(1,)] * 4) if isinstance(event, Step)}
+    workers = {event.value for event in ray_cluster.run(telling_its_process, [(1,)] * 4) if isinstance(event, Step)}
     assert len({os.getpid(), beside, phone, *workers}) == 3 + len(workers)
 
 
@@ -323,26 +311,26 @@ def test_an_item_that_hangs_runs_again_on_another_worker(ray_cluster: RayCluster
 
 @pytest.mark.ray
 def test_an_item_whose_worker_is_killed_at_a_step_runs_again(ray_cluster: RayCluster) -> None:
-    heard: list[int] = []
+    workers: list[int] = []
 
     def go_on(index: int, worker: int) -> bool:
-        heard.append(worker)
-        if len(heard) == 2:
+        workers.append(worker)
+        if len(workers) == 2:
             os.kill(worker, signal.SIGKILL)
         return True
 
-    ends = [event for event in ray_cluster.run(told_its_process, [(3,)], go_on) if not isinstance(event, Step)]
+    ends = [event for event in ray_cluster.run(telling_its_process, [(3,)], go_on) if not isinstance(event, Step)]
     assert [type(event) for event in ends] == [Done]
-    assert heard[0] == heard[1] != heard[2]
-    assert heard[2:] == [heard[2]] * 3
+    assert workers[0] == workers[1] != workers[2]
+    assert workers[2:] == [workers[2]] * 3
 
 
 @pytest.mark.ray
 def test_a_worker_lost_while_its_item_is_taken_is_replaced(single: RayCluster) -> None:
     def items() -> Iterator[tuple[int]]:
-        given_up = single.run(counted, [(3,)], answered)
-        next(given_up)
-        given_up.close()
+        stopped = single.run(counted, [(3,)], agreeing)
+        next(stopped)
+        stopped.close()
         yield (2,)
 
     assert results(single.run(total, items())) == {0: 12}
@@ -350,7 +338,7 @@ def test_a_worker_lost_while_its_item_is_taken_is_replaced(single: RayCluster) -
 
 @pytest.mark.ray
 def test_a_run_that_could_never_begin_is_refused(single: RayCluster) -> None:
-    outer = single.run(counted, [(2,)], answered)
+    outer = single.run(counted, [(2,)], agreeing)
     assert next(outer) == Step(0, 0)
     assert list(single.run(total, [])) == []
     with pytest.raises(ClusterError, match="all 1 workers are busy with another run"):
@@ -360,7 +348,7 @@ def test_a_run_that_could_never_begin_is_refused(single: RayCluster) -> None:
 
 @pytest.mark.ray
 def test_closing_ends_what_runs(single: RayCluster) -> None:
-    run = single.run(told_its_process, [(3,)], answered)
+    run = single.run(telling_its_process, [(3,)], agreeing)
     watched = os.pidfd_open(next(run).value)
     single.close()
     ended = select.poll()

@@ -1,4 +1,4 @@
-"""Items that several processes share on Ray: told, made anew, stopped and waited for as those of a worker alone."""
+"""Items that several processes share on Ray: reported, run again and stopped as those of one worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOUR = 3600.0
 
 
 def wavering(bench: WorkerInputs, folder: str) -> Iterator[int]:
-    """Tells how many processes there are; the second one dies after its first step, and hangs there the next time."""
+    """Yield the number of processes; the second one dies after its first step, and hangs there the next time."""
     rank, died, hung = distributed.get_rank(), Path(folder, "died"), Path(folder, "hung")
     for step in range(3):
         if (rank, step) == (1, 1) and not died.exists():
@@ -50,7 +50,7 @@ def wavering(bench: WorkerInputs, folder: str) -> Iterator[int]:
 
 
 def lopsided(bench: WorkerInputs) -> None:
-    """Fails in one process, for which the other waits."""
+    """Fail in one process while the other waits for it."""
     if distributed.get_rank() == 1:
         raise ValueError("only here")
     distributed.barrier()
@@ -62,7 +62,7 @@ def size_of(bench: WorkerInputs, name: str) -> int:
 
 @pytest.fixture(scope="module")
 def bench(teacher: Path) -> WorkerInputs:
-    found = splits()  # smoothed, as `test_together.in_float32` is and for its reason
+    found = splits()  # smoothed, as `test_distributed.in_float32` is and for its reason
     return WorkerInputs(smoothed(original(teacher)), found.train, found.validation, found.calibration, top1)
 
 
@@ -82,7 +82,7 @@ def cluster(bench: WorkerInputs) -> Iterator[RayCluster]:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """By how many seconds the pool's clock is ahead in all; it looks at that every second."""
+    """Seconds by which the pool's clock is ahead, to be added up; it reads that every second."""
     seconds: list[float] = []
     monkeypatch.setattr(pool, "PATIENCE_S", 1)
     monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(seconds)))
@@ -91,7 +91,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @contextmanager
 def heeded(act: Callable[[str], None]) -> Iterator[None]:
-    """Has `act` hear what the pool says, when it says so."""
+    """Call `act` with each message that the pool logs while the context is open."""
 
     def heed(record: logging.LogRecord) -> bool:
         act(record.getMessage())
@@ -105,19 +105,19 @@ def heeded(act: Callable[[str], None]) -> Iterator[None]:
 
 
 def rooms() -> list[str]:
-    """The states of Ray's placement groups that are not gone."""
+    """The states of Ray's placement groups that are not removed."""
     return [one["state"] for one in ray.util.placement_group_table().values() if one["state"] != "REMOVED"]
 
 
 class Enough(Exception):
-    """Ends a run in the middle."""
+    """Stops a run early."""
 
 
 @pytest.mark.live
 @pytest.mark.usefixtures("cluster")
 def test_workers_leave_the_room_that_groups_have() -> None:
     groups = [2]
-    made = pool.Pool(None, size=4, needs={"seat": 0.25}, strategy="DEFAULT", lent=lambda: sum(groups))
+    made = pool.Pool(None, size=4, needs={"seat": 0.25}, strategy="DEFAULT", occupied=lambda: sum(groups))
     for left in (0.5, 0):
         assert [type(event) for event in made.run(repr, [()])] == [Done]
         wait_until(lambda left=left: ray.available_resources().get("seat", 0) == left)
@@ -126,7 +126,7 @@ def test_workers_leave_the_room_that_groups_have() -> None:
 
 
 @pytest.mark.live
-def test_waiting_for_room_is_told_and_is_no_hanging(
+def test_waiting_for_room_is_logged_and_is_no_hanging(
     cluster: RayCluster, bench: WorkerInputs, ahead: list[float]
 ) -> None:
     (done,) = cluster.run(size_of, [("train",)])
@@ -175,7 +175,7 @@ def test_twenty_steps_of_two_workers_come_to_those_of_one(cluster: RayCluster, b
 
 
 @pytest.mark.live
-def test_a_group_that_dies_or_hangs_is_made_anew_and_stops_where_it_is_told(
+def test_a_group_that_dies_or_hangs_is_replaced_and_stops_early(
     cluster: RayCluster, tmp_path: Path, ahead: list[float]
 ) -> None:
     told: list[object] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.devices.layers import GROUP, LayerShape, alone, layer_times
+from cluster.devices.layers import GROUP, LayerShape, layer_times, network_of
 from cluster.devices.roofline import Roofline, predicted_ms, roofline
 from cluster.devices.runtimes import Runtime, loaded
 
@@ -70,7 +70,7 @@ def in_torch(layer: LayerShape, x: Tensor, weight: Tensor, bias: Tensor) -> Tens
 @given(layer=convolutions() | linears(), batch=st.integers(1, 3))
 def test_an_onnx_layer_computes_what_torch_computes(layer: LayerShape, batch: int) -> None:
     runtime = Runtime("onnxruntime", batch=batch)
-    program, x = alone(layer, runtime), inputs(layer, batch)
+    program, x = network_of(layer, runtime), inputs(layer, batch)
     assert isinstance(program, bytes)
     onnx.checker.check_model(program)
     stored = {
@@ -94,7 +94,7 @@ def test_an_onnx_layer_computes_what_torch_computes(layer: LayerShape, batch: in
 @settings(max_examples=30)
 @given(layer=convolutions() | linears())
 def test_a_torch_layer_has_the_same_shapes(layer: LayerShape) -> None:
-    module, x = alone(layer, Runtime("torch")), inputs(layer, 2)
+    module, x = network_of(layer, Runtime("torch")), inputs(layer, 2)
     assert isinstance(module, nn.Module)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         found = module.eval()(x)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.devices.layers import LayerShape, alone
+from cluster.devices.layers import LayerShape, network_of
 from cluster.devices.meter import ATTEMPTS, exclusive, identity, interleaved, measure, quietest
 from cluster.devices.runtimes import Runtime, loaded
 
@@ -50,7 +50,7 @@ def constant(ms: float) -> Iterator[float]:
 
 
 def sessions(*, fastest: float, rest: list[float]) -> Iterator[float]:
-    """What `quietest` times with 30 rounds: a look at the speed, then sessions of one fastest call and 29 others."""
+    """Durations for `quietest` with 30 rounds: a look at the speed, then sessions of one fastest call and 29 others."""
     yield from [fastest] * 10
     for ms in rest:
         yield from [ms] * 5  # warm-up
@@ -130,7 +130,7 @@ def test_a_steady_session_of_a_slow_processor_is_noisy_too() -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.kind)
 def test_the_larger_network_is_slower(runtime: Runtime) -> None:
     threads = torch.get_num_threads()
-    reading = measure({"small": alone(conv(8), runtime), "large": alone(conv(256), runtime)}, runtime, IMAGES)
+    reading = measure({"small": network_of(conv(8), runtime), "large": network_of(conv(256), runtime)}, runtime, IMAGES)
     assert list(reading.latency) == ["small", "large"]
     for latency in reading.latency.values():
         assert 0 < latency.min <= latency.p50 <= latency.p95
@@ -141,7 +141,7 @@ def test_the_larger_network_is_slower(runtime: Runtime) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.kind)
 def test_images_are_repeated_to_the_batch(runtime: Runtime) -> None:
     runtime = Runtime(runtime.kind, threads=2, batch=5)
-    program = alone(conv(4), runtime)
+    program = network_of(conv(4), runtime)
     with loaded(program, runtime, IMAGES) as call:
         outputs = np.asarray(call()).reshape(5, 4, 30, 30)
     np.testing.assert_allclose(outputs[3:], outputs[:2], rtol=1e-5, atol=1e-6)
@@ -160,7 +160,7 @@ def test_a_module_is_run_as_a_copy_in_evaluation_mode() -> None:
 
 
 def test_programs_that_a_runtime_cannot_run_are_refused() -> None:
-    file, module = alone(conv(4), Runtime("onnxruntime")), alone(conv(4), Runtime("torch"))
+    file, module = network_of(conv(4), Runtime("onnxruntime")), network_of(conv(4), Runtime("torch"))
     with pytest.raises(TypeError, match=r"onnxruntime cannot run a program of type Sequential.*export"):
         measure({"student": module}, Runtime("onnxruntime"), IMAGES)
     with pytest.raises(TypeError, match="torch cannot run a program of type bytes"):
@@ -180,12 +180,12 @@ def test_without_a_compiler_nothing_is_compiled() -> None:
         inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
         pytest.raises(RuntimeError, match=r"no C\+\+ compiler.*choose the runtime torch"),
     ):
-        measure({"student": alone(conv(4), runtime)}, runtime, IMAGES)
+        measure({"student": network_of(conv(4), runtime)}, runtime, IMAGES)
 
 
 SECOND = """
 import logging, pathlib, sys
-from cluster.meter import exclusive
+from cluster.devices.meter import exclusive
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 with exclusive():
     print(pathlib.Path(sys.argv[1]).exists())

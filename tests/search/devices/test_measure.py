@@ -1,4 +1,4 @@
-"""`paredown measure`: every kind of saved model on every kind of device, and what is wrong where it cannot be."""
+"""`paredown measure`: every kind of saved model on every kind of device, and the messages where it cannot be."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
 
 
 def test_a_registered_version_is_measured_beside_its_teacher(saved: Saved) -> None:
-    """What drifted since the search is told by the teacher: here it was twice as fast then as it is now."""
+    """The ratio is corrected for drift since the search: the teacher's latency then and now are known."""
     client = connect(STORE)
     experiment = client.create_experiment("tiny")
     registry = Registry(client, "tiny")

@@ -1,4 +1,4 @@
-"""What students take: layers heard where torch runs them, a table of their times, and measurements that are kept."""
+"""Times of students: layers recorded where torch runs them, a table of their times, and readings that are kept."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from methods.base import Budget, Plan
 from methods.network import count_macs, profile
 from methods.protocol import defaults
 from search.base import SpecError
+from search.devices.device import LatencyError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
-from search.devices.stopwatch import LatencyError, Stopwatch
+from search.devices.stopwatch import Stopwatch
 from search.spec import reading, schema
 from search.workload import Workload, loading, zoo
 from search.workload.teacher import save_weights
@@ -72,7 +73,7 @@ def loaded(folder: Path) -> Workload:
 
 @dataclass
 class Counted:
-    """A cluster that keeps count of what is asked of it, and may call every reading noisy."""
+    """A cluster that records the calls it gets, and may call every reading noisy."""
 
     inner: Cluster
     is_noisy: bool = False
@@ -114,13 +115,13 @@ def half(loaded: Workload, divisor: int = 2) -> Plan:
 
 
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_the_layers_heard_hold_all_macs_of_the_network(build: Callable[[], nn.Module]) -> None:
+def test_the_recorded_layers_hold_all_macs_of_the_network(build: Callable[[], nn.Module]) -> None:
     model = build()
-    heard = layers_of(model, IMAGES)
-    assert sum(layer.macs for layer in heard) == count_macs(model, IMAGES)
+    recorded = layers_of(model, IMAGES)
+    assert sum(layer.macs for layer in recorded) == count_macs(model, IMAGES)
     batch = torch.export.Dim("batch", min=1)
     exported = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: batch},)).module()
-    assert layers_of(exported, IMAGES) == heard
+    assert layers_of(exported, IMAGES) == recorded
 
 
 class Functional(nn.Module):
@@ -137,7 +138,7 @@ class Functional(nn.Module):
         return F.linear(self.up(x).flatten(2).transpose(1, 2), self.matrix)
 
 
-def test_layers_without_a_module_are_heard_too() -> None:
+def test_layers_without_a_module_are_recorded_too() -> None:
     conv = LayerShape("conv", 3, 8, (3, 5), (2, 1), (1, 4), (1, 2), 1, (16, 16))
     height, width = conv.out_hw
     rows = (height + 1) * (width + 1)
@@ -205,7 +206,7 @@ def test_students_are_measured_beside_the_teacher_once(loaded: Workload, folder:
     for timing in (whole["cpu-1"], small["cpu-1"]):
         assert timing.latency_ms.keys() == {"min", "p50", "p95"}
         assert timing.latency_ms["min"] <= timing.latency_ms["p50"] <= timing.latency_ms["p95"]
-    # The teacher's own shape beside the teacher: whatever else runs here runs beside both.
+    # The teacher's own shape beside the teacher: any other work here disturbs both.
     assert whole["cpu-1"].latency_ms["min"] == pytest.approx(
         2.0 * whole["cpu-1"].teacher_latency_ms["min"] / whole["cpu-1"].teacher_latency_ms["p50"], rel=0.5
     )
@@ -310,6 +311,9 @@ def test_a_teacher_that_a_device_cannot_run_is_told(loaded: Workload, folder: Pa
         LatencyError, match=r"device 'cpu-1' cannot time the teacher and its layers: ExportError.*another runtime"
     ):
         watch.teacher()
+    spent = watch.spent()
+    assert spent["measurements"] == 0
+    assert spent["measuring_s"] > 0  # of the export
     eager = Stopwatch(
         {"here": schema.DeviceSpec(runtime="torch")}, folder, stubborn, InlineCluster(stubborn.worker_inputs()), quiet
     )
