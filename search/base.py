@@ -1,4 +1,4 @@
-"""What every file of `search` may use: its errors, and how progress is told."""
+"""The words that every file of `search` shares: defaults, exit codes, errors, and the report of progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import re
 import textwrap
 from collections.abc import Callable
 from typing import TypeAlias
+
+DEFAULT_STORE = "sqlite:///paredown.db"
+"""The MLflow store of a search whose spec and command name none."""
+DEFAULT_STUDIES = "paredown.studies"
+"""Optuna's journal file for the same search."""
+
+FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
+"""The exit codes of the command, besides 0: no result, a mistake of the user's, or a result without some budget."""
 
 Report: TypeAlias = Callable[[str, int, int, str], None]
 """Told of progress: the stage, units done, units in all, a short note."""

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 import typer
 
+from search.base import FAILED, NOTHING_FITS
+
 if TYPE_CHECKING:
     from cluster import Job
     from search.record.progress import Progress
-
-FAILED, NOTHING_FITS = 1, 3
 
 REACH_S = 3
 """How long a store on a server may take to answer, before `status` does without it."""

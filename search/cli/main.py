@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS, WRONG_INPUT
 from search.cli import jobs, serve
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from search.results import SearchResult
     from search.spec import SearchSpec
     from search.workload import Workload
-
-FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
-STORE = "sqlite:///paredown.db"
 
 app = typer.Typer(
     help="One trained vision network in; for every device you name, the best smaller network that fits it, out.",
@@ -125,7 +123,7 @@ def frontier(
     name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report to this file.")] = None,
-    uri: Uri = STORE,
+    uri: Uri = DEFAULT_STORE,
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
     from search.cli import console
@@ -182,7 +180,7 @@ def promote(
     name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
     budget: Annotated[str, typer.Argument(help="The budget whose winner is meant.", show_default=False)],
     alias: Annotated[str, typer.Option(help="The alias to point at it.")] = "production",
-    uri: Uri = STORE,
+    uri: Uri = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Point an alias of the registered model at the winner of a budget."""
@@ -205,7 +203,7 @@ def measure(
     device: Annotated[str, typer.Option(help="A device of the spec, the one it was searched for, or cpu-N.")],
     spec: Annotated[Path | None, typer.Option(help="The spec that names the device.")] = None,
     address: Address = None,
-    uri: Uri = STORE,
+    uri: Uri = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a saved model the way a search does."""

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from search.base import SearchError
+from search.base import DEFAULT_STORE, DEFAULT_STUDIES, SearchError
 
 if TYPE_CHECKING:
     from search.service.app import Settings
@@ -62,8 +62,8 @@ def serve(
     address: Head = "auto",
     host: Host = "127.0.0.1",
     port: Port = 8700,
-    uri: Uri = "sqlite:///paredown.db",
-    studies: Studies = "paredown.studies",
+    uri: Uri = DEFAULT_STORE,
+    studies: Studies = DEFAULT_STUDIES,
     allow: Allow = None,
     root: Root = None,
     token_file: TokenFile = None,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from search.base import SearchError
+from search.base import WRONG_INPUT, SearchError
 
 MARK = "paredown: "
 VARIABLE = "PAREDOWN_PROBE"
@@ -43,7 +43,7 @@ def main() -> None:
         check(sought, os.environ["PAREDOWN_URI"], os.environ["PAREDOWN_STUDIES"])
     except SearchError as error:
         print(f"{MARK}{error}")
-        sys.exit(2)
+        sys.exit(WRONG_INPUT)
 
 
 def check(sought: Sought, uri: str, studies: str) -> None:

@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
-from search.base import TrackingError, masked
+from search.base import NOTHING_FITS, TrackingError, masked
 from search.record.progress import Progress, so_far
 from search.record.searches import Recorded, find_begun
 from search.record.searches import recorded as on_record
@@ -34,7 +34,6 @@ EVERY_S = 2.0
 """How often a watched search is looked at."""
 HEARTBEAT_S = 15.0
 """After so long without news a comment is sent, so that nobody on the way takes the connection for dead."""
-NOTHING_FITS = 3
 ENDED = ("done", "stopped", "failed")
 PAST = "-0"
 """What the id of a search ends with of which the cluster knows no job, or no longer; those of jobs begin at 1."""

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from methods import METHODS, named
 from methods.base import Budget
+from search.base import DEFAULT_STORE, DEFAULT_STUDIES
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
 from search.spec.documents import nearest
 from search.spec.targets import Target
@@ -200,9 +201,9 @@ class ClusterSpec(_Strict):
 class TrackingSpec(_Strict):
     """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
 
-    uri: str = "sqlite:///paredown.db"
+    uri: str = DEFAULT_STORE
     registered_model: Annotated[str | None, BeforeValidator(_registered)] = None
-    studies: str = "paredown.studies"
+    studies: str = DEFAULT_STUDIES
 
 
 class SearchSpec(_Strict):
