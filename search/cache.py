@@ -1,7 +1,8 @@
-"""What is worth keeping between searches: trained zoo teachers and scores, by content hash."""
+"""The cache between searches: trained zoo teachers, scores and timed layers, each under the hash of its content."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +16,22 @@ def folder() -> Path:
     named = os.environ.get("PAREDOWN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(base) / "paredown"
+
+
+def digest(*parts: object) -> str:
+    """Hash text and bytes as they are and any other value as JSON with its keys in order, one part after the other.
+
+    Caches and records name their entries so: a change of the result would make all of them start anew.
+
+    >>> digest({"b": 1, "a": [2]}), digest('{"a": [2], ', b'"b": 1}')
+    ('2b6ebe05de45a5ee5c253227c24a8140', '2b6ebe05de45a5ee5c253227c24a8140')
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if not isinstance(part, str | bytes | memoryview):
+            part = json.dumps(part, sort_keys=True)
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
 
 
 def keep(path: Path, write: Callable[[Path], None]) -> None:

@@ -6,8 +6,6 @@ and shows to every user of the cluster, so no secret is: those for the stores ar
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import re
@@ -27,6 +25,7 @@ import search
 from cluster import ClusterError, Job, Jobs
 from cluster.jobs import INSTALL_S
 from search.base import SearchError, masked
+from search.cache import digest
 from search.record.store import sqlite_path
 from search.service.metadata import DIGEST, NAME, URI, search_of
 from search.service.probe import MARK, VARIABLE, Sought
@@ -94,7 +93,7 @@ def submit(
         modules=_modules(),
         environment=environment | {AGAIN: again},
         packages=packages,
-        metadata={NAME: settings.name, DIGEST: _digest(settings), URI: places.uri},
+        metadata={NAME: settings.name, DIGEST: digest(settings.decisive()), URI: places.uri},
     )
 
 
@@ -243,11 +242,6 @@ def _requirements() -> list[str]:
 def _modules() -> list[Path]:
     """The packages as this process has imported them."""
     return [Path(str(package.__file__)).resolve().parent for package in (cluster, search, methods)]
-
-
-def _digest(settings: SearchSpec) -> str:
-    text = json.dumps(settings.decisive(), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _named(settings: SearchSpec) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -90,12 +90,12 @@ def _check_cache(place: Path) -> None:
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
     """A hash of the teacher's structure and weights and of the data it is judged by."""
-    digest = hashlib.blake2b(str(teacher).encode(), digest_size=16)
-    for name, value in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(splits.fingerprint.encode())
-    return digest.hexdigest()
+    state = ((name, _bytes_of(value)) for name, value in teacher.state_dict().items())
+    return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_splits(spec: SearchSpec) -> Splits:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from methods.training import Samples
 from search.base import DataError
+from search.cache import digest
 from search.workload.samples import Arrays, Pictures, Subset
 
 
@@ -60,7 +61,7 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
         **parts,
         calibration=images.numpy(),
         classes=_count_classes(labels, test),
-        fingerprint=_digest(images.numpy(), rest, validation_part, labels, *_held(pool)),
+        fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_held(pool)),
     )
 
 
@@ -88,12 +89,9 @@ def _count_classes(labels: np.ndarray, test: Samples) -> int:
     return classes
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def _fingerprint(*arrays: np.ndarray) -> str:
+    parts = ((f"{array.dtype}{array.shape}", np.ascontiguousarray(array).data) for array in arrays)
+    return digest(*chain.from_iterable(parts))
 
 
 def _held(samples: Samples) -> list[np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +48,7 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
     if model.weights not in (None, "train"):
         return _loaded(teacher, model.weights, spec.folder)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
-    key = hashlib.blake2b(f"{model.name} {splits.fingerprint} {asdict(recipe)}".encode(), digest_size=16).hexdigest()
+    key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
     if path.is_file():
         return _loaded(teacher, str(path), spec.folder)
