@@ -54,6 +54,6 @@ def first_line(error: BaseException) -> str:
     return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")
 
 
-def brief(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What another library's error says, on one line and at most 400 characters long."""
     return textwrap.shorten(str(error), 400, placeholder=" ...")

@@ -40,7 +40,7 @@ class Arrays:
         """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
         images = self.images[indices]
         if augment is not None:
-            images = _augmented(images, self.shift, mirror=self.mirror, random=augment)
+            images = _augment(images, self.shift, mirror=self.mirror, random=augment)
         inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
         return inputs, torch.from_numpy(self.labels[indices[part]])
 
@@ -60,10 +60,10 @@ class Pictures:
         """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; a random crop and mirror where augmented."""
         draws = [None if augment is None else augment.random(4) for _ in indices]
         with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(self._read, [self.paths[i] for i in indices[part]], draws[part]))
+            images = list(pool.map(self._read_picture, [self.paths[i] for i in indices[part]], draws[part]))
         return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
-    def _read(self, path: str, draw: np.ndarray | None) -> Tensor:
+    def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
         from PIL import Image
         from torchvision.transforms.v2 import functional as tv
 
@@ -102,7 +102,7 @@ class Subset:
         return self.source.batch(self.indices[indices], augment, part)
 
 
-def _augmented(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
+def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
     """Each image shifted and mirrored by its own draw."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
@@ -128,7 +128,7 @@ class Indexed:
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
-        images, labels = zip(*(self._pair(int(index)) for index in indices[part]), strict=True)
+        images, labels = zip(*(self._read_pair(int(index)) for index in indices[part]), strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(
@@ -137,7 +137,7 @@ class Indexed:
             )
         return torch.stack(images), torch.tensor(labels)
 
-    def _pair(self, index: int) -> tuple[Tensor, int]:
+    def _read_pair(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.source[index]
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
@@ -155,7 +155,7 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ResizedSamples:
     """The images of `source` resized to `shape` `(c, h, w)`; where its channels are others, their mean stands for all.
 
     The labels are the source's own and mean nothing to the teacher.

@@ -56,12 +56,12 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
             f"training images are {tuple(images.shape[1:])}, test images {tuple(shape)}; expected one shape (c, h, w); "
             "prepare both sets in the same way"
         )
-    labels = _labels(pool)[np.concatenate([rest, validation_part])]
+    labels = _all_labels(pool)[np.concatenate([rest, validation_part])]
     return Splits(
         **parts,
         calibration=images.numpy(),
         classes=_count_classes(labels, test),
-        fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_held(pool)),
+        fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_images_in_memory(pool)),
     )
 
 
@@ -94,11 +94,11 @@ def _fingerprint(*arrays: np.ndarray) -> str:
     return digest(*chain.from_iterable(parts))
 
 
-def _held(samples: Samples) -> list[np.ndarray]:
+def _images_in_memory(samples: Samples) -> list[np.ndarray]:
     return [samples.images] if isinstance(samples, Arrays) else []
 
 
-def _labels(samples: Samples) -> np.ndarray:
+def _all_labels(samples: Samples) -> np.ndarray:
     """Every label of `samples`, without reading an image where the set can tell."""
     if isinstance(samples, Arrays | Pictures):
         return samples.labels

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
-from search.base import Report, WorkloadError, brief, first_line
+from search.base import Report, WorkloadError, first_line, one_line
 from search.export import exported
 from search.spec import SearchSpec
 from search.spec.schema import ModelSpec
 from search.workload import zoo
 from search.workload.splits import Splits
-from search.workload.usercode import importable, made
+from search.workload.usercode import call_factory, importable
 
 
 def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -30,12 +30,12 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         return _torchvision_teacher(model, spec.folder)
     if model.source == "mlflow":
         return _mlflow_teacher(model, spec)
-    teacher = made(model.name, model.args, spec.folder)
+    teacher = call_factory(model.name, model.args, spec.folder)
     if not isinstance(teacher, nn.Module):
         raise WorkloadError(
             f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
         )
-    return _loaded(teacher, model.weights, spec.folder)
+    return _load_weights(teacher, model.weights, spec.folder)
 
 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -46,12 +46,12 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         )
     teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
     if model.weights not in (None, "train"):
-        return _loaded(teacher, model.weights, spec.folder)
+        return _load_weights(teacher, model.weights, spec.folder)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
     key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
     if path.is_file():
-        return _loaded(teacher, str(path), spec.folder)
+        return _load_weights(teacher, str(path), spec.folder)
     if fit:
         fit_teacher(teacher, splits, recipe, report)
         cache.keep(path, lambda place: save_weights(teacher, place))
@@ -96,10 +96,10 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
         teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
-            f"torchvision could not make {model.name} with weights {model.weights!r}: {brief(error)}; "
+            f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
-    return _loaded(teacher, model.weights if is_file else None, folder)
+    return _load_weights(teacher, model.weights if is_file else None, folder)
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
@@ -110,8 +110,8 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
             teacher = load_model(spec.tracking.uri, model.name)
     except Exception as error:
         raise WorkloadError(
-            f"MLflow cannot load {model.name!r}: {type(error).__name__}: {brief(error)}; expected a model URI such as "
-            f"models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
+            f"MLflow cannot load {model.name!r}: {type(error).__name__}: {one_line(error)}; expected a model URI such "
+            f"as models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
@@ -121,7 +121,7 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
     return teacher
 
 
-def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
+def _load_weights(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
     """`model` with the weights of the file, which is read without unpickling code."""
     if weights is None:
         return model
@@ -137,7 +137,7 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
         ) from error
     except Exception as error:
         # torch's own message advises to unpickle the file without protection
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else brief(error)
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise WorkloadError(
             f"cannot read the weights {path}: {reason}; expected a .safetensors file or a .pt file that loads with "
             "weights_only=True; save the model's state_dict()"
@@ -146,7 +146,7 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise WorkloadError(
-            f"the weights {path} do not fit the network: {brief(error)}; expected its state_dict(); "
+            f"the weights {path} do not fit the network: {one_line(error)}; expected its state_dict(); "
             "check model.name, the number of classes and the input channels"
         ) from error
     return model
@@ -184,8 +184,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             logits = model(images)
     except Exception as error:
         raise WorkloadError(
-            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {brief(error)}; expected it to "
-            "accept the data's images; check the input channels and the image size"
+            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {one_line(error)}; expected it "
+            "to accept the data's images; check the input channels and the image size"
         ) from error
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits

@@ -322,7 +322,7 @@ def test_a_teacher_from_mlflow(folder: Path) -> None:
     before = mlflow.get_tracking_uri()
     (folder / "homemade.py").write_text(textwrap.dedent(THINGS) + "\n\nclass Own(nn.Sequential):\n    pass\n")
     teacher = load(folder, factory()).teacher
-    own = usercode.imported("homemade:Own", str(folder))(*teacher)
+    own = usercode.load_function("homemade:Own", str(folder))(*teacher)
     mlflow.set_tracking_uri(uri)
     try:
         with mlflow.start_run():
