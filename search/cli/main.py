@@ -68,11 +68,11 @@ def search(
     from search.cli import console
     from search.driver import loop
     from search.spec import load
-    from search.spec.reading import renamed, tracked
+    from search.spec.reading import renamed, with_stores
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is what Ctrl-C is
     as_job = os.environ.get("PAREDOWN_AGAIN")  # the command that submitted this search, and goes on with it
-    settings = tracked(load(spec), uri, studies)
+    settings = with_stores(load(spec), uri, studies)
     if fork is not None:
         settings = renamed(settings, fork)
     try:

@@ -42,7 +42,7 @@ from search.service.guard import LARGEST_BYTES, Door, Guard, Refused
 from search.service.submit import submit
 from search.service.watching import Place, View
 from search.spec import SearchSpec
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ async def _body(request: Request) -> bytes:
 
 def _submitted(spec: SearchSpec, place: Place) -> Submitted:
     """Submits a spec that was admitted; its folder is gone once the cluster has a copy."""
-    check_model(tracked(spec, place.uri, None))
+    check_model(with_stores(spec, place.uri, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{spec.name}.yaml")
         path.write_text(spec.text)

@@ -30,7 +30,7 @@ from search.record.store import sqlite_path
 from search.service.metadata import DIGEST, NAME, URI, search_of
 from search.service.probe import MARK, VARIABLE, Sought
 from search.spec import SearchSpec, load
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def submit(
         SearchError: it runs already, or the cluster cannot run it, or its stores or files cannot be had there.
         ClusterError: the cluster does not answer.
     """
-    settings = tracked(load(spec), uri, studies)
+    settings = with_stores(load(spec), uri, studies)
     file = spec.resolve()
     check_secrets(settings.tracking.uri, settings.tracking.studies)
     number = _number(jobs, settings.name)

@@ -53,10 +53,10 @@ def amount(value: object) -> Amount:
             raise ValueError(
                 f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
             )
-        return Amount(_plain(found[1]) + unit, units=units)
+        return Amount(_shortest(found[1]) + unit, units=units)
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Amount(_plain(found[1]) + unit, share=number / 100)
+    return Amount(_shortest(found[1]) + unit, share=number / 100)
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def latency(value: object) -> Time:
     if number <= 0:
         raise ValueError(f"{text!r} is not positive; a limit has to leave something")
     if unit != "%":
-        return Time(_plain(found[1]) + unit, ms=number * MILLISECONDS[unit])
+        return Time(_shortest(found[1]) + unit, ms=number * MILLISECONDS[unit])
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Time(_plain(found[1]) + unit, share=number / 100)
+    return Time(_shortest(found[1]) + unit, share=number / 100)
 
 
 def drop(value: object) -> float:
@@ -126,6 +126,6 @@ def seconds(value: object) -> float:
     return float(found[1]) * SECONDS[found[2]]
 
 
-def _plain(number: str) -> str:
+def _shortest(number: str) -> str:
     """A number as it is written at its shortest: `50.0` and `50` are the same."""
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -42,10 +42,10 @@ def read(text: str) -> tuple[object, list[str]]:
         loader.dispose()
 
 
-def nearest(key: str, known: list[str]) -> str:
+def suggestion(key: str, known: list[str]) -> str:
     """The end of a sentence about an unknown name: what may have been meant.
 
-    >>> nearest("mac", ["macs", "params"]), nearest("cores", ["macs", "params"])
+    >>> suggestion("mac", ["macs", "params"]), suggestion("cores", ["macs", "params"])
     ("; did you mean 'macs'?", '; expected one of macs, params')
     """
     close = difflib.get_close_matches(key, known, n=1)

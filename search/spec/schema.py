@@ -11,18 +11,18 @@ from methods import METHODS, named
 from methods.base import Budget
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
-from search.spec.documents import nearest
+from search.spec.documents import suggestion
 from search.spec.targets import Target
 from search.trials import Teacher
 
 
-def _unique(values: tuple[Any, ...], what: str) -> None:
+def _refuse_repeats(values: tuple[Any, ...], what: str) -> None:
     twice = sorted({str(v) for v in values if values.count(v) > 1})
     if twice:
         raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
 
 
-def _method(entry: object) -> str:
+def _method_name(entry: object) -> str:
     """The name of a method, or `first+second` for a list of methods, which is a chain."""
     links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
     known = [name for name in METHODS if name != "uniform"]
@@ -30,59 +30,59 @@ def _method(entry: object) -> str:
         if name == "uniform":
             raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
         if name not in known:
-            raise ValueError(f"{name!r} is not a method{nearest(name, known)}")
+            raise ValueError(f"{name!r} is not a method{suggestion(name, known)}")
     if isinstance(entry, list) and len(entry) < 2:
         raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
     return named("+".join(links)).name
 
 
-def known_methods(value: object) -> tuple[list[str], list[str]]:
+def read_methods(value: object) -> tuple[list[str], list[str]]:
     """The names of the methods in the list `value`, and what is wrong with its other entries."""
     names, refusals = [], []
     for entry in value if isinstance(value, list) else ():
         try:
-            names.append(_method(entry))
+            names.append(_method_name(entry))
         except ValueError as error:
             refusals.append(str(error))
     return names, refusals
 
 
-def _methods(value: object) -> object:
+def _check_methods(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list with at least one method, such as [itpruner, alds, [practise, alds]]")
-    names, refusals = known_methods(value)
+    names, refusals = read_methods(value)
     if refusals:
         raise ValueError("; ".join(refusals))
-    _unique(tuple(names), "method")
+    _refuse_repeats(tuple(names), "method")
     return tuple(names)
 
 
-def _budgets(value: object) -> object:
+def _check_budgets(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list with at least one budget, such as [{name: half, macs: 50%}]")
-    _unique(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
+    _refuse_repeats(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
     return tuple(value)
 
 
-def _alias(value: object) -> object:
+def _check_alias(value: object) -> object:
     if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
         raise ValueError(f"{value!r} is reserved by the model registry; choose another name, such as edge")
     return value
 
 
-def _gpus(value: float) -> float:
+def _check_gpus(value: float) -> float:
     if value > 1 and not value.is_integer():
         raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
     return value
 
 
-def _registered(value: object) -> object:
+def _check_model_name(value: object) -> object:
     if isinstance(value, str) and (not value.strip() or set(value) & set("/:")):
         raise ValueError(f"{value!r} is no name for MLflow; write one that is not empty and has no '/' and no ':'")
     return value
 
 
-def _resources(value: dict[str, float]) -> dict[str, float]:
+def _check_resources(value: dict[str, float]) -> dict[str, float]:
     if taken := sorted(set(value) & {"CPU", "GPU", "memory", "object_store_memory"}):
         raise ValueError(f"{taken[0]!r} is what workers take; name a resource of the node's own, such as board: 1")
     return value
@@ -98,7 +98,7 @@ Drop = Annotated[float, BeforeValidator(drop)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
-Held = Annotated[float, Field(gt=0, strict=False)]
+ResourceAmount = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -135,7 +135,7 @@ class DeviceSpec(_Strict):
     threads: Positive = 1
     batch: Positive = 1
     channels: Positive = 8
-    resources: Annotated[dict[str, Held], AfterValidator(_resources)] = {}
+    resources: Annotated[dict[str, ResourceAmount], AfterValidator(_check_resources)] = {}
     file: str | None = None
 
 
@@ -147,7 +147,7 @@ class BudgetSpec(_Strict):
     may be lost.
     """
 
-    name: Annotated[Name, BeforeValidator(_alias)]
+    name: Annotated[Name, BeforeValidator(_check_alias)]
     device: str | None = None
     macs: Limit | None = None
     macs_expected: Limit | None = None
@@ -193,7 +193,7 @@ class ClusterSpec(_Strict):
     """
 
     address: str = "auto"
-    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_gpus)] = 0
+    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_check_gpus)] = 0
     max_parallel: Literal["auto"] | Positive = "auto"
     stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
 
@@ -202,7 +202,7 @@ class TrackingSpec(_Strict):
     """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
 
     uri: str = DEFAULT_STORE
-    registered_model: Annotated[str | None, BeforeValidator(_registered)] = None
+    registered_model: Annotated[str | None, BeforeValidator(_check_model_name)] = None
     studies: str = DEFAULT_STUDIES
 
 
@@ -213,9 +213,9 @@ class SearchSpec(_Strict):
     model: ModelSpec
     data: DataSpec
     metric: str = "top1"
-    methods: Annotated[tuple[str, ...], BeforeValidator(_methods)]
+    methods: Annotated[tuple[str, ...], BeforeValidator(_check_methods)]
     devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
-    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_budgets)]
+    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_check_budgets)]
     search: SearchSettings = SearchSettings()
     recovery: RecoverySpec = RecoverySpec()
     cluster: ClusterSpec = ClusterSpec()

@@ -217,9 +217,9 @@ def test_relative_stores_are_this_folders_and_have_to_be_seen_from_the_head(tmp_
     found = submit.stores(parsed)
     assert found == submit.Stores(store(tmp_path), str(tmp_path / "paredown.studies"), [tmp_path, tmp_path])
     servers = "https://mlflow.example", "postgresql://studies.example/optuna"
-    assert submit.stores(reading.tracked(parsed, *servers)) == submit.Stores(*servers, [])
+    assert submit.stores(reading.with_stores(parsed, *servers)) == submit.Stores(*servers, [])
     absolute = "sqlite:////data/paredown.db", "/data/paredown.studies"
-    assert submit.stores(reading.tracked(parsed, *absolute)) == submit.Stores(*absolute, [])
+    assert submit.stores(reading.with_stores(parsed, *absolute)) == submit.Stores(*absolute, [])
 
     with submit.mark(tmp_path) as mark:
         probe.check(Sought("digits", [mark], []), found.uri, found.studies)
@@ -253,10 +253,10 @@ def test_passwords_are_the_heads_own() -> None:
 
 def test_this_machines_own_servers_are_no_use_to_a_head_elsewhere(tmp_path: Path) -> None:
     parsed = reading.parse(SPEC, folder=tmp_path)
-    own = submit.stores(reading.tracked(parsed, "http://127.0.0.1:5000", None))
+    own = submit.stores(reading.with_stores(parsed, "http://127.0.0.1:5000", None))
     submit.check_loopback("http://127.0.0.1:8265", own)
     with pytest.raises(SearchError, match=r"tracking.uri is http://127.0.0.1:5000, which is this machine's own"):
         submit.check_loopback("http://203.0.113.7:8265", own)
-    database = submit.stores(reading.tracked(parsed, "https://mlflow.example", "mysql://ada@localhost/studies"))
+    database = submit.stores(reading.with_stores(parsed, "https://mlflow.example", "mysql://ada@localhost/studies"))
     with pytest.raises(SearchError, match=r"tracking.studies is mysql://ada@localhost/studies"):
         submit.check_loopback("http://203.0.113.7:8265", database)

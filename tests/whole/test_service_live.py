@@ -29,7 +29,7 @@ from search.record.store import connect
 from search.service.admission import Rules
 from search.service.metadata import NAME, URI
 from search.service.watching import Place
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 from tests.support.searches import SPEC, parsed, place
 from tests.support.services import KEY, YAML, quick
 
@@ -151,7 +151,7 @@ def test_the_model_of_another_is_refused(done: Done) -> None:
         assert "'production-model', made by hand" in answer.json()["error"]
     assert done.rules.root is not None
     with pytest.raises(SpecError, match="rename the search"):
-        check_model(tracked(parsed(done.rules.root, spec), done.where.uri, None))
+        check_model(with_stores(parsed(done.rules.root, spec), done.where.uri, None))
     shared = f"{spec}\ntracking: {{uri: '{done.where.uri}', registered_model: production-model}}"
     check_model(parsed(done.rules.root, shared))  # as only the operator can say
 

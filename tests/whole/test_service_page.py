@@ -21,7 +21,7 @@ from search.service.admission import Rules
 from search.service.app import Settings, app
 from search.service.guard import Door, digest_of
 from search.service.watching import Place
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browsing
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
@@ -47,7 +47,7 @@ def url(tmp_path: Path, teacher: Path) -> Iterator[str]:
     """A service on Ray Serve, for this machine alone, whose store holds a search that was run without it."""
     root = place(tmp_path / "root", teacher)
     uri, studies = f"sqlite:///{tmp_path}/paredown.db", f"{tmp_path}/paredown.studies"
-    search(tracked(parsed(root), uri, studies), inline, quiet)
+    search(with_stores(parsed(root), uri, studies), inline, quiet)
     with connected("auto") as head:
         build = partial(app, Settings(Place(head, uri, studies), Rules(root=root), links={"Ray": head}))
         with serving(build, name="paredown", host="127.0.0.1", port=free_ports(1)[0]) as found:
