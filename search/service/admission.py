@@ -34,7 +34,7 @@ FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 @dataclass(frozen=True)
-class Rules:
+class AdmissionRules:
     """What a spec may name: the sources and factories `allowed`, and files inside the folder `root`, if there is one.
 
     Raises:
@@ -55,28 +55,28 @@ class Rules:
             raise SpecError(f"--root is {str(self.root)!r}; expected a folder; create it, or name another")
 
 
-def admitted(body: bytes, media: str, rules: Rules) -> SearchSpec:
+def admit(body: bytes, media: str, rules: AdmissionRules) -> SearchSpec:
     """The spec in a request's body; its `text` is the document that is to run.
 
     Raises:
         Refused: 415 for what is neither YAML nor JSON, 400 where it cannot be read, 422 where it is no spec, 403 where
             it names what is not allowed; all mistakes of a kind are told at once.
     """
-    raw = _document(_text(body, media))
-    spec = _parsed(raw)
-    refusals = [*_foreign_code(spec, rules.allowed), *_not_for_specs(raw), *_too_many(spec)]
-    paths = _paths(spec)
+    raw = _read_mapping(_decode_body(body, media))
+    spec = _parse_spec(raw)
+    refusals = [*_code_refusals(spec, rules.allowed), *_operator_refusals(raw), *_worker_refusals(spec)]
+    paths = _named_paths(spec)
     for place, path in paths.items():
         try:
-            _put(raw, place, str(_inside(path, rules.root)))
+            _set_at(raw, place, str(_resolve_inside(path, rules.root)))
         except ValueError as error:
             refusals.append(f"{place} is {path!r}: {error}")
     if refusals:
         raise Refused(403, "; ".join(refusals) + "; leave it out, or ask the operator of this service to allow it")
-    return _parsed(raw)
+    return _parse_spec(raw)
 
 
-def _text(body: bytes, media: str) -> str:
+def _decode_body(body: bytes, media: str) -> str:
     """The body as one YAML document."""
     kind = media.partition(";")[0].strip().lower()
     if kind not in (*JSON, *YAML):
@@ -85,7 +85,9 @@ def _text(body: bytes, media: str) -> str:
         )
     try:
         text = body.decode()
-        return _written(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)) if kind in JSON else text
+        if kind in YAML:
+            return text
+        return _to_yaml(json.loads(text, object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant))
     except UnicodeDecodeError as error:
         raise Refused(400, f"byte {error.start} is no UTF-8; expected a spec as UTF-8 text; encode it so") from error
     except (ValueError, RecursionError) as error:
@@ -94,7 +96,7 @@ def _text(body: bytes, media: str) -> str:
         ) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -102,15 +104,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse(constant: str) -> Any:
+def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is no number")
 
 
-def _written(document: object) -> str:
+def _to_yaml(document: object) -> str:
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _document(text: str) -> dict[Any, Any]:
+def _read_mapping(text: str) -> dict[Any, Any]:
     """The mapping in a YAML text that is no larger, when read, than it looks."""
     try:
         _check_plain(text)
@@ -140,21 +142,22 @@ def _check_plain(text: str) -> None:
             )
 
 
-def _parsed(raw: dict[Any, Any]) -> SearchSpec:
+def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
     try:
-        return parse(_written(raw), folder=Path("/"))
+        return parse(_to_yaml(raw), folder=Path("/"))
     except SpecError as error:
         raise Refused(422, str(error)) from error
 
 
-def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
+def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """What the spec would run that is not allowed."""
     named = {} if spec.metric == "top1" else {"metric": spec.metric}
     if spec.model.source in (*SOURCES, "mlflow"):
         named["model.source"] = spec.model.source
     else:
         named["model.name"] = spec.model.name
-    named |= {f"{place}.name": data.name or "" for place, data in _data(spec).items() if data.source == "factory"}
+    sections = _data_sections(spec).items()
+    named |= {f"{place}.name": data.name or "" for place, data in sections if data.source == "factory"}
     sources = [one for one in allowed if one in SOURCES]
     functions = [one for one in allowed if one not in SOURCES]
     expected = {place: sources if place == "model.source" else functions for place in named}
@@ -165,14 +168,14 @@ def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     ]
 
 
-def _not_for_specs(raw: Mapping[str, Any]) -> list[str]:
+def _operator_refusals(raw: Mapping[str, Any]) -> list[str]:
     """What only the operator decides: where searches run and where they are recorded."""
     given = ["tracking"] if raw.get("tracking") else []
     given += ["cluster.address"] if "address" in (raw.get("cluster") or {}) else []
     return [f"{place} is set by the service; expected a spec without it" for place in given]
 
 
-def _too_many(spec: SearchSpec) -> list[str]:
+def _worker_refusals(spec: SearchSpec) -> list[str]:
     """Workers that one request may not ask for."""
     most = spec.cluster.max_parallel
     if most == "auto" or most <= MOST_PARALLEL:
@@ -180,13 +183,13 @@ def _too_many(spec: SearchSpec) -> list[str]:
     return [f"cluster.max_parallel is {most}; expected {MOST_PARALLEL:,} at most, or auto"]
 
 
-def _data(spec: SearchSpec) -> dict[str, DataSpec]:
+def _data_sections(spec: SearchSpec) -> dict[str, DataSpec]:
     return {"data": spec.data} | ({"recovery.data": spec.recovery.data} if spec.recovery.data else {})
 
 
-def _paths(spec: SearchSpec) -> dict[str, str]:
+def _named_paths(spec: SearchSpec) -> dict[str, str]:
     """Every file and folder that the spec names, by its place."""
-    found = {f"{place}.root": data.root for place, data in _data(spec).items()}
+    found = {f"{place}.root": data.root for place, data in _data_sections(spec).items()}
     found |= {f"devices.{name}.file": device.file for name, device in spec.devices.items()}
     weights = spec.model.weights
     is_enum = spec.model.source == "torchvision" and re.fullmatch(r"\w+(\.\w+)?", weights or "") is not None
@@ -195,7 +198,7 @@ def _paths(spec: SearchSpec) -> dict[str, str]:
     return {place: path for place, path in found.items() if path is not None}
 
 
-def _inside(path: str, root: Path | None) -> Path:
+def _resolve_inside(path: str, root: Path | None) -> Path:
     """The file itself, links followed.
 
     Raises:
@@ -216,7 +219,7 @@ def _inside(path: str, root: Path | None) -> Path:
     return found
 
 
-def _put(raw: dict[Any, Any], place: str, value: str) -> None:
+def _set_at(raw: dict[Any, Any], place: str, value: str) -> None:
     """Sets what stands at a dotted place."""
     *parents, last = place.split(".")
     for name in parents:

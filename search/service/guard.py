@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LARGEST_BYTES = 2**18
 """Of a request's body: a hundred times a spec, and YAML that can be read in less than a second."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN = ("/", "/docs", "/openapi.json", "/style.css", "/page.js", "/chart.js")
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/style.css", "/page.js", "/chart.js")
 """What needs no token: the page and the description of the service, which are the same for everyone."""
-SAFE = ("GET", "HEAD", "OPTIONS")
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 CALLS_PER_S = 20.0
 BURST = 100.0
@@ -58,7 +58,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Door:
+class Access:
     """Whom the service lets in.
 
     `digest` is that of the token (see `digest_of`), so that the token itself stays with who started the service; with
@@ -76,12 +76,12 @@ def digest_of(token: bytes) -> bytes:
 
 
 class Guard:
-    """An ASGI app behind a door. `clock` gives seconds."""
+    """An ASGI app that lets in what its access allows. `clock` gives seconds."""
 
-    def __init__(self, app: ASGIApp, door: Door, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, app: ASGIApp, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
-        self._door = door
-        self._buckets = Buckets(door.calls_per_s, door.burst, clock)
+        self._access = access
+        self._buckets = Buckets(access.calls_per_s, access.burst, clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -92,7 +92,7 @@ class Guard:
             try:
                 self._check(scope)
             except Refused as refused:
-                await answer(refused, safely)
+                await send_refusal(refused, safely)
             else:
                 await self._app(scope, bounded(receive), safely)
         elif scope["type"] == "websocket":
@@ -100,20 +100,20 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        is_safe = scope["method"] in SAFE
+        is_safe = scope["method"] in SAFE_METHODS
         client = (scope.get("client") or ("unknown",))[0]
         wait_s = self._buckets.take(client, 1.0 if is_safe else CHANGE_COSTS)
         if wait_s > 0:
             raise Refused(
                 429,
-                f"{client} calls too often; expected {self._door.calls_per_s:g} calls a second, where one that changes "
-                f"something counts as {CHANGE_COSTS:g}; wait {wait_s:.1f} s",
+                f"{client} calls too often; expected {self._access.calls_per_s:g} calls a second, where one that "
+                f"changes something counts as {CHANGE_COSTS:g}; wait {wait_s:.1f} s",
                 {"retry-after": str(int(wait_s) + 1)},
             )
-        if self._door.digest is None:
+        if self._access.digest is None:
             _check_local(headers, is_safe=is_safe)
-        elif scope["path"] not in OPEN:
-            _check_token(headers, self._door.digest)
+        elif scope["path"] not in OPEN_PATHS:
+            _check_token(headers, self._access.digest)
         if (length := headers.get("content-length", "0")) and not (length.isdecimal() and len(length) < 16):
             raise Refused(400, f"content-length is {length[:40]!r}; expected a number of bytes; correct it")
         if int(length or 0) > LARGEST_BYTES:
@@ -141,7 +141,7 @@ def _check_local(headers: Headers, *, is_safe: bool) -> None:
     A name that its owner lets point to this machine is still in `Host`; a page's own address is in `Origin`.
     """
     host = headers.get("host", "")
-    if _name_of(host) not in LOOPBACK:
+    if _host_name(host) not in LOOPBACK:
         raise Refused(
             421,
             f"the request is for the host {host[:100]!r}; expected {', '.join(LOOPBACK)}; call it by one of them, or "
@@ -156,7 +156,7 @@ def _check_local(headers: Headers, *, is_safe: bool) -> None:
         )
 
 
-def _name_of(host: str) -> str | None:
+def _host_name(host: str) -> str | None:
     """The name in a `Host` header, without its port."""
     try:
         return urlsplit(f"//{host}").hostname
@@ -216,7 +216,7 @@ def _too_large() -> Refused:
     )
 
 
-async def answer(refused: Refused, send: Send) -> None:
+async def send_refusal(refused: Refused, send: Send) -> None:
     """Sends the refusal."""
     body = json.dumps({"error": refused.reason}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}

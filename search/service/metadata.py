@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cluster import Job
 
+URI_VARIABLE, STUDIES_VARIABLE = "PAREDOWN_URI", "PAREDOWN_STUDIES"
+"""The environment variables that name the stores of a search, for the command and for its jobs."""
+RESUME_VARIABLE = "PAREDOWN_AGAIN"
+"""The environment variable that tells a job the command that resumes it, to print when the job is stopped."""
+
 NAME, DIGEST, URI = "paredown.search", "paredown.digest", "paredown.uri"
 """The search's name, a hash of what decides it, and the store where it is recorded."""
 

@@ -27,8 +27,8 @@ from cluster.jobs import INSTALL_S
 from search.base import SearchError, masked
 from search.cache import digest
 from search.record.store import sqlite_path
-from search.service.metadata import DIGEST, NAME, URI, search_of
-from search.service.probe import MARK, VARIABLE, Sought
+from search.service.metadata import DIGEST, NAME, RESUME_VARIABLE, STUDIES_VARIABLE, URI, URI_VARIABLE, search_of
+from search.service.probe import PROBE_VARIABLE, REFUSAL_PREFIX, ProbeRequest
 from search.spec import SearchSpec, load
 from search.spec.reading import with_stores
 
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 
 PROBE_S = 300
 """How long the head has for its answer, beside what it takes to install packages."""
-
-AGAIN = "PAREDOWN_AGAIN"
-"""The variable that tells a job by which command it was begun, so that a stopped one can say how to go on."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +74,34 @@ def submit(
     settings = with_stores(load(spec), uri, studies)
     file = spec.resolve()
     check_secrets(settings.tracking.uri, settings.tracking.studies)
-    number = _number(jobs, settings.name)
+    number = _next_number(jobs, settings.name)
     _check_resources(jobs, settings)
-    places = stores(settings)
+    places = absolute_stores(settings)
     check_loopback(jobs.address, places)
-    packages = _requirements() if install else ()
-    environment = {"PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
+    packages = _locked_requirements() if install else ()
+    environment = {URI_VARIABLE: places.uri, STUDIES_VARIABLE: places.studies, "COLUMNS": "120"}
     id = f"{settings.name}-{number}"
-    _probe(jobs, id, file, settings, places, environment=environment, packages=packages)
-    again = again or _command(spec, {"--address": jobs.address, "--uri": uri, "--studies": studies}, install=install)
+    _probe_head(jobs, id, file, settings, places, environment=environment, packages=packages)
+    given = {"--address": jobs.address, "--uri": uri, "--studies": studies}
+    again = again or _submit_command(spec, given, install=install)
     return jobs.submit(
         f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
         id=id,
         folder=file.parent,
-        modules=_modules(),
-        environment=environment | {AGAIN: again},
+        modules=_package_folders(),
+        environment=environment | {RESUME_VARIABLE: again},
         packages=packages,
         metadata={NAME: settings.name, DIGEST: digest(settings.decisive()), URI: places.uri},
     )
 
 
-def _command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
+def _submit_command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
     """The command line that submits a spec with the options that were given."""
     options = [word for key, value in given.items() if value for word in (key, value)]
     return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
 
 
-def _number(jobs: Jobs, name: str) -> int:
+def _next_number(jobs: Jobs, name: str) -> int:
     """The number of a search's next job.
 
     Raises:
@@ -131,14 +129,16 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
     needed["a trial"] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
     times = {"a trial": workers}
     nodes = jobs.nodes()
-    lacking = [what for what, wanted in needed.items() if _places(nodes, wanted) < times.get(what, 1)]
+    lacking = [what for what, wanted in needed.items() if _times_available(nodes, wanted) < times.get(what, 1)]
     if not lacking:
         return
     each = f" for each of its {workers} workers" if workers > 1 else ""
     wants = ", ".join(
-        f"{what} needs {_listed(needed[what])} of one node{each if what in times else ''}" for what in lacking
+        f"{what} needs {_resource_text(needed[what])} of one node{each if what in times else ''}" for what in lacking
     )
-    have = "; ".join(_listed({key: node[key] for key in node if not _is_of_all(key)}) or "nothing" for node in nodes)
+    have = "; ".join(
+        _resource_text({key: node[key] for key in node if not _is_on_every_node(key)}) or "nothing" for node in nodes
+    )
     message = f"{wants}, but the nodes of {jobs.address} have {have}"
     if settings.cluster.max_parallel == "auto" or lacking != ["a trial"] or not jobs.may_grow():
         raise SearchError(
@@ -148,21 +148,21 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
     log.warning("%s; expected the cluster to grow when trials ask for more", message)
 
 
-def _places(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
+def _times_available(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
     """How many times over the nodes have what is wanted, none of it split."""
     return sum(min(math.floor(node.get(key, 0) / amount) for key, amount in wanted.items()) for node in nodes)
 
 
-def _listed(resources: Mapping[str, float]) -> str:
+def _resource_text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _is_of_all(resource: str) -> bool:
+def _is_on_every_node(resource: str) -> bool:
     """Whether Ray gives it to every node."""
     return ":" in resource or resource in ("memory", "object_store_memory")
 
 
-def stores(settings: SearchSpec) -> Stores:
+def absolute_stores(settings: SearchSpec) -> Stores:
     """The spec's stores, those with relative paths in this process's folder."""
     uri, studies, marked = settings.tracking.uri, settings.tracking.studies, list[Path]()
     path = sqlite_path(uri)
@@ -223,7 +223,7 @@ def _is_this_machine(host: str) -> bool:
     return True
 
 
-def _requirements() -> list[str]:
+def _locked_requirements() -> list[str]:
     """The locked requirements of this project.
 
     Raises:
@@ -239,12 +239,12 @@ def _requirements() -> list[str]:
     return [line for line in lines if line]
 
 
-def _modules() -> list[Path]:
+def _package_folders() -> list[Path]:
     """The packages as this process has imported them."""
     return [Path(str(package.__file__)).resolve().parent for package in (cluster, search, methods)]
 
 
-def _named(settings: SearchSpec) -> list[str]:
+def _named_paths(settings: SearchSpec) -> list[str]:
     """The files and folders that the spec names; relative ones only where they are there."""
     other = settings.recovery.data
     places = [settings.model.weights, settings.data.root, other.root if other else None]
@@ -255,7 +255,7 @@ def _named(settings: SearchSpec) -> list[str]:
     return sorted(place for place in known if place[0] in "/~" or Path(settings.folder, place).exists())
 
 
-def _probe(
+def _probe_head(
     jobs: Jobs,
     id: str,
     file: Path,
@@ -274,16 +274,15 @@ def _probe(
     """
     check = f"check-{id}-{secrets.token_hex(4)}"
     with ExitStack() as marks:
-        sought = Sought(
-            settings.name, [marks.enter_context(mark(folder)) for folder in places.marked], _named(settings)
-        )
+        markers = [marks.enter_context(marker_file(folder)) for folder in places.marked]
+        sought = ProbeRequest(settings.name, markers, _named_paths(settings))
         patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
         jobs.submit(
             "exec python -P -m search.service.probe",
             id=check,
             folder=file.parent,
-            modules=_modules(),
-            environment={**environment, **patience, VARIABLE: sought.to_text()},
+            modules=_package_folders(),
+            environment={**environment, **patience, PROBE_VARIABLE: sought.to_text()},
             packages=packages,
         )
         try:
@@ -293,13 +292,13 @@ def _probe(
                 jobs.stop(check)
             raise
         if job.status != "succeeded":
-            raise SearchError(_refusal(job, jobs.logs(check)))
+            raise SearchError(_probe_refusal(job, jobs.logs(check)))
 
 
-def _refusal(job: Job, log_text: str) -> str:
+def _probe_refusal(job: Job, log_text: str) -> str:
     """What the head said against the search; where it never came to that, the end of what it did say."""
     lines = [line for line in log_text.splitlines() if line.strip() and not line.startswith("Running entrypoint")]
-    reason = "\n".join(lines).partition(MARK)[2]
+    reason = "\n".join(lines).partition(REFUSAL_PREFIX)[2]
     if reason:
         return f"on the cluster's head: {reason}"
     last = job.reason if job.exit_code is None or not lines else lines[-1]
@@ -310,7 +309,7 @@ def _refusal(job: Job, log_text: str) -> str:
 
 
 @contextmanager
-def mark(folder: Path) -> Iterator[str]:
+def marker_file(folder: Path) -> Iterator[str]:
     """A file in a folder of this machine, by which the head shows that it sees the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".paredown.{secrets.token_hex(8)}"

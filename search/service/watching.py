@@ -21,8 +21,7 @@ from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
 from search.base import NOTHING_FITS, TrackingError, masked
 from search.record.progress import Progress, so_far
-from search.record.searches import Recorded, find_begun
-from search.record.searches import recorded as on_record
+from search.record.searches import Recorded, find_begun, recorded
 from search.record.store import FAULTS, check_store, unwritable
 from search.service.guard import Refused
 from search.service.metadata import NAME, URI, search_of
@@ -34,13 +33,13 @@ EVERY_S = 2.0
 """How often a watched search is looked at."""
 HEARTBEAT_S = 15.0
 """After so long without news a comment is sent, so that nobody on the way takes the connection for dead."""
-ENDED = ("done", "stopped", "failed")
-PAST = "-0"
+END_PHASES = ("done", "stopped", "failed")
+PAST_SUFFIX = "-0"
 """What the id of a search ends with of which the cluster knows no job, or no longer; those of jobs begin at 1."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Backends:
     """Where searches are: the address of Ray's job API, the MLflow store, and Optuna's storage; no relative files."""
 
     jobs: str
@@ -69,7 +68,7 @@ class View(BaseModel):
 
 
 @dataclass(frozen=True)
-class Look:
+class Snapshot:
     """A search as it was seen: how far it is, and the `points` that were found, once its teacher is measured."""
 
     view: View
@@ -77,32 +76,32 @@ class Look:
 
 
 @lru_cache(maxsize=1)
-def jobs(address: str) -> Jobs:
+def jobs_at(address: str) -> Jobs:
     """The jobs at this address, once it has answered."""
     return Jobs(address)
 
 
-def submitted(place: Place) -> list[Job]:
+def submitted_jobs(backends: Backends) -> list[Job]:
     """The jobs of searches recorded in this store, the latest first; others are none of this service's business."""
-    found = [job for job in jobs(place.jobs).all() if search_of(job) and job.metadata.get(URI) == place.uri]
+    found = [job for job in jobs_at(backends.jobs).all() if search_of(job) and job.metadata.get(URI) == backends.uri]
     return found[::-1]
 
 
-def ours(place: Place) -> list[Job]:
+def all_searches(backends: Backends) -> list[Job]:
     """The searches recorded in this store, the latest first; after those with a job here those of another cluster."""
-    found = submitted(place)
+    found = submitted_jobs(backends)
     names = {name_of(job) for job in found}
-    return found + [_past(one, place.uri) for one in on_record(place.uri) if one.name not in names]
+    return found + [_job_of_record(one, backends.uri) for one in recorded(backends.uri) if one.name not in names]
 
 
-def _past(one: Recorded, uri: str) -> Job:
+def _job_of_record(one: Recorded, uri: str) -> Job:
     """A search without a job, as one that is over."""
     status = {"done": "succeeded", "stopped": "stopped"}.get(one.phase, "failed")
     left = f"its record ends at {one.phase!r}, and no job here goes on with it; submit its spec again"
     return Job(
-        id=f"{one.name}{PAST}",
+        id=f"{one.name}{PAST_SUFFIX}",
         status=cast(Status, status),
-        message="" if one.phase in ENDED else left,
+        message="" if one.phase in END_PHASES else left,
         exit_code=None,
         metadata={NAME: one.name, URI: uri},
         started=one.started,
@@ -110,18 +109,18 @@ def _past(one: Recorded, uri: str) -> Job:
     )
 
 
-def running(place: Place) -> set[str]:
+def running_names(backends: Backends) -> set[str]:
     """The names of the searches that have not ended."""
-    return {name_of(job) for job in submitted(place) if not job.is_over}
+    return {name_of(job) for job in submitted_jobs(backends) if not job.is_over}
 
 
-def found(place: Place, id: str) -> Job:
+def find_job(backends: Backends, id: str) -> Job:
     """The job of a search.
 
     Raises:
         Refused: there is none of this id.
     """
-    for job in ours(place) if id.endswith(PAST) else submitted(place):
+    for job in all_searches(backends) if id.endswith(PAST_SUFFIX) else submitted_jobs(backends):
         if job.id == id:
             return job
     raise Refused(404, f"no search {id[:100]!r} here; expected one of those that GET /searches lists; check the id")
@@ -134,7 +133,7 @@ def name_of(job: Job) -> str:
     return name
 
 
-def in_short(job: Job) -> View:
+def summary(job: Job) -> View:
     """What is known of a search without a look at its record."""
     phase = {"pending": "starting", "succeeded": "done"}.get(job.status, job.status)
     message = ""
@@ -145,26 +144,26 @@ def in_short(job: Job) -> View:
     return View(id=job.id, name=name_of(job), phase=phase, message=message, started=job.started, ended=job.ended)
 
 
-def look(job: Job, uri: str) -> Look:
+def take_snapshot(job: Job, uri: str) -> Snapshot:
     """How far a search is and what it found; it has ended when its job has, whatever the record of a sitting says."""
-    view, name = in_short(job), name_of(job)
-    tracker = recorded(uri, lambda: find_begun(uri, name))
+    view, name = summary(job), name_of(job)
+    tracker = find_recorded(uri, lambda: find_begun(uri, name))
     if tracker is None:
-        return Look(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
+        return Snapshot(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
     trials = tracker.trials()
     far = so_far(tracker, name, trials)
-    is_telling = not job.is_over and far.phase not in ENDED
-    told = view.model_copy(update=_known(far) | ({"phase": far.phase} if is_telling else {}))
+    is_telling = not job.is_over and far.phase not in END_PHASES
+    told = view.model_copy(update=_progress_fields(far) | ({"phase": far.phase} if is_telling else {}))
     teacher = tracker.teacher()
-    return Look(told, None if teacher is None else points(teacher, trials))
+    return Snapshot(told, None if teacher is None else points(teacher, trials))
 
 
-def _known(far: Progress) -> dict[str, Any]:
+def _progress_fields(far: Progress) -> dict[str, Any]:
     kept = ("trials", "expected", "stopped", "wall_s", "best")
     return {key: value for key, value in far.to_json().items() if key in kept}
 
 
-def recorded(uri: str, seek: Callable[[], T]) -> T | None:
+def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
     """What `seek` finds in the store; None where it holds nothing of the search yet.
 
     Raises:
@@ -184,37 +183,37 @@ def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
     return {
         "teacher": teacher.top1_validation,
         "axes": axes,
-        "points": [_point(one, teacher, axes) for one in complete],
+        "points": [_point_json(one, teacher, axes) for one in complete],
     }
 
 
-def _point(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
+def _point_json(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
     shares = {axis: cost_of(one, axis) / cost_of(teacher, axis) for axis in axes}
     costs = {axis: share for axis, share in shares.items() if math.isfinite(share)}
     named = {"run_id": one.run_id, "budget": one.budget, "trial": one.trial, "method": one.method}
     return named | {"top1": one.top1_validation, "costs": costs}
 
 
-class Looks:
+class Snapshots:
     """The latest look at each search that is watched: one every `EVERY_S` seconds, however many watch it."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._latest: dict[str, tuple[float, asyncio.Future[Look]]] = {}
+    def __init__(self, backends: Backends) -> None:
+        self.backends = backends
+        self._latest: dict[str, tuple[float, asyncio.Future[Snapshot]]] = {}
 
-    async def at(self, id: str) -> Look:
+    async def latest(self, id: str) -> Snapshot:
         """The search as it was seen at most `EVERY_S` seconds ago, or is seen now."""
         now = time.monotonic()
         self._latest = {key: one for key, one in self._latest.items() if now - one[0] < EVERY_S or not one[1].done()}
         if id not in self._latest:
-            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._look, id))
+            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._take_snapshot, id))
         return await asyncio.shield(self._latest[id][1])  # one that hangs up ends no look of the others
 
-    def _look(self, id: str) -> Look:
-        return look(found(self.place, id), self.place.uri)
+    def _take_snapshot(self, id: str) -> Snapshot:
+        return take_snapshot(find_job(self.backends, id), self.backends.uri)
 
 
-async def events(looks: Looks, id: str) -> AsyncIterator[str]:
+async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
     """A search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
 
     `points` holds those that were not sent before. A store or a cluster that is away for a while is told as `trouble`.
@@ -225,21 +224,21 @@ async def events(looks: Looks, id: str) -> AsyncIterator[str]:
     now: View | None
     while True:
         try:
-            seen = await looks.at(id)
-            now, new = seen.view, _unsent(seen.points, sent)
+            seen = await snapshots.latest(id)
+            now, new = seen.view, _new_points(seen.points, sent)
         except Refused:
             return  # its job is gone from the cluster
         except (ClusterError, TrackingError, *FAULTS) as error:
-            now, new = view, {"error": reason(error, looks.place.uri)}
+            now, new = view, {"error": outage_reason(error, snapshots.backends.uri)}
         silent_s = 0.0 if now != view or new else silent_s + EVERY_S
         if now is not None and now != view:
-            yield _event("progress", now.model_dump())
+            yield _format_event("progress", now.model_dump())
         if new:
-            yield _event("trouble" if "error" in new else "points", new)
+            yield _format_event("trouble" if "error" in new else "points", new)
         if "points" in new:
             sent = (sent or set()) | {point["run_id"] for point in new["points"]}
-        if now is not None and now.phase in ENDED:
-            yield _event("end", now.model_dump())
+        if now is not None and now.phase in END_PHASES:
+            yield _format_event("end", now.model_dump())
             return
         if silent_s >= HEARTBEAT_S:
             silent_s = 0.0
@@ -248,7 +247,7 @@ async def events(looks: Looks, id: str) -> AsyncIterator[str]:
         await asyncio.sleep(EVERY_S)
 
 
-def _unsent(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
+def _new_points(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
     """The points that were not sent yet; at first also where there is none, for the axes."""
     if known is None:
         return {}
@@ -256,10 +255,10 @@ def _unsent(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str,
     return {**known, "points": new} if new or sent is None else {}
 
 
-def reason(error: Exception, uri: str) -> str:
+def outage_reason(error: Exception, uri: str) -> str:
     """Why the cluster or the store cannot be used now, without any password."""
     return masked(str(error)) if isinstance(error, ClusterError | TrackingError) else unwritable(uri, str(error))
 
 
-def _event(kind: str, value: Mapping[str, Any]) -> str:
+def _format_event(kind: str, value: Mapping[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps(value)}\n\n"
