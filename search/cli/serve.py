@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import typer
 
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES, SearchError
+from search.cli.options import Store
+from search.service.metadata import STUDIES_VARIABLE
 
 if TYPE_CHECKING:
     from search.service.app import Settings
@@ -30,7 +32,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Of the service's process: who asks over HTTP is told that a server is away, and does not wait for minutes."""
+"""Added to the service's process, so that a caller learns in seconds, not minutes, that the MLflow server is away."""
 
 
 Head = Annotated[
@@ -38,8 +40,7 @@ Head = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="What to listen on; anything but this machine alone needs a token.")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
-Uri = Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")]
-Studies = Annotated[str, typer.Option(help="Optuna's journal file or database.", envvar="PAREDOWN_STUDIES")]
+Studies = Annotated[str, typer.Option(help="Optuna's journal file or database.", envvar=STUDIES_VARIABLE)]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="zoo, torchvision, or a factory pkg.mod:fn, which specs may name; the first two unless given."),
@@ -54,7 +55,7 @@ Searches = Annotated[
 
 
 def add(app: typer.Typer) -> None:
-    """Makes the command the app's own."""
+    """Add the command to the app."""
     app.command()(serve)
 
 
@@ -62,7 +63,7 @@ def serve(
     address: Head = "auto",
     host: Host = "127.0.0.1",
     port: Port = 8700,
-    uri: Uri = DEFAULT_STORE,
+    uri: Store = DEFAULT_STORE,
     studies: Studies = DEFAULT_STUDIES,
     allow: Allow = None,
     root: Root = None,
@@ -84,7 +85,7 @@ def serve(
 
 
 def _serve_until_signal(settings: Settings, address: str, host: str, port: int) -> None:
-    """Serves until Ctrl-C or a signal; the settings' address of jobs and links become those of this Ray."""
+    """Serve until Ctrl-C or a signal, with the job address and the links of this Ray in the settings."""
     from cluster.serve import connected, serving
     from search.service import app
 
@@ -103,14 +104,14 @@ def _serve_until_signal(settings: Settings, address: str, host: str, port: int) 
 
 
 def _end_on_signals() -> None:
-    """Has SIGTERM and a closed terminal end the command as Ctrl-C does, with all that it started."""
+    """Make SIGTERM and a closed terminal end the command as Ctrl-C does, with all that it started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
             signal.signal(number, signal.default_int_handler)
 
 
 def _access(token_file: Path | None, host: str) -> Access:
-    """Whom to let in.
+    """Return whom to let in: with a token its bearers, else this machine alone.
 
     Raises:
         SearchError: others can reach the host, and there is no token.
@@ -127,7 +128,7 @@ def _access(token_file: Path | None, host: str) -> Access:
 
 
 def _check_stores(backends: Backends) -> None:
-    """Refuses stores that no job can use, before anything is started."""
+    """Refuse stores that no job can use, before anything is started."""
     from search.record.store import check_store, sqlite_path
     from search.service.submit import check_secrets
 
@@ -137,7 +138,7 @@ def _check_stores(backends: Backends) -> None:
 
 
 def _page_links(uri: str, dashboard: str, host: str) -> dict[str, str]:
-    """Where a person finds the rest; without what is on loopback, where others can reach the service."""
+    """Return the page's links to MLflow and Ray, those on loopback only if nobody else can reach the service."""
     from search.service.guard import LOOPBACK
 
     links = {"MLflow": uri} if uri.startswith(("http://", "https://")) else {}
@@ -146,7 +147,7 @@ def _page_links(uri: str, dashboard: str, host: str) -> dict[str, str]:
 
 
 def read_token(file: Path | None) -> bytes | None:
-    """The token, where there is one; what this process starts inherits no copy.
+    """Return the token, if there is one, and take it out of the environment, so that no child inherits it.
 
     Raises:
         SearchError: it is too short, or others can read its file.
@@ -167,7 +168,7 @@ def read_token(file: Path | None) -> bytes | None:
 
 
 def _read_or_make_token(file: Path) -> str:
-    """The token in the file, which is made where there is none."""
+    """Return the token in the file, and make the file first if it is missing."""
     from cluster.token import write_once
 
     write_once(file, secrets.token_urlsafe())
@@ -178,7 +179,7 @@ def _read_or_make_token(file: Path) -> str:
 
 
 def _absolute_store(place: str) -> str:
-    """A store or a journal file by its whole path: the service runs in another folder."""
+    """Return a store or a journal file by its whole path, since the service runs in another folder."""
     if place.startswith("sqlite:///"):
         return f"sqlite:///{Path(place.removeprefix('sqlite:///')).resolve()}"
     return place if "://" in place else str(Path(place).resolve())

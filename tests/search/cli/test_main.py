@@ -408,7 +408,7 @@ def result(*states: str) -> SearchResult:
 
 def test_a_search_of_which_every_trial_failed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main._end(result("failed", "failed"))
+        main._fail_without_winners(result("failed", "failed"))
     told = Ended(caught.value.code, *capsys.readouterr()).reason(1)
     assert told.startswith(
         "all 2 trials failed, the first with ValueError: number 0; expected compressed networks; see"
@@ -418,7 +418,7 @@ def test_a_search_of_which_every_trial_failed_says_why(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("states", [(), ("failed", "infeasible"), ("infeasible",)])
 def test_a_budget_without_a_winner_is_named(capsys: pytest.CaptureFixture[str], states: tuple[str, ...]) -> None:
     with pytest.raises(typer.Exit) as caught:
-        main._end(result(*states))
+        main._fail_without_winners(result(*states))
     assert caught.value.exit_code == 3
     assert "no feasible model for half; paredown check says" in capsys.readouterr().err
 
