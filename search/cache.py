@@ -12,7 +12,7 @@ from typing import Any
 
 
 def folder() -> Path:
-    """Where kept files live: `$PAREDOWN_CACHE`, or `paredown` in the user's cache folder."""
+    """The folder of the cache: `$PAREDOWN_CACHE`, or `paredown` in the user's cache folder."""
     named = os.environ.get("PAREDOWN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(base) / "paredown"
@@ -35,7 +35,7 @@ def digest(*parts: object) -> str:
 
 
 def keep(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes `path` by `write`, whole or not at all: a reader never meets half a file."""
+    """Write `path` by `write`, whole or not at all: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
@@ -47,7 +47,7 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of the cache; empty where there is none or it was damaged."""
+    """Read the object in a file of the cache; a missing or damaged file gives an empty one."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def keep_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes a file of the cache, whole or not at all."""
+    """Write an object to a file of the cache, whole or not at all."""
 
     def write(place: Path) -> None:
         place.write_text(json.dumps(values, indent=0, sort_keys=True))

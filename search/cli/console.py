@@ -20,7 +20,7 @@ from rich.table import Table
 from search.base import Report
 from search.frontier import volume
 from search.report import costs
-from search.report.costs import Row
+from search.report.costs import CostRow
 from search.results import BudgetResult, Preflight, SearchResult
 from search.trials import LATENCY
 from search.units import count, milliseconds, percent, size
@@ -121,7 +121,7 @@ def _shown_costs(result: SearchResult) -> list[str]:
     return [cost for cost in found if cost not in latencies] + (limited or latencies[:1])
 
 
-def _cost_cell(row: Row) -> str:
+def _cost_cell(row: CostRow) -> str:
     """Write a cost as a share of the teacher's, its limit below, and a measured cost also in its own unit."""
     is_counted = row.cost.startswith("macs") or row.cost == "params"
     lines = [percent(row.share) if row.share is not None else costs.shown(row.cost, row.value)]
@@ -133,7 +133,7 @@ def _cost_cell(row: Row) -> str:
     return "\n".join([*lines, *(["[yellow]noisy[/]"] if row.noise is not None else [])])
 
 
-def _top1_cell(result: SearchResult, budget: BudgetResult, drop: Row) -> str:
+def _top1_cell(result: SearchResult, budget: BudgetResult, drop: CostRow) -> str:
     """Write the winner's validation top-1, and the least that the budget asks for."""
     lines = [percent(None if budget.winner is None else budget.winner.top1_validation)]
     if drop.limit is not None:
@@ -141,7 +141,7 @@ def _top1_cell(result: SearchResult, budget: BudgetResult, drop: Row) -> str:
     return "\n".join(lines)
 
 
-def _limit_text(row: Row, text: str, sign: str = "≤") -> str:
+def _limit_text(row: CostRow, text: str, sign: str = "≤") -> str:
     """Write a limit: green if it is met, else red, and without colour if nothing was measured."""
     if row.value is None:
         return f"{sign} {text}"
