@@ -1,4 +1,4 @@
-"""What no single key of a spec can tell: keys that contradict others, looked for before types are checked."""
+"""Contradictions between the keys of a spec, looked for beside the checks of each key's own type."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from search.spec.documents import suggestion
 
 LIMITABLE = ("macs", "macs_expected", "params", "size_bytes", "latency")
-"""The costs a budget may limit; each needs at least one."""
+"""The costs that a budget may limit; each budget limits at least one."""
 
 
 def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator[str]:
-    """What is wrong between the keys of the document `raw`, whose valid methods are `methods`.
+    """Find the contradictions in the document `raw`, whose valid methods are `methods`.
 
     >>> list(contradictions({"recovery": {"workers": 4, "batch_size": 2}}, []))
     ['recovery.workers: 4 are too many for batches of 2 images; give each worker one at least']
@@ -61,7 +61,7 @@ def _data_mistakes(place: str, data: object) -> Iterator[str]:
 
 
 def _worker_mistakes(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[str]:
-    """Why the workers that are asked for cannot share a recovery."""
+    """Find the reasons why the requested workers cannot share a recovery."""
     workers = _number(recovery, "workers", 1)
     if workers is None or workers < 2:
         return
@@ -80,12 +80,12 @@ def _worker_mistakes(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) ->
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping at `key`, empty where there is something else."""
+    """The mapping at `key`; anything else counts as empty."""
     found = raw.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def _number(section: Mapping[str, Any], key: str, default: float) -> float | None:
-    """The number at `key`, or None where there is something else."""
+    """The number at `key`; anything else counts as None."""
     value = section.get(key, default)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

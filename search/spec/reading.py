@@ -1,4 +1,4 @@
-"""A spec file becomes a `SearchSpec`: it is read once, and all its mistakes are told at once."""
+"""Read a spec file once, as a `SearchSpec`, and report all its mistakes at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from search.spec.schema import (
 
 
 def load(path: Path) -> SearchSpec:
-    """The spec in the file at `path`.
+    """Read the spec in the file at `path`.
 
     Raises:
         SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
@@ -42,7 +42,7 @@ def load(path: Path) -> SearchSpec:
 
 
 def parse(text: str, *, folder: Path) -> SearchSpec:
-    """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
+    """Read the spec in `text`, whose relative files lie in `folder`. Raises as `load` does."""
     try:
         raw, mistakes = read(text)
     except yaml.YAMLError as error:
@@ -75,7 +75,7 @@ def renamed(spec: SearchSpec, name: str) -> SearchSpec:
 
 
 def with_stores(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
-    """The same spec with its results in the MLflow store at `uri` and its studies there, where they are given."""
+    """The same spec with another MLflow store or another storage of studies; None keeps the spec's own."""
     given = {key: value for key, value in {"uri": uri, "studies": studies}.items() if value is not None}
     return spec.model_copy(update={"tracking": spec.tracking.model_copy(update=given)})
 
@@ -85,7 +85,7 @@ def _mistake_count(mistakes: list[str]) -> str:
 
 
 def _describe_mistake(mistake: Any) -> str:
-    """One of pydantic's errors as a sentence that says where, what and what instead."""
+    """Turn one of pydantic's errors into a sentence with the place, the mistake and the expectation."""
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])

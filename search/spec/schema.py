@@ -1,4 +1,4 @@
-"""The spec file: one YAML document, read once, strictly, into frozen models; all its mistakes are told at once."""
+"""Every key of the spec file, as strict and frozen models with their defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _refuse_repeats(values: tuple[Any, ...], what: str) -> None:
 
 
 def _method_name(entry: object) -> str:
-    """The name of a method, or `first+second` for a list of methods, which is a chain."""
+    """The name of a method, or `first+second` for a chain, which is a list of methods."""
     links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
     known = [name for name in METHODS if name != "uniform"]
     for name in links:
@@ -37,7 +37,7 @@ def _method_name(entry: object) -> str:
 
 
 def read_methods(value: object) -> tuple[list[str], list[str]]:
-    """The names of the methods in the list `value`, and what is wrong with its other entries."""
+    """The names of the methods in the list `value`, and a reason for refusing each other entry."""
     names, refusals = [], []
     for entry in value if isinstance(value, list) else ():
         try:
@@ -103,7 +103,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class ModelSpec(_Strict):
-    """Where the teacher comes from. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
+    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
 
     source: Literal["zoo", "torchvision", "factory", "mlflow"]
     name: str
@@ -112,7 +112,7 @@ class ModelSpec(_Strict):
 
 
 class DataSpec(_Strict):
-    """Where images come from and how they are split. `seed` is the split's own, so it outlives a change of search."""
+    """The source of images and their split. `seed` is the split's own, so it outlives a change of search."""
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
     name: str | None = None
@@ -125,10 +125,10 @@ class DataSpec(_Strict):
 
 
 class DeviceSpec(_Strict):
-    """A device latency is measured on, and the channel multiple it likes.
+    """A device to measure latency on, and the channel multiple it likes.
 
     `resources` are Ray's: they pin the meter to a node that has them, and it holds them alone. `file` is the roofline
-    of a device that is not there; what it predicts is never called measured.
+    of a device that is not there; its predictions are never called measured.
     """
 
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
@@ -140,10 +140,10 @@ class DeviceSpec(_Strict):
 
 
 class BudgetSpec(_Strict):
-    """Limits one winner must meet all at once, and the device they are meant for (the first one where none is named).
+    """Limits that one winner must meet all at once, and the device they are meant for (the first one if none is named).
 
     `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too. `size_bytes`
-    are those of the stored weights, `latency` is the median on the device, and `top1_drop` how much validation top-1
+    are those of the stored weights, `latency` is the median on the device, and `top1_drop` is the validation top-1 that
     may be lost.
     """
 
@@ -160,8 +160,8 @@ class BudgetSpec(_Strict):
 class SearchSettings(_Strict):
     """`trials` per budget; no new round of trials starts once `timeout` seconds have passed.
 
-    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but what it
-    proposes then depends on which trial ended first, so it cannot be repeated.
+    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but its proposals
+    then depend on which trial ended first, so it cannot be repeated.
     """
 
     trials: Positive = 8
@@ -171,9 +171,9 @@ class SearchSettings(_Strict):
 
 
 class RecoverySpec(_Strict):
-    """How students are trained after the cut; without `labels` they mimic the teacher.
+    """The training of students after the cut; without `labels` they mimic the teacher.
 
-    `images` is how many of the training images they may see. Those of `data`, another source, take their place: any
+    `images` is the number of training images they may see. Those of `data`, another source, take their place: any
     pictures will do for mimicking. As many `workers` share each student's batches.
     """
 
@@ -189,7 +189,7 @@ class RecoverySpec(_Strict):
 class ClusterSpec(_Strict):
     """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers.
 
-    Work that has told nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
+    Work that reports nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
     """
 
     address: str = "auto"
@@ -199,7 +199,7 @@ class ClusterSpec(_Strict):
 
 
 class TrackingSpec(_Strict):
-    """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
+    """The stores of results: MLflow's, the registered model's name, and Optuna's journal file or database URL."""
 
     uri: str = DEFAULT_STORE
     registered_model: Annotated[str | None, BeforeValidator(_check_model_name)] = None
@@ -207,7 +207,7 @@ class TrackingSpec(_Strict):
 
 
 class SearchSpec(_Strict):
-    """A whole search, as the user asked for it. `folder` is where relative files are looked for."""
+    """A whole search, as the user asked for it. Relative files lie in `folder`."""
 
     name: Name
     model: ModelSpec
@@ -230,11 +230,11 @@ class SearchSpec(_Strict):
 
     @property
     def registered_model(self) -> str:
-        """The registered model's name: the search's own unless told otherwise."""
+        """The registered model's name: the search's own unless another is given."""
         return self.tracking.registered_model or self.name
 
     def decisive(self) -> dict[str, Any]:
-        """All that decides what is proposed and what comes of it: not where it runs or is recorded, nor how long.
+        """All values that decide the proposals and their outcomes, but none of the place, the record or the time.
 
         Budgets and devices are by name: a search may be given more of them, as it may be given more trials or time.
         """
@@ -260,7 +260,7 @@ class SearchSpec(_Strict):
         return any(budget.latency is not None for budget in self.budgets)
 
     def targets(self, teacher: Teacher) -> tuple[Target, ...]:
-        """Every budget in absolute units of this teacher; its latency is needed where a budget limits that."""
+        """Every budget in absolute units of this teacher, whose latency is needed only if a budget limits it."""
         return tuple(self._target(budget, teacher) for budget in self.budgets)
 
     def _target(self, budget: BudgetSpec, teacher: Teacher) -> Target:

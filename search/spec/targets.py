@@ -1,4 +1,4 @@
-"""A budget as the search sees it: what allocators meet by construction, and what has to be measured."""
+"""A budget as the search sees it: limits that allocators meet by construction, and limits on measured costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Target:
     """One budget's limits in absolute units, all to be met at once.
 
     `budget` holds those that a plan meets by construction. `size_bytes` are those of the stored weights, `latency_ms`
-    is the median on `device`, and `top1_drop` how much validation top-1 may be lost to the teacher.
+    is the median on `device`, and `top1_drop` is the validation top-1 that may be lost to the teacher.
     """
 
     budget: Budget

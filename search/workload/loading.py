@@ -1,4 +1,4 @@
-"""From a spec to what a search works on: the teacher, the data splits, the metric."""
+"""Load the workload of a spec: the teacher, the data splits and the metric that a search works on."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from search.workload.usercode import UserMetric, call_factory, load_function
 
 @dataclass(frozen=True)
 class Workload:
-    """What a search works on. The test set stays in the driver: workers are given `bench()` only.
+    """The teacher, data and metric of a search. The test set stays in the driver: workers are given `bench()` only.
 
-    `recovery_images` are the images of another source, where recovery is to see those instead of the training set.
+    `recovery_images` are images of another source, given if recovery is to see those instead of the training set.
     """
 
     teacher: nn.Module
@@ -37,7 +37,7 @@ class Workload:
     recovery_images: Samples | None = None
 
     def bench(self) -> Bench:
-        """The part of it that workers may see."""
+        """The part of the workload that workers may see."""
         splits = self.splits
         train = splits.train if self.recovery_images is None else self.recovery_images
         return Bench(self.teacher, train, splits.validation, splits.calibration, self.metric)
@@ -49,16 +49,16 @@ class Workload:
 
 
 def _first_and_last(splits: Splits) -> Tensor:
-    """The first calibration image and the last one, which is the first again where there is no other."""
+    """The first and the last calibration image, which are the same if there is only one."""
     return torch.from_numpy(splits.calibration[[0, -1]])
 
 
 def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
-    """The workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
+    """Load the workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
 
     Raises:
         WorkloadError: a source, a file, a factory, a shape or the cache folder is wrong.
-        data.DataError: the data cannot be used.
+        DataError: the data cannot be used.
     """
     _check_cache(cache.folder())
     report("data", 0, 1, spec.data.source)
@@ -74,7 +74,7 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
 
 
 def _check_cache(place: Path) -> None:
-    """Writes to the cache folder before anything costs time."""
+    """Write to the cache folder before anything costs time."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
@@ -87,7 +87,7 @@ def _check_cache(place: Path) -> None:
 
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
-    """A hash of the teacher's structure and weights and of the data it is judged by."""
+    """Hash the teacher's structure and weights, and the data it is judged by."""
     state = ((name, _bytes_of(value)) for name, value in teacher.state_dict().items())
     return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
 
@@ -105,14 +105,14 @@ def _recovery_images(spec: SearchSpec, splits: Splits) -> Samples | None:
 
 
 def read_splits(spec: SearchSpec) -> Splits:
-    """The data of `spec`, split. Raises as `load` does."""
+    """Read and split the data of `spec`. Raises as `load` does."""
     settings = spec.data
     pool, test = _read_source(settings, spec.folder)
     return split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
 
 
 def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
-    """The images of a source, and its own test set where it has one."""
+    """Read the images of a source, and its own test set if it has one."""
     root = None if settings.root is None else Path(folder, settings.root).expanduser()
     if settings.source == "digits":
         return sources.digits()

@@ -22,7 +22,7 @@ class Arrays:
     """Images held in memory: `images` `(n, c, h, w)` of any real type, `labels` `(n,)` int64.
 
     A batch is `(images * scale - mean) / std`, in float32; augmented, it is also shifted by up to `shift` pixels per
-    axis (zeros come in) and mirrored with probability one half where `mirror` is set.
+    axis (zeros come in) and, if `mirror` is set, mirrored with probability one half.
     """
 
     images: np.ndarray
@@ -57,7 +57,7 @@ class Pictures:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; a random crop and mirror where augmented."""
+        """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; augmented ones are cropped and mirrored at random."""
         draws = [None if augment is None else augment.random(4) for _ in indices]
         with ThreadPoolExecutor(4) as pool:
             images = list(pool.map(self._read_picture, [self.paths[i] for i in indices[part]], draws[part]))
@@ -103,7 +103,7 @@ class Subset:
 
 
 def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
-    """Each image shifted and mirrored by its own draw."""
+    """Shift and mirror each image by its own draw."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     top, left = random.integers(0, 2 * shift + 1, (2, count))
@@ -127,7 +127,7 @@ class Indexed:
         return len(self.source)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
+        """The pairs of these indices, stacked; raises `DataError` if one is no such pair or holds NaN."""
         images, labels = zip(*(self._read_pair(int(index)) for index in indices[part]), strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
@@ -156,7 +156,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class ResizedSamples:
-    """The images of `source` resized to `shape` `(c, h, w)`; where its channels are others, their mean stands for all.
+    """The images of `source` resized to `shape` `(c, h, w)`; their mean stands for all channels if the number differs.
 
     The labels are the source's own and mean nothing to the teacher.
     """

@@ -1,4 +1,4 @@
-"""Labelled images: the built-in sets, a folder of pictures, or the user's own; split once, by seed."""
+"""Sources of labelled images: the built-in sets, a folder of pictures, or the user's own factory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
 
 
 def _read_idx(path: Path) -> np.ndarray | None:
-    """The bytes of an IDX file, plain or gzipped, in their shape; None where there is no such file."""
+    """Read the bytes of an IDX file, plain or gzipped, in their shape; a missing file gives None."""
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         return None
@@ -95,7 +95,7 @@ def image_folder(root: Path, size: int) -> tuple[Samples, Samples | None]:
 
 
 def _classes(folder: Path) -> dict[str, int]:
-    """The numbers of the classes, which are the sub-folders in the order of their names."""
+    """Number the classes, which are the sub-folders in the order of their names."""
     names = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
     if not names:
         raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
@@ -116,9 +116,9 @@ def _find_pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures
 
 
 def from_factory(returned: object) -> tuple[Samples, Samples | None]:
-    """What a user's data factory returned, as sample sets.
+    """Turn the return value of a user's data factory into sample sets.
 
-    It returns `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
+    The value is `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
     `images` `(n, c, h, w)` and `labels` `(n,)`.
 
     Raises:
@@ -141,7 +141,7 @@ def _to_samples(source: object) -> Samples:
 
 
 def _to_array(values: Any) -> np.ndarray:
-    """The values of an array, or of a tensor wherever it lives."""
+    """The values of an array, or of a tensor on any device."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 

@@ -1,4 +1,4 @@
-"""Train, validation, test and calibration images, drawn by a seed."""
+"""Split images once, by a seed: train, validation, test and calibration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from search.workload.samples import Arrays, Pictures, Subset
 
 @dataclass(frozen=True)
 class Splits:
-    """What a search may see, and when: `train` by recovery, `calibration` by scoring, `validation` by decisions.
+    """The images of a search: recovery sees `train`, scoring `calibration`, decisions `validation`.
 
     `test` is read once per registered version. `calibration` is `(n, c, h, w)` float32, a part of train, unaugmented.
     `fingerprint` changes with the split, any of its labels and any of its images held in memory; of images read on
@@ -32,11 +32,11 @@ class Splits:
 
 
 def split(pool: Samples, test: Samples | None, *, validation: float, calibration: int, seed: int) -> Splits:
-    """Splits `pool` by `seed`; where there is no `test` set, one as large as the validation set is taken from it too.
+    """Split `pool` by `seed`; without a `test` set, one as large as the validation set is taken from it too.
 
     Args:
         validation: the share of the pool that becomes the validation set, in (0, 1).
-        calibration: the number of training images scoring may see; all of them where there are fewer.
+        calibration: the number of training images that scoring may see; all of them if there are fewer.
 
     Raises:
         DataError: a split is empty, a label is none of the classes, or a calibration image cannot be used.
@@ -99,7 +99,7 @@ def _images_in_memory(samples: Samples) -> list[np.ndarray]:
 
 
 def _all_labels(samples: Samples) -> np.ndarray:
-    """Every label of `samples`, without reading an image where the set can tell."""
+    """Every label of `samples`, read without its images if the set holds labels apart."""
     if isinstance(samples, Arrays | Pictures):
         return samples.labels
     chunks = np.array_split(np.arange(len(samples)), -(-len(samples) // 256))

@@ -23,6 +23,7 @@ from search.workload.usercode import call_factory, importable
 
 
 def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
+    """Load the teacher of `spec`; a zoo network without weights is trained, or left untrained unless `fit`."""
     model = spec.model
     if model.source == "zoo":
         return _zoo_teacher(spec, splits, report, fit=fit)
@@ -59,7 +60,7 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
 
 
 def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
-    """How zoo teachers are trained: 16 epochs of one-cycle SGD, but at least 600 steps."""
+    """The recipe of zoo teachers: 16 epochs of one-cycle SGD, but at least 600 steps."""
     steps = max(600, 16 * images // 128)
     return Recipe(
         steps, learning_rate=0.1, warmup=0.25, precision="bf16" if precision == "bf16" else "fp32",
@@ -68,7 +69,7 @@ def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
 
 
 def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
-    """Trains a teacher in place from scratch, with seed 0."""
+    """Train a teacher in place from scratch, with seed 0."""
     report("training the teacher", 0, recipe.steps, "")
     for step in train(teacher, splits.train, recipe, seed=0):
         report(
@@ -78,7 +79,7 @@ def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Repo
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the state of `model` as a .safetensors file."""
+    """Write the state of `model` as a .safetensors file."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     safetensors.torch.save_file(state, path)
 
@@ -122,7 +123,7 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
-    """`model` with the weights of the file, which is read without unpickling code."""
+    """Load the weights of the file, if one is given, into `model`, without unpickling code."""
     if weights is None:
         return model
     path = Path(folder, weights).expanduser()
@@ -153,7 +154,7 @@ def _load_weights(model: nn.Module, weights: str | None, folder: str) -> nn.Modu
 
 
 def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
-    """Refuses a network that does not give finite logits, cannot be trained or cannot be exported."""
+    """Refuse a network that does not give finite logits, cannot be trained or cannot be exported."""
     logits = _logits(teacher, images)
     if logits.shape[1] < classes:
         raise WorkloadError(
@@ -177,7 +178,7 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The outputs `(n, classes)` of `model` as it is, in train or eval mode."""
+    """The outputs `(n, classes)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
     try:
         with torch.no_grad():

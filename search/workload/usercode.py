@@ -1,4 +1,4 @@
-"""The user's own code: factories and metrics imported, and what they bring in remembered for the workers."""
+"""Import the user's own factories and metrics, and remember the modules they bring in for the workers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UserMetric:
-    """The user's own metric; what it raises becomes a `WorkloadError` that names it."""
+    """The user's own metric; its exceptions become a `WorkloadError` that names it."""
 
     name: str
     function: Callable[[Tensor, Tensor], float]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """Its value, finite, for logits `(n, classes)` and labels `(n,)`."""
+        """The finite value of the metric for logits `(n, classes)` and labels `(n,)`."""
         try:
             value = float(self.function(logits, labels))
         except Exception as error:
@@ -43,7 +43,7 @@ class UserMetric:
 
 
 def call_factory(name: str, args: dict[str, Any], folder: str) -> object:
-    """What the user's factory returns."""
+    """Return what the user's factory returns."""
     factory = load_function(name, folder)
     try:
         with importable(folder):
@@ -56,7 +56,7 @@ def call_factory(name: str, args: dict[str, Any], folder: str) -> object:
 
 
 def load_function(name: str, folder: str) -> Callable[..., Any]:
-    """The function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
+    """Load the function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
 
     A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
     """
@@ -73,12 +73,12 @@ def load_function(name: str, folder: str) -> Callable[..., Any]:
 
 
 _user_module_names: set[str] = set()
-"""The names of the modules that the user's code is, or has imported."""
+"""The names of the modules of the user's code, and of those it imported."""
 
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """Modules in `folder` can be imported while the context is open; what is imported then is remembered."""
+    """Let modules in `folder` be imported while the context is open, and remember all that are imported then."""
     before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
@@ -117,9 +117,9 @@ def _run_import(load: Callable[[], T], source: str) -> T:
 
 
 def user_modules() -> list[ModuleType]:
-    """The modules that the user's factories and metric brought in: workers elsewhere cannot import them by themselves.
+    """The modules that the user's factories and metric brought in, which workers elsewhere cannot import by themselves.
 
-    What is part of Python, installed, or ours is left out: workers have it.
+    Modules of Python, installed ones and ours are left out: workers have them.
     """
     modules = (sys.modules.get(name) for name in sorted(_user_module_names))
     return [module for module in modules if module is not None and _is_user_code(module)]
