@@ -1,7 +1,7 @@
-"""Which specs the HTTP service takes: those that name nothing but what its operator allowed.
+"""Admit the specs that name nothing but code and files that the operator of the HTTP service allowed.
 
-Who may submit over HTTP need not be trusted as far as who runs a command: a factory is code, a path is a file of this
-machine, and YAML can be a bomb. What is judged here is also what runs: the spec is written out anew from what was read.
+A caller over HTTP need not be trusted as far as a user of the command: a factory is code, a path is a file of this
+machine, and YAML can be a bomb. The judged spec is also the one that runs: it is written out anew from the parsed one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from search.spec.schema import DataSpec
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
 SOURCES = ("zoo", "torchvision")
-"""What `model.source` may be where the operator says nothing else."""
+"""The values of `model.source` that are allowed unless the operator names others."""
 
 DEEPEST = 16
 MOST_EVENTS = 20_000
@@ -35,7 +35,7 @@ FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 @dataclass(frozen=True)
 class AdmissionRules:
-    """What a spec may name: the sources and factories `allowed`, and files inside the folder `root`, if there is one.
+    """The names that a spec may use: sources and factories in `allowed`, and files inside `root`, if that is given.
 
     Raises:
         SpecError: something allowed is neither a source nor `pkg.mod:fn`, or the root is no folder.
@@ -56,11 +56,11 @@ class AdmissionRules:
 
 
 def admit(body: bytes, media: str, rules: AdmissionRules) -> SearchSpec:
-    """The spec in a request's body; its `text` is the document that is to run.
+    """Read and judge the spec in a request's body; its `text` is the document to run.
 
     Raises:
-        Refused: 415 for what is neither YAML nor JSON, 400 where it cannot be read, 422 where it is no spec, 403 where
-            it names what is not allowed; all mistakes of a kind are told at once.
+        Refused: 415 if the body is neither YAML nor JSON, 400 if it cannot be read, 422 if it is no spec, 403 if it
+            uses a name that is not allowed; all mistakes of a kind are reported at once.
     """
     raw = _read_mapping(_decode_body(body, media))
     spec = _parse_spec(raw)
@@ -77,7 +77,7 @@ def admit(body: bytes, media: str, rules: AdmissionRules) -> SearchSpec:
 
 
 def _decode_body(body: bytes, media: str) -> str:
-    """The body as one YAML document."""
+    """Decode the body as one YAML document."""
     kind = media.partition(";")[0].strip().lower()
     if kind not in (*JSON, *YAML):
         raise Refused(
@@ -113,7 +113,7 @@ def _to_yaml(document: object) -> str:
 
 
 def _read_mapping(text: str) -> dict[Any, Any]:
-    """The mapping in a YAML text that is no larger, when read, than it looks."""
+    """Read the mapping in a YAML text, unless it would be larger, when read, than it looks."""
     try:
         _check_plain(text)
         raw, mistakes = read(text)
@@ -127,7 +127,7 @@ def _read_mapping(text: str) -> dict[Any, Any]:
 
 
 def _check_plain(text: str) -> None:
-    """Refuses what makes YAML dear to read: anchors, tags, deep nesting, and very many or very long values."""
+    """Refuse YAML that is dear to read: anchors, tags, deep nesting, and very many or very long values."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1 if event.start_mark else 0
@@ -150,7 +150,7 @@ def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
 
 
 def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
-    """What the spec would run that is not allowed."""
+    """A reason for each function or source of the spec that is not allowed."""
     named = {} if spec.metric == "top1" else {"metric": spec.metric}
     if spec.model.source in (*SOURCES, "mlflow"):
         named["model.source"] = spec.model.source
@@ -169,14 +169,14 @@ def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
 
 
 def _operator_refusals(raw: Mapping[str, Any]) -> list[str]:
-    """What only the operator decides: where searches run and where they are recorded."""
+    """A reason for each key that only the operator decides: the place and the record of searches."""
     given = ["tracking"] if raw.get("tracking") else []
     given += ["cluster.address"] if "address" in (raw.get("cluster") or {}) else []
     return [f"{place} is set by the service; expected a spec without it" for place in given]
 
 
 def _worker_refusals(spec: SearchSpec) -> list[str]:
-    """Workers that one request may not ask for."""
+    """A reason if one request asks for too many workers."""
     most = spec.cluster.max_parallel
     if most == "auto" or most <= MOST_PARALLEL:
         return []
@@ -199,7 +199,7 @@ def _named_paths(spec: SearchSpec) -> dict[str, str]:
 
 
 def _resolve_inside(path: str, root: Path | None) -> Path:
-    """The file itself, links followed.
+    """Resolve a path to the file itself, through all links.
 
     Raises:
         ValueError: it does not lie in `root`, or holds pickles.
@@ -220,7 +220,7 @@ def _resolve_inside(path: str, root: Path | None) -> Path:
 
 
 def _set_at(raw: dict[Any, Any], place: str, value: str) -> None:
-    """Sets what stands at a dotted place."""
+    """Set the value at a dotted place."""
     *parents, last = place.split(".")
     for name in parents:
         raw = raw[name]

@@ -1,8 +1,8 @@
 """The HTTP service: searches submitted, watched and stopped over HTTP, a page for people, OpenAPI for programs.
 
-It keeps no state: a search's id is that of its Ray job, and what it found is in MLflow. `app` builds it, and
-`cluster.serve` runs it. `search.service.guard` stands before it, and `search.service.admission` judges what is
-submitted.
+It keeps no state: a search's id is that of its Ray job, and its results are in MLflow. `app` builds it, and
+`cluster.serve` runs it. `search.service.guard` stands before it, and `search.service.admission` judges submitted
+specs.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from search.spec.reading import with_stores
 log = logging.getLogger(__name__)
 
 BODY_S = 30.0
-"""How long a client may take to send a spec."""
+"""Seconds that a client may take to send a spec."""
 RESUME_HINT = "submit the spec to the service again"
-"""How to go on with a search that was stopped, for its log."""
+"""The way to resume a stopped search, for its log."""
 MOST_WATCHERS = 64
 REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts allow-downloads"
 )
-"""The report holds its own script and style; in a sandbox it is no page of this service, whatever a spec put in it."""
+"""The report holds its own script and style; in a sandbox no text of a spec makes it a page of this service."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the service is started with.
+    """The settings that the service is started with.
 
-    `links` are those that the page shows, a name to an address; `searches` is how many may run at once.
+    `links` are those on the page, from a name to an address; `searches` is the number that may run at once.
     """
 
     backends: Backends
@@ -73,7 +73,7 @@ class Settings:
 
 
 class Submitted(BaseModel):
-    """A search that was taken on."""
+    """A search that was submitted."""
 
     id: str
     name: str
@@ -86,13 +86,13 @@ class Searches(BaseModel):
 
 
 class Told(BaseModel):
-    """What was wrong, what was expected, and what to do."""
+    """The reason for a refusal: the mistake, the expectation, and the way to mend it."""
 
     error: str
 
 
 def app(settings: Settings) -> ASGIApp:
-    """The whole service behind its door, as an ASGI app."""
+    """Build the whole service behind its guard, as an ASGI app."""
     inner = FastAPI(title="Paredown", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_search_routes(inner, settings)
     _add_result_routes(inner, settings.backends)
@@ -103,7 +103,7 @@ def app(settings: Settings) -> ASGIApp:
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of an operation that are no success, for its description."""
+    """Describe the answers of an operation that refuse it."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Told"}}}
     described = {"description": "Refused", "content": content}
     return dict.fromkeys((*statuses, 401, 403, 413, 421, 422, 429, 503), described)
@@ -128,13 +128,13 @@ EVENT = {
 
 
 def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
-    """Submitting, listing, looking at and stopping."""
+    """Add the operations that submit, list, show and stop searches."""
     backends = settings.backends
     submitting: set[str] = set()
 
     @inner.post("/searches", status_code=202, responses=_refusals(400, 408, 409, 415), openapi_extra=BODY)
     async def submit_search(request: Request) -> Submitted:
-        """Submit a spec; the search runs as a job of the cluster. Submitting a spec again goes on with its search."""
+        """Submit a spec; the search runs as a job of the cluster. Submitting a spec again resumes its search."""
         body = await _read_body(request)
         kind = request.headers.get("content-type", "")
         spec = await run_in_threadpool(admit, body, kind, settings.rules)
@@ -148,17 +148,17 @@ def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
 
     @inner.get("/searches", responses=_refusals())
     def list_searches() -> Searches:
-        """All searches of the cluster, the latest first, without what they found."""
+        """All searches of the cluster, the latest first, without their results."""
         return Searches(searches=[watching.summary(job) for job in watching.all_searches(backends)])
 
     @inner.get("/searches/{id}", responses=_refusals(404))
     def show_search(id: str) -> View:
-        """How far a search is: its phase, trials, the best of each budget so far, and the seconds spent."""
+        """The progress of a search: its phase, trials, the best of each budget so far, and the seconds spent."""
         return watching.take_snapshot(watching.find_job(backends, id), backends.uri).view
 
     @inner.delete("/searches/{id}", responses=_refusals(404))
     def stop_search(id: str) -> View:
-        """Stop a search; every finished trial is kept, and submitting its spec again goes on with it."""
+        """Stop a search; every finished trial is kept, and submitting its spec again resumes it."""
         job = watching.find_job(backends, id)
         if not job.is_over:
             job = watching.jobs_at(backends.jobs).stop(job.id)
@@ -166,7 +166,7 @@ def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The whole body, of a client that does not dawdle."""
+    """Read the whole body, and refuse a client that is too slow."""
     try:
         async with asyncio.timeout(BODY_S):
             return await request.body()
@@ -175,7 +175,7 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _submit_spec(spec: SearchSpec, backends: Backends) -> Submitted:
-    """Submits an admitted spec; its folder is gone once the cluster has a copy."""
+    """Submit an admitted spec; its folder is gone once the cluster has a copy."""
     check_model(with_stores(spec, backends.uri, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{spec.name}.yaml")
@@ -188,7 +188,7 @@ def _submit_spec(spec: SearchSpec, backends: Backends) -> Submitted:
 
 
 def _check_room(name: str, running: set[str], most: int) -> None:
-    """Refuses a second search of a name, and more than `most` in all."""
+    """Refuse a second search of a name, and more than `most` in all."""
     if name in running:
         raise Refused(409, f"search {name!r} is running; expected one at a time of a name; wait, stop it, or rename it")
     if len(running) >= most:
@@ -196,7 +196,7 @@ def _check_room(name: str, running: set[str], most: int) -> None:
 
 
 def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
-    """What a search found, once or as it goes."""
+    """Add the operations that give the results of a search, once or as they come."""
     watchers = 0
     snapshots = watching.Snapshots(backends)
 
@@ -233,7 +233,7 @@ def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
 
 
 def _recorded_result(job: Job, backends: Backends) -> SearchResult:
-    """The record of a job's search.
+    """Read the result of a job's search from its record.
 
     Raises:
         Refused: there is none yet.
@@ -248,7 +248,7 @@ def _recorded_result(job: Job, backends: Backends) -> SearchResult:
 
 
 def _add_pages(inner: FastAPI, settings: Settings) -> None:
-    """What people see: the page, its style and script, and the description of the operations."""
+    """Add the pages for people: the page with its style and script, and the description of the operations."""
     rooms = ChoiceLoader([PackageLoader("search.service"), PackageLoader("search.report")])
     templates = Environment(loader=rooms, autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("page.html").render(links=settings.links, methods=LABELS, symbols=SYMBOLS)
@@ -279,7 +279,7 @@ def _script_route(text: str) -> Any:
 
 
 def _add_error_answers(inner: FastAPI, uri: str) -> None:
-    """Makes every error an answer with a reason."""
+    """Turn every error into an answer with a reason."""
 
     def answer(status: int, reason: str, headers: Any = None) -> Response:
         # ASCII throughout: a reason may quote a character that UTF-8 cannot hold
@@ -311,7 +311,7 @@ def _add_error_answers(inner: FastAPI, uri: str) -> None:
 
 
 def _openapi(inner: FastAPI, *, needs_token: bool) -> dict[str, Any]:
-    """The OpenAPI document, with the spec's own schema, and the token where one is needed."""
+    """Build the OpenAPI document, with the spec's own schema, and the token if one is needed."""
     if inner.openapi_schema is None:
         made = get_openapi(title=inner.title, version=inner.version, description=__doc__, routes=inner.routes)
         spec = SearchSpec.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")

@@ -1,8 +1,7 @@
-"""What is looked at on the cluster's head before a search is sent there: run on it as `python -P -m
-search.service.probe`.
+"""Check the cluster's head before a search is sent there; runs on it as `python -P -m search.service.probe`.
 
-It opens the very stores the search would, and looks for the files its spec names: what is wrong is told before anything
-was submitted, not when the first trial is to be recorded.
+It opens the very stores that the search would, and looks for the files that its spec names, so that a mistake is
+reported before the search is submitted, not when its first trial is to be recorded.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ PROBE_VARIABLE = "PAREDOWN_PROBE"
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What the head must see for search `name`: `marks` put beside stores on the submitter's disk, the spec's `files`.
+    """The files that the head must see for search `name`: `marks` beside stores on the submitter's disk, and `files`.
 
-    Relative `files` are looked for in the job's folder, which is the spec's.
+    `files` are those that the spec names; relative ones lie in the job's folder, which is the spec's.
     """
 
     name: str
@@ -33,12 +32,12 @@ class ProbeRequest:
     files: Sequence[str]
 
     def to_text(self) -> str:
-        """How it travels, in the variable `PROBE_VARIABLE`."""
+        """Write the request as the text of the variable `PROBE_VARIABLE`."""
         return json.dumps(asdict(self))
 
 
 def main() -> None:
-    """Looks; where something is wrong, prints what and exits with 2."""
+    """Check the head; print a reason and exit with 2 if the search cannot run there."""
     request = ProbeRequest(**json.loads(os.environ[PROBE_VARIABLE]))
     try:
         check(request, os.environ[URI_VARIABLE], os.environ[STUDIES_VARIABLE])
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def check(request: ProbeRequest, uri: str, studies: str) -> None:
-    """Looks for what is sought, and opens both stores.
+    """Look for the requested files, and open both stores.
 
     Raises:
         SearchError: this machine is not the submitter's, but stores lie on that one's disk; or a file is missing; or a

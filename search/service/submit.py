@@ -1,7 +1,7 @@
-"""A search as a job on a Ray cluster: what cannot work is refused here, at once, and not by the job in minute 40.
+"""Submit a search as a job of a Ray cluster, and refuse one that cannot run there at once, not in minute 40.
 
-The job is the same `paredown search`, run on the head by the code this process has imported. What it is given, Ray logs
-and shows to every user of the cluster, so no secret is: those for the stores are the head's own.
+The job is the same `paredown search`, run on the head by the code that this process has imported. Ray logs all that a
+job is given and shows it to every user of the cluster, so no secret goes along: the head has its own.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from search.spec.reading import with_stores
 log = logging.getLogger(__name__)
 
 PROBE_S = 300
-"""How long the head has for its answer, beside what it takes to install packages."""
+"""Seconds that the head has for its answer, besides the time to install packages."""
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Where results go, as the head is to open it; `marked` are the folders of this machine that it has to see."""
+    """The stores of results, as the head is to open them; it has to see the folders of this machine in `marked`."""
 
     uri: str
     studies: str
@@ -56,7 +56,7 @@ def submit(
     install: bool = False,
     again: str | None = None,
 ) -> Job:
-    """Submits the search of a spec, or goes on with one that was stopped: the record decides, as for `paredown search`.
+    """Submit the search of a spec; a stopped one is resumed, as the record tells, just as by `paredown search`.
 
     The spec's folder goes along, without what its .gitignore and .rayignore name.
 
@@ -64,7 +64,7 @@ def submit(
         uri: an MLflow store instead of the spec's.
         studies: Optuna's storage instead of the spec's.
         install: has Ray install this project's locked requirements on every node.
-        again: how to go on with the search where it is stopped; else the same `paredown submit`.
+        again: the way to resume the search once it is stopped; the same `paredown submit` unless given.
 
     Raises:
         SpecError: the spec is wrong.
@@ -96,7 +96,7 @@ def submit(
 
 
 def _submit_command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
-    """The command line that submits a spec with the options that were given."""
+    """The command line that submits the spec with the given options."""
     options = [word for key, value in given.items() if value for word in (key, value)]
     return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
 
@@ -118,9 +118,9 @@ def _next_number(jobs: Jobs, name: str) -> int:
 
 
 def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
-    """Compares what trials and devices need with what the nodes have.
+    """Refuse a search whose trials or devices need resources that no node has.
 
-    Only trials can wait for nodes that come with demand, and only where the spec says how many at once.
+    Only trials can wait for nodes that come with demand, and only if the spec gives the number at once.
     """
     gpus, workers = settings.cluster.gpus_per_trial, settings.recovery.workers
     needed: dict[str, Mapping[str, float]] = {
@@ -149,7 +149,7 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
 
 
 def _times_available(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
-    """How many times over the nodes have what is wanted, none of it split."""
+    """The number of times that the nodes hold the wanted resources, each time on one node."""
     return sum(min(math.floor(node.get(key, 0) / amount) for key, amount in wanted.items()) for node in nodes)
 
 
@@ -158,12 +158,12 @@ def _resource_text(resources: Mapping[str, float]) -> str:
 
 
 def _is_on_every_node(resource: str) -> bool:
-    """Whether Ray gives it to every node."""
+    """Whether Ray gives the resource to every node."""
     return ":" in resource or resource in ("memory", "object_store_memory")
 
 
 def absolute_stores(settings: SearchSpec) -> Stores:
-    """The spec's stores, those with relative paths in this process's folder."""
+    """The spec's stores by absolute paths; relative ones start at this process's folder."""
     uri, studies, marked = settings.tracking.uri, settings.tracking.studies, list[Path]()
     path = sqlite_path(uri)
     if path is not None and not path.is_absolute():
@@ -179,7 +179,7 @@ def absolute_stores(settings: SearchSpec) -> Stores:
 
 
 def check_secrets(uri: str, studies: str) -> None:
-    """Refuses stores whose addresses hold a password.
+    """Refuse stores whose addresses hold a password.
 
     Raises:
         SearchError: one does.
@@ -194,7 +194,7 @@ def check_secrets(uri: str, studies: str) -> None:
 
 
 def check_loopback(address: str, places: Stores) -> None:
-    """Refuses servers on this machine's loopback where the head, by its address, is another machine."""
+    """Refuse servers on this machine's loopback if the head, by its address, is another machine."""
     if _is_this_machine(urlsplit(address).hostname or ""):
         return  # or the end of a tunnel: then the head itself says what it can reach
     for key, place in (("tracking.uri", places.uri), ("tracking.studies", places.studies)):
@@ -240,12 +240,12 @@ def _locked_requirements() -> list[str]:
 
 
 def _package_folders() -> list[Path]:
-    """The packages as this process has imported them."""
+    """The folders of our packages, as this process has imported them."""
     return [Path(str(package.__file__)).resolve().parent for package in (cluster, search, methods)]
 
 
 def _named_paths(settings: SearchSpec) -> list[str]:
-    """The files and folders that the spec names; relative ones only where they are there."""
+    """The files and folders that the spec names, without relative ones that do not exist."""
     other = settings.recovery.data
     places = [settings.model.weights, settings.data.root, other.root if other else None]
     places += [device.file for device in settings.devices.values()]
@@ -265,7 +265,7 @@ def _probe_head(
     environment: Mapping[str, str],
     packages: Sequence[str],
 ) -> None:
-    """Has the head open the stores and look for the spec's files, by a job of its own before the one of that `id`.
+    """Make the head open the stores and look for the spec's files, by a job of its own before the one of that `id`.
 
     Ray keeps it in its list, where it is no search: one that is deleted as soon as it has ended comes back as failed.
 
@@ -288,7 +288,7 @@ def _probe_head(
         try:
             job = jobs.wait(check, PROBE_S + (INSTALL_S if packages else 0))
         except BaseException:
-            with suppress(ClusterError):  # what led here is told, not this
+            with suppress(ClusterError):  # the first error is the one to report
                 jobs.stop(check)
             raise
         if job.status != "succeeded":
@@ -296,7 +296,7 @@ def _probe_head(
 
 
 def _probe_refusal(job: Job, log_text: str) -> str:
-    """What the head said against the search; where it never came to that, the end of what it did say."""
+    """The head's reason against the search; if it gave none, the last line that it printed."""
     lines = [line for line in log_text.splitlines() if line.strip() and not line.startswith("Running entrypoint")]
     reason = "\n".join(lines).partition(REFUSAL_PREFIX)[2]
     if reason:
@@ -310,7 +310,7 @@ def _probe_refusal(job: Job, log_text: str) -> str:
 
 @contextmanager
 def marker_file(folder: Path) -> Iterator[str]:
-    """A file in a folder of this machine, by which the head shows that it sees the same folder."""
+    """Put a file into a folder of this machine for a while: a head that sees the file sees the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".paredown.{secrets.token_hex(8)}"
     path.touch()

@@ -1,6 +1,6 @@
-"""What those who watch a search over HTTP are told: how far it is, every point as it is found, and that it ended.
+"""The state of searches for callers over HTTP: the list of all, and the progress, new points and end of each.
 
-A job is Ray's and what it found is MLflow's. Nothing is kept here but the latest look at each search that is watched.
+A job is Ray's, and its results are MLflow's. This file keeps only the latest snapshot of each search that is watched.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from search.trials import LATENCY, Candidate, Teacher, cost_of
 T = TypeVar("T")
 
 EVERY_S = 2.0
-"""How often a watched search is looked at."""
+"""Seconds between two snapshots of a watched search."""
 HEARTBEAT_S = 15.0
-"""After so long without news a comment is sent, so that nobody on the way takes the connection for dead."""
+"""Seconds without news before a comment is sent, so that no proxy takes the connection for dead."""
 END_PHASES = ("done", "stopped", "failed")
 PAST_SUFFIX = "-0"
-"""What the id of a search ends with of which the cluster knows no job, or no longer; those of jobs begin at 1."""
+"""The end of the id of a search whose job the cluster does not know; the numbers of jobs begin at 1."""
 
 
 @dataclass(frozen=True)
 class Backends:
-    """Where searches are: the address of Ray's job API, the MLflow store, and Optuna's storage; no relative files."""
+    """The servers behind the service: Ray's job API, the MLflow store and Optuna's storage, without relative paths."""
 
     jobs: str
     uri: str
@@ -50,7 +50,7 @@ class Backends:
 class View(BaseModel):
     """A search as it stands. Times are Unix times in seconds; `best` is per budget the best model so far and its costs.
 
-    `phase` is `starting`, `running` (where no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
+    `phase` is `starting`, `running` (if no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
     `failed`.
     """
 
@@ -69,7 +69,7 @@ class View(BaseModel):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A search as it was seen: how far it is, and the `points` that were found, once its teacher is measured."""
+    """A search at one moment: its progress, and the `points` it found, which are None until its teacher is measured."""
 
     view: View
     points: Mapping[str, Any] | None
@@ -77,25 +77,25 @@ class Snapshot:
 
 @lru_cache(maxsize=1)
 def jobs_at(address: str) -> Jobs:
-    """The jobs at this address, once it has answered."""
+    """Connect to the jobs at this address, and keep the connection once it has answered."""
     return Jobs(address)
 
 
 def submitted_jobs(backends: Backends) -> list[Job]:
-    """The jobs of searches recorded in this store, the latest first; others are none of this service's business."""
+    """List the jobs of searches recorded in this store, the latest first, and no others."""
     found = [job for job in jobs_at(backends.jobs).all() if search_of(job) and job.metadata.get(URI) == backends.uri]
     return found[::-1]
 
 
 def all_searches(backends: Backends) -> list[Job]:
-    """The searches recorded in this store, the latest first; after those with a job here those of another cluster."""
+    """List the searches recorded in this store, the latest first: those with a job here, then those without."""
     found = submitted_jobs(backends)
     names = {name_of(job) for job in found}
     return found + [_job_of_record(one, backends.uri) for one in recorded(backends.uri) if one.name not in names]
 
 
 def _job_of_record(one: Recorded, uri: str) -> Job:
-    """A search without a job, as one that is over."""
+    """Make a job that is over, for a recorded search without one."""
     status = {"done": "succeeded", "stopped": "stopped"}.get(one.phase, "failed")
     left = f"its record ends at {one.phase!r}, and no job here goes on with it; submit its spec again"
     return Job(
@@ -115,7 +115,7 @@ def running_names(backends: Backends) -> set[str]:
 
 
 def find_job(backends: Backends, id: str) -> Job:
-    """The job of a search.
+    """Find the job of a search.
 
     Raises:
         Refused: there is none of this id.
@@ -134,7 +134,7 @@ def name_of(job: Job) -> str:
 
 
 def summary(job: Job) -> View:
-    """What is known of a search without a look at its record."""
+    """The state of a search as its job alone tells it."""
     phase = {"pending": "starting", "succeeded": "done"}.get(job.status, job.status)
     message = ""
     if job.status == "failed" and job.exit_code == NOTHING_FITS:
@@ -145,7 +145,7 @@ def summary(job: Job) -> View:
 
 
 def take_snapshot(job: Job, uri: str) -> Snapshot:
-    """How far a search is and what it found; it has ended when its job has, whatever the record of a sitting says."""
+    """Read a search's progress and points; its job decides whether it has ended, and its record does not."""
     view, name = summary(job), name_of(job)
     tracker = find_recorded(uri, lambda: find_begun(uri, name))
     if tracker is None:
@@ -164,7 +164,7 @@ def _progress_fields(far: Progress) -> dict[str, Any]:
 
 
 def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
-    """What `seek` finds in the store; None where it holds nothing of the search yet.
+    """Return what `seek` finds in the store, or None if that holds nothing of the search yet.
 
     Raises:
         TrackingError: the store cannot be reached.
@@ -177,7 +177,7 @@ def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
 
 
 def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
-    """Every candidate that was measured to the end, its costs as shares of the teacher's."""
+    """Every complete candidate, its costs as shares of the teacher's."""
     axes = ["macs", "params", *(f"{LATENCY}{device}" for device in teacher.latency_ms)]
     complete = [one for one in trials if one.state == "complete"]
     return {
@@ -195,28 +195,28 @@ def _point_json(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, 
 
 
 class Snapshots:
-    """The latest look at each search that is watched: one every `EVERY_S` seconds, however many watch it."""
+    """The latest snapshot of each search that is watched: one every `EVERY_S` seconds, for all its watchers."""
 
     def __init__(self, backends: Backends) -> None:
         self.backends = backends
         self._latest: dict[str, tuple[float, asyncio.Future[Snapshot]]] = {}
 
     async def latest(self, id: str) -> Snapshot:
-        """The search as it was seen at most `EVERY_S` seconds ago, or is seen now."""
+        """Return a snapshot of the search that is at most `EVERY_S` seconds old, and take one if needed."""
         now = time.monotonic()
         self._latest = {key: one for key, one in self._latest.items() if now - one[0] < EVERY_S or not one[1].done()}
         if id not in self._latest:
             self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._take_snapshot, id))
-        return await asyncio.shield(self._latest[id][1])  # one that hangs up ends no look of the others
+        return await asyncio.shield(self._latest[id][1])  # a watcher that hangs up must not cancel it for the others
 
     def _take_snapshot(self, id: str) -> Snapshot:
         return take_snapshot(find_job(self.backends, id), self.backends.uri)
 
 
 async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
-    """A search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
+    """Yield a search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
 
-    `points` holds those that were not sent before. A store or a cluster that is away for a while is told as `trouble`.
+    `points` holds those that were not sent before. `trouble` reports a store or a cluster that is away for a while.
     """
     view: View | None = None
     sent: set[str] | None = None
@@ -248,7 +248,7 @@ async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
 
 
 def _new_points(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
-    """The points that were not sent yet; at first also where there is none, for the axes."""
+    """The points that were not sent yet; the first time also none, since the axes go along."""
     if known is None:
         return {}
     new = [point for point in known["points"] if point["run_id"] not in (sent or ())]
@@ -256,7 +256,7 @@ def _new_points(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[
 
 
 def outage_reason(error: Exception, uri: str) -> str:
-    """Why the cluster or the store cannot be used now, without any password."""
+    """The reason why the cluster or the store cannot be used now, without any password."""
     return masked(str(error)) if isinstance(error, ClusterError | TrackingError) else unwritable(uri, str(error))
 
 
