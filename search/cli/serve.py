@@ -111,7 +111,7 @@ def _end_on_signals() -> None:
 
 
 def _access(token_file: Path | None, host: str) -> Access:
-    """Return whom to let in: with a token its bearers, else this machine alone.
+    """Return the access to the service: by the token if there is one, else for this machine alone.
 
     Raises:
         SearchError: others can reach the host, and there is no token.

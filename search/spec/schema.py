@@ -199,7 +199,7 @@ class ClusterSpec(_Strict):
 
 
 class TrackingSpec(_Strict):
-    """The record of results: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
+    """The record of results: an MLflow store, the registered model's name, and Optuna's journal file or database."""
 
     uri: str = DEFAULT_STORE
     registered_model: Annotated[str | None, BeforeValidator(_check_model_name)] = None

@@ -69,7 +69,7 @@ GOOD: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """The exit code of a command, and all that it printed."""
 
     code: object
     out: str
@@ -90,7 +90,7 @@ Run = Callable[..., Ended]
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """A spec file with the user's code beside it."""
+    """Write a spec file with the user's code beside it."""
     (folder / "things.py").write_text(THINGS)
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(GOOD | changes))

@@ -14,5 +14,5 @@ YAML = {"Content-Type": "application/yaml"}
 
 
 def quick(where: Backends, **options: object) -> ASGIApp:
-    """The app, with other settings as `options`."""
+    """Build the app, with other settings as `options`."""
     return app(Settings(where, access=Access(digest_of(TOKEN.encode()), 1e6, 1e6), **options))

@@ -12,7 +12,7 @@ from tests.support.commands import Ended, Run
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process; what it would leave behind is put back."""
+    """Run a command in this process, and put back all that it would leave changed."""
 
     def ended(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["paredown", *map(str, arguments)])

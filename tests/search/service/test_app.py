@@ -1,4 +1,4 @@
-"""Whatever is sent to the service, it answers with a reason and keeps serving; nothing it was not allowed ever runs."""
+"""The service refuses every bad request with a reason, keeps serving, and never runs code that it was not allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.services import KEY, TOKEN, YAML, quick
 
 JSON = {"Content-Type": "application/json"}
 NOWHERE = "http://127.0.0.1:9"
-"""Where no Ray is: what is refused at the door must not need one."""
+"""An address without a Ray: a refusal by the guard must not need one."""
 
 FREE = """
 name: digits
@@ -41,7 +41,7 @@ recovery: {steps: 5, batch_size: 64}
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 
 
-def of(**changes: str) -> str:
+def spec_of(**changes: str) -> str:
     """A spec that names no file, with other text at some of its keys."""
     lines = FREE.strip().splitlines()
     known = {line.partition(":")[0] for line in lines}
@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(root: Path) -> Iterator[TestClient]:
-    """Of a service that can reach no Ray."""
+    """A client of a service that can reach no Ray."""
     where = Backends(NOWHERE, f"sqlite:///{root.parent}/paredown.db", "paredown.studies")
     with TestClient(quick(where, rules=AdmissionRules(root=root))) as made:
         yield made
@@ -104,34 +104,34 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
     "a key twice in JSON": (400, '{"name": "a", "name": "b"}', JSON),
     "keys that are no text": (422, "{1: 2, null: 3, 2026-01-02: 4}", {}),
     "a list": (422, "- digits", {}),
-    "an unknown key": (422, of(modle="x"), {}),
-    "an unknown method": (422, of(methods="[alsd]"), {}),
-    "an unknown limit": (422, of(budgets="[{name: half, flops: 50%}]"), {}),
-    "a budget without a limit": (422, of(budgets="[{name: half}]"), {}),
-    "a name with a path": (422, of(name="../digits"), {}),
-    "a name too long for a file": (422, of(name="d" * 101), {}),
-    "a model factory": (403, of(model="{source: factory, name: 'os:system', args: {command: id}}"), {}),
-    "a factory in a file": (403, of(model="{source: factory, name: './model.py:make'}"), {}),
-    "a data factory": (403, of(data="{source: factory, name: 'os:getcwd'}"), {}),
+    "an unknown key": (422, spec_of(modle="x"), {}),
+    "an unknown method": (422, spec_of(methods="[alsd]"), {}),
+    "an unknown limit": (422, spec_of(budgets="[{name: half, flops: 50%}]"), {}),
+    "a budget without a limit": (422, spec_of(budgets="[{name: half}]"), {}),
+    "a name with a path": (422, spec_of(name="../digits"), {}),
+    "a name too long for a file": (422, spec_of(name="d" * 101), {}),
+    "a model factory": (403, spec_of(model="{source: factory, name: 'os:system', args: {command: id}}"), {}),
+    "a factory in a file": (403, spec_of(model="{source: factory, name: './model.py:make'}"), {}),
+    "a data factory": (403, spec_of(data="{source: factory, name: 'os:getcwd'}"), {}),
     "a factory of recovery data": (
-        403, of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
+        403, spec_of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
     ),
-    "a metric": (403, of(metric="os:system"), {}),
-    "a source as a metric": (403, of(metric="zoo"), {}),
-    "a logged model": (403, of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
-    "weights above the root": (403, of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
-    "weights of the system": (403, of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
-    "weights by a link": (403, of(model="{source: zoo, name: resnet8, weights: way-out.safetensors}"), {}),
-    "weights in a pickle": (403, of(model="{source: torchvision, name: resnet18, weights: pickle.pt}"), {}),
-    "weights that are not there": (403, of(model="{source: zoo, name: resnet8, weights: none.safetensors}"), {}),
-    "weights of no path": (403, of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
-    "images elsewhere": (403, of(data="{source: imagefolder, root: ../..}"), {}),
-    "a home": (403, of(data="{source: imagefolder, root: ~/}"), {}),
-    "a roofline elsewhere": (403, of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
-    "another store": (403, of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
-    "another's registered model": (403, of(tracking="{registered_model: production}"), {}),
-    "very many workers": (403, of(cluster="{max_parallel: 100000}"), {}),
-    "another cluster": (403, of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
+    "a metric": (403, spec_of(metric="os:system"), {}),
+    "a source as a metric": (403, spec_of(metric="zoo"), {}),
+    "a logged model": (403, spec_of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
+    "weights above the root": (403, spec_of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
+    "weights of the system": (403, spec_of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
+    "weights by a link": (403, spec_of(model="{source: zoo, name: resnet8, weights: way-out.safetensors}"), {}),
+    "weights in a pickle": (403, spec_of(model="{source: torchvision, name: resnet18, weights: pickle.pt}"), {}),
+    "weights that are not there": (403, spec_of(model="{source: zoo, name: resnet8, weights: none.safetensors}"), {}),
+    "weights of no path": (403, spec_of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
+    "images elsewhere": (403, spec_of(data="{source: imagefolder, root: ../..}"), {}),
+    "a home": (403, spec_of(data="{source: imagefolder, root: ~/}"), {}),
+    "a roofline elsewhere": (403, spec_of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
+    "another store": (403, spec_of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
+    "another's registered model": (403, spec_of(tracking="{registered_model: production}"), {}),
+    "very many workers": (403, spec_of(cluster="{max_parallel: 100000}"), {}),
+    "another cluster": (403, spec_of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
 }  # fmt: skip
 
 

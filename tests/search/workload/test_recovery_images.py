@@ -1,4 +1,4 @@
-"""Images of another source: fitted to the teacher's input, and what a recovery without labels is given."""
+"""Images of another source are resized to the teacher's input, and replace the training set in recovery alone."""
 
 from __future__ import annotations
 
