@@ -73,17 +73,11 @@ def submit(
     """
     settings = with_stores(load(spec), uri, studies)
     file = spec.resolve()
-    check_secrets(settings.tracking.uri, settings.tracking.studies)
-    number = _next_number(jobs, settings.name)
-    _check_resources(jobs, settings)
-    places = absolute_stores(settings)
-    check_loopback(jobs.address, places)
+    id, places = _id_and_stores(jobs, settings)
     packages = _locked_requirements() if install else ()
     environment = {URI_VARIABLE: places.uri, STUDIES_VARIABLE: places.studies, "COLUMNS": "120"}
-    id = f"{settings.name}-{number}"
     _probe_head(jobs, id, file, settings, places, environment=environment, packages=packages)
-    given = {"--address": jobs.address, "--uri": uri, "--studies": studies}
-    again = again or _submit_command(spec, given, install=install)
+    again = again or _submit_command(spec, jobs.address, uri, studies, install=install)
     return jobs.submit(
         f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
         id=id,
@@ -95,8 +89,19 @@ def submit(
     )
 
 
-def _submit_command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
+def _id_and_stores(jobs: Jobs, settings: SearchSpec) -> tuple[str, Stores]:
+    """The id of a search's next job and its stores, after all checks that this machine can make."""
+    check_secrets(settings.tracking.uri, settings.tracking.studies)
+    number = _next_number(jobs, settings.name)
+    _check_resources(jobs, settings)
+    places = absolute_stores(settings)
+    check_loopback(jobs.address, places)
+    return f"{settings.name}-{number}", places
+
+
+def _submit_command(spec: Path, address: str, uri: str | None, studies: str | None, *, install: bool) -> str:
     """The command line that submits the spec with the given options."""
+    given = {"--address": address, "--uri": uri, "--studies": studies}
     options = [word for key, value in given.items() if value for word in (key, value)]
     return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
 
