@@ -1,4 +1,4 @@
-"""Where the console script `paredown` starts: our packages have common names, so they are looked at before any runs."""
+"""The start of the console script `paredown`: our packages have common names, so it checks them before any runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HOME = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Runs the command line, unless one of our packages is somebody else's: then it says so and exits with 2."""
+    """Run the command line, or exit with 2 and a reason if one of our packages is somebody else's."""
     for name in ("cluster", "methods", "search"):
         found = importlib.util.find_spec(name)
         places = [] if found is None else [found.origin, *(found.submodule_search_locations or ())]

@@ -1,4 +1,4 @@
-"""Trains the zoo teacher a spec names and writes its weights beside the spec, where `model.weights` says.
+"""Train the zoo teacher that a spec names, and write its weights to the file that `model.weights` names.
 
 python examples/train_teacher.py examples/fashion_mnist.yaml
 """
@@ -15,7 +15,7 @@ from search.workload.teacher import fit_teacher, save_weights, teacher_recipe
 
 
 def main() -> None:
-    """Trains, tests once, writes."""
+    """Train, test once, write."""
     path = Path(sys.argv[1])
     wanted = reading.load(path)
     assert wanted.model.weights is not None

@@ -1,4 +1,4 @@
-"""What every file of `search` may use: its errors, and how progress is told."""
+"""The words that every file of `search` shares: defaults, exit codes, errors, and the report of progress."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import textwrap
 from collections.abc import Callable
 from typing import TypeAlias
 
+DEFAULT_STORE = "sqlite:///paredown.db"
+"""The MLflow store of a search whose spec and command name none."""
+DEFAULT_STUDIES = "paredown.studies"
+"""Optuna's journal file for the same search."""
+
+FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
+"""The exit codes of the command, besides 0: no result, a mistake of the user's, or a result without some budget."""
+
 Report: TypeAlias = Callable[[str, int, int, str], None]
-"""Told of progress: the stage, units done, units in all, a short note."""
+"""Reports progress: called with the stage, units done, units in all, and a short note."""
 
 
 class SearchError(Exception):
-    """Base of everything a user can mend; the message says what was wrong, what was expected and what to do."""
+    """Base of all errors that a user can mend; the message has the mistake, the expectation and the mend."""
 
 
 class SpecError(SearchError):
@@ -32,7 +40,7 @@ class TrackingError(SearchError):
 
 
 def masked(text: str) -> str:
-    """A text to be shown or kept, without the passwords of the addresses in it.
+    """A text without the passwords of the addresses in it, fit to be shown or kept.
 
     >>> masked("postgresql://ada:lovelace@db/studies and http://mlflow:5000?token=abc")
     'postgresql://ada:***@db/studies and http://mlflow:5000?token=***'
@@ -42,10 +50,10 @@ def masked(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says, at most 400 characters long."""
+    """The first line of another library's message, at most 400 characters long."""
     return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")
 
 
-def brief(error: BaseException) -> str:
-    """What another library's error says, on one line and at most 400 characters long."""
+def one_line(error: BaseException) -> str:
+    """Another library's message on one line, at most 400 characters long."""
     return textwrap.shorten(str(error), 400, placeholder=" ...")

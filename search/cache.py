@@ -1,7 +1,8 @@
-"""What is worth keeping between searches: trained zoo teachers and scores, by content hash."""
+"""The cache between searches: trained zoo teachers, scores and timed layers, each under the hash of its content."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -11,14 +12,30 @@ from typing import Any
 
 
 def folder() -> Path:
-    """Where kept files live: `$PAREDOWN_CACHE`, or `paredown` in the user's cache folder."""
+    """The folder of the cache: `$PAREDOWN_CACHE`, or `paredown` in the user's cache folder."""
     named = os.environ.get("PAREDOWN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(base) / "paredown"
 
 
+def digest(*parts: object) -> str:
+    """Hash text and bytes as they are and any other value as JSON with its keys in order, one part after the other.
+
+    Caches and records name their entries so: a change of the result would make all of them start anew.
+
+    >>> digest({"b": 1, "a": [2]}), digest('{"a": [2], ', b'"b": 1}')
+    ('2b6ebe05de45a5ee5c253227c24a8140', '2b6ebe05de45a5ee5c253227c24a8140')
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if not isinstance(part, str | bytes | memoryview):
+            part = json.dumps(part, sort_keys=True)
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
 def keep(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes `path` by `write`, whole or not at all: a reader never meets half a file."""
+    """Write `path` by `write`, whole or not at all: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
@@ -30,7 +47,7 @@ def keep(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of the cache; empty where there is none or it was damaged."""
+    """Read the object in a file of the cache; a missing or damaged file gives an empty one."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -39,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def keep_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes a file of the cache, whole or not at all."""
+    """Write an object to a file of the cache, whole or not at all."""
 
     def write(place: Path) -> None:
         place.write_text(json.dumps(values, indent=0, sort_keys=True))

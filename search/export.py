@@ -15,27 +15,26 @@ from torch.export import ExportedProgram
 
 from search.base import SearchError, first_line
 
-
-def exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """`model` as a program for any batch size, which `torch.export.load` reads without this project."""
-    batch = torch.export.Dim("batch", min=1)
-    return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-
-
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
-"""Loggers that tell of every step of an export."""
+"""Loggers that report every step of an export."""
 
 
 class ExportError(SearchError):
     """A network cannot be written as ONNX; the message says why."""
 
 
+def exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """`model` as a program for any batch size, which `torch.export.load` reads without this project."""
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+
+
 def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
     """`model`, on the CPU and in eval mode, as an ONNX file for any batch size; its one input is called `images`.
 
     Args:
-        model: or its program for any batch size, as `search.export.exported` gives it, where that is there
-        already. example: images `(n, c, h, w)`, n >= 1.
+        model: the network, or its program for any batch size, as `search.export.exported` gives it.
+        example: images `(n, c, h, w)`, n >= 1.
 
     Raises:
         ExportError: torch cannot write it.
@@ -61,7 +60,7 @@ def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
 def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:
     """The largest difference of outputs between `model`, in eval mode, and its ONNX file on `images` `(n, c, h, w)`.
 
-    It is relative to the largest output, or to 1 where that is smaller; NaN where either gives NaN.
+    It is relative to the largest output, or to 1 if that is smaller; NaN if either gives NaN.
     """
     import onnxruntime
 
@@ -76,7 +75,7 @@ def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps what the exporter prints, logs and warns of to itself: its error says all that matters."""
+    """Silence the prints, logs and warnings of the exporter: its error says all that matters."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
     try:
         for name in NOISY:

@@ -28,7 +28,7 @@ def points(difference: float) -> str:
 
 
 def lost(difference: float) -> str:
-    """What is lost of a share, in percentage points; negative where something was won.
+    """A loss of a share in percentage points; a gain is negative.
 
     >>> lost(0.0191), lost(-0.0042), lost(-0.0001)
     ('1.9 points', '\u22120.4 points', '0.0 points')

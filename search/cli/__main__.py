@@ -1,4 +1,4 @@
-"""`python -m search.cli` is the command `paredown`."""
+"""Run the command `paredown` by `python -m search.cli`, as jobs do."""
 
 from search.cli.main import main
 

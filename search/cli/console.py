@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress bars and tables."""
+"""The terminal: progress bars, and a result, a preflight, a compression or a measurement as tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from search.base import Report
 from search.frontier import volume
 from search.limits import latencies_in, latency_on
 from search.report import costs
-from search.report.costs import Row
+from search.report.costs import CostRow
 from search.results import BudgetResult, Preflight, SearchResult
 from search.units import count, milliseconds, percent, size
 
@@ -30,18 +30,18 @@ out = Console()
 
 @contextmanager
 def bars(*, hidden: bool) -> Iterator[Report]:
-    """A `Report` that draws one bar per stage on standard error; where that is no terminal, it writes lines."""
+    """Give a `Report` that draws one bar per stage on standard error, or writes lines if that is no terminal."""
     console = Console(stderr=True)
     if not (hidden or console.is_terminal):
-        with _kept_for_results():
-            yield _lines()
+        with _stdout_for_results_only():
+            yield _line_report()
         return
     columns = (
         TextColumn("{task.description:<20}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     tasks: dict[str, TaskID] = {}
-    with _kept_for_results(), Progress(*columns, console=console, disable=hidden) as progress:
+    with _stdout_for_results_only(), Progress(*columns, console=console, disable=hidden) as progress:
 
         def report(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
@@ -51,22 +51,22 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         yield report
 
 
-def _lines() -> Report:
-    """A line where a stage first begins and ends, and for every trial that has ended: a log keeps all it is told."""
-    told: set[tuple[str, int]] = set()
+def _line_report() -> Report:
+    """Write a line when a stage first begins and ends and when a trial has ended, since a log keeps every line."""
+    written: set[tuple[str, int]] = set()
 
     def report(stage: str, done: int, total: int, note: str) -> None:
         moment = done if stage == "trials" else int(done == total)
-        if (stage, moment) not in told:
-            told.add((stage, moment))
+        if (stage, moment) not in written:
+            written.add((stage, moment))
             print(f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
     return report
 
 
 @contextmanager
-def _kept_for_results() -> Iterator[None]:
-    """Sends to standard error what solvers written in C++ print meanwhile: standard output is for the result alone."""
+def _stdout_for_results_only() -> Iterator[None]:
+    """Send the prints of solvers written in C++ to standard error: standard output is for the result alone."""
     sys.stdout.flush()
     output = os.dup(1)
     os.dup2(2, 1)
@@ -84,12 +84,12 @@ GATED = {
     "macs_expected_validation": "expected MACs, validation set",
     "macs_worst": "MACs of the worst input",
 }
-"""A gated model's further figures, and what they are called."""
+"""The further figures of a gated model, each with its name in the table."""
 
 
 def show_result(result: SearchResult, report: Path | None) -> None:
-    """The winners with every limit beside its measured value, hypervolume, the cost of the search, where to go on."""
-    columns = _columns(result)
+    """Print the winners, each limit beside its measured value, the cost of the search and how to load the models."""
+    columns = _shown_costs(result)
     title = f"{result.name}: the best network for every budget"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, leading=1)
     for heading in ("budget", "method", "val.", "test", *(costs.name(cost, result.devices) for cost in columns)):
@@ -101,8 +101,9 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     for budget in result.budgets:
         rows = costs.rows(result, budget)
         method = "[red]nothing fits[/]" if budget.winner is None else "\n+ ".join(budget.winner.method.split("+"))
-        top1 = _top1(result, budget, rows["top1_drop"])
-        table.add_row(budget.name, method, top1, percent(budget.top1_test), *(_cell(rows[cost]) for cost in columns))
+        top1 = _top1_cell(result, budget, rows["top1_drop"])
+        cells = [_cost_cell(rows[cost]) for cost in columns]
+        table.add_row(budget.name, method, top1, percent(budget.top1_test), *cells)
     out.print(table)
     _show_effort(result)
     for budget in result.budgets:
@@ -112,36 +113,36 @@ def show_result(result: SearchResult, report: Path | None) -> None:
         out.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
-def _columns(result: SearchResult) -> list[str]:
-    """The costs shown: all that are counted, and the latency on each device that a budget limits, or on the first."""
+def _shown_costs(result: SearchResult) -> list[str]:
+    """Return the costs to show: all but latencies, and those on each device that a budget limits, or on the first."""
     found = [cost for cost in costs.columns(result) if cost != "top1_drop"]
     latencies = latencies_in(found)
     limited = [cost for cost in latencies if any(cost in budget.limits for budget in result.budgets)]
     return [cost for cost in found if cost not in latencies] + (limited or latencies[:1])
 
 
-def _cell(row: Row) -> str:
-    """A cost as a share of the teacher's, the limit below it, and what it is in its own unit where that is measured."""
+def _cost_cell(row: CostRow) -> str:
+    """Write a cost as a share of the teacher's, its limit below, and a measured cost also in its own unit."""
     is_counted = row.cost.startswith("macs") or row.cost == "params"
     lines = [percent(row.share) if row.share is not None else costs.shown(row.cost, row.value)]
     if row.limit is not None:
         is_share = row.limit_share is not None and row.limit_share >= 0.0005
-        lines.append(_limit(row, percent(row.limit_share) if is_share else costs.shown(row.cost, row.limit)))
+        lines.append(_limit_text(row, percent(row.limit_share) if is_share else costs.shown(row.cost, row.limit)))
     if row.share is not None and not is_counted:
         lines.append(f"[dim]{costs.shown(row.cost, row.value)}[/]")
     return "\n".join([*lines, *(["[yellow]noisy[/]"] if row.noise is not None else [])])
 
 
-def _top1(result: SearchResult, budget: BudgetResult, drop: Row) -> str:
-    """The winner's validation top-1, and the least that the budget asks for."""
+def _top1_cell(result: SearchResult, budget: BudgetResult, drop: CostRow) -> str:
+    """Write the winner's validation top-1, and the least that the budget asks for."""
     lines = [percent(None if budget.winner is None else budget.winner.top1_validation)]
     if drop.limit is not None:
-        lines.append(_limit(drop, percent(result.teacher.top1_validation - drop.limit), "≥"))
+        lines.append(_limit_text(drop, percent(result.teacher.top1_validation - drop.limit), "≥"))
     return "\n".join(lines)
 
 
-def _limit(row: Row, text: str, sign: str = "≤") -> str:
-    """A limit, green where it is met."""
+def _limit_text(row: CostRow, text: str, sign: str = "≤") -> str:
+    """Write a limit: green if it is met, else red, and without colour if nothing was measured."""
     if row.value is None:
         return f"{sign} {text}"
     return f"[{'green' if row.is_inside else 'red'}]{sign} {text}[/]"
@@ -172,7 +173,7 @@ def _show_effort(result: SearchResult) -> None:
 
 
 def show_preflight(found: Preflight) -> None:
-    """What each method can reach, which budgets are within reach and why others are not, and the expected minutes."""
+    """Print each method's least costs, the budgets in its reach, why others are not, and the expected minutes."""
     title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     timed = latencies_in(cost for one in found.methods for cost in one.least)
@@ -186,7 +187,7 @@ def show_preflight(found: Preflight) -> None:
         if one.refusal is not None:
             table.add_row(one.method, "[red]cannot[/]")
             continue
-        least = [_share(one.least["macs"], found.macs), _share(one.least["params"], found.params)]
+        least = [_with_share(one.least["macs"], found.macs), _with_share(one.least["params"], found.params)]
         least += [costs.shown(cost, one.least.get(cost)) for cost in timed]
         fits = ["[red]no[/]" if budget.reasons[one.method] else "[green]yes[/]" for budget in found.budgets]
         table.add_row(one.method, *least, *fits)
@@ -203,36 +204,47 @@ def show_preflight(found: Preflight) -> None:
 
 
 def show_figures(figures: Mapping[str, Any]) -> None:
-    """The figures of one compression, each limit of its budget beside what it limits."""
-    teacher, limits = figures["teacher"], figures["limits"]
+    """Print the figures of one compression, each limit of its budget beside the value that it limits."""
     table = Table(title=f"{figures['method']} for {figures['budget']}", title_justify="left", show_header=False)
+    for name, value in (_figure_rows(figures) | _latency_rows(figures)).items():
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _figure_rows(figures: Mapping[str, Any]) -> dict[str, str]:
+    teacher, limits = figures["teacher"], figures["limits"]
     gated = {key: label for key, label in GATED.items() if figures[key] is not None}
-    rows = {
-        "MACs": _share(figures["macs"], teacher["macs"]) + _held(limits, "macs", *([] if gated else GATED)),
-        **{label: _share(figures[key], teacher["macs"]) + _held(limits, key) for key, label in gated.items()},
-        "params": _share(figures["params"], teacher["params"]) + _held(limits, "params"),
-        "size": size(figures["size_bytes"]) + _held(limits, "size_bytes"),
+    on_macs = ["macs", *([] if gated else GATED)]  # an ungated model's MACs are also its expected ones
+    return {
+        "MACs": _with_share(figures["macs"], teacher["macs"]) + _limit_note(limits, *on_macs),
+        **{
+            label: _with_share(figures[key], teacher["macs"]) + _limit_note(limits, key) for key, label in gated.items()
+        },
+        "params": _with_share(figures["params"], teacher["params"]) + _limit_note(limits, "params"),
+        "size": size(figures["size_bytes"]) + _limit_note(limits, "size_bytes"),
         "validation top-1 after surgery": percent(figures["top1_surgery"]),
         "validation top-1 after BN": percent(figures["top1_bn"]),
-        "validation top-1 after recovery": _beside(figures, "top1_validation"),
-        "lost of it": costs.shown("top1_drop", figures["top1_drop"]) + _held(limits, "top1_drop"),
-        "test top-1": _beside(figures, "top1_test"),
+        "validation top-1 after recovery": _beside_teacher(figures, "top1_validation"),
+        "lost of it": costs.shown("top1_drop", figures["top1_drop"]) + _limit_note(limits, "top1_drop"),
+        "test top-1": _beside_teacher(figures, "top1_test"),
         "seconds": f"{figures['seconds']:.1f}",
     }
+
+
+def _latency_rows(figures: Mapping[str, Any]) -> dict[str, str]:
+    rows = {}
     for device, times in figures["latency_ms"].items():
         cost = latency_on(device)
         before = figures["teacher"]["latency_ms"][device]["p50"]
         share = f"{costs.shown(cost, times['p50'])} ({percent(times['p50'] / before)} of {costs.shown(cost, before)})"
         noise = figures["noise"].get(device)
         noisy = "" if noise is None else f", noisy: the median lay {percent(noise)} above the fastest call"
-        rows[costs.name(cost, figures["devices"])] = share + _held(limits, cost) + noisy
-    for name, value in rows.items():
-        table.add_row(name, value)
-    out.print(table)
+        rows[costs.name(cost, figures["devices"])] = share + _limit_note(figures["limits"], cost) + noisy
+    return rows
 
 
 def show_measured(found: Mapping[str, Any]) -> None:
-    """What `search.devices.measure` found: the latency of a saved model, beside what its search measured."""
+    """Print what `search.devices.measure` returns: a saved model's latency beside the one that its search measured."""
     kind = "predicted latency" if found["is_predicted"] else "latency"
     where = f" on {found['host']}" if found["host"] else ""
     device = f"{found['device']} ({found['runtime']}, threads: {found['threads']}, batch: {found['batch']}{where})"
@@ -255,14 +267,14 @@ def show_measured(found: Mapping[str, Any]) -> None:
             out.print(f"Noisy {when}: after all repeats the median lay {percent(one['noise'])} above the fastest call.")
 
 
-def _held(limits: Mapping[str, float], *names: str) -> str:
-    """The limits on a value, to stand behind it; that of an ungated model's MACs are also its expected ones."""
+def _limit_note(limits: Mapping[str, float], *names: str) -> str:
+    """Write the limits on a value, to stand behind it."""
     return "".join(f", limit {costs.shown(name, limits[name])}" for name in names if name in limits)
 
 
-def _beside(figures: Mapping[str, Any], name: str) -> str:
+def _beside_teacher(figures: Mapping[str, Any], name: str) -> str:
     return f"{percent(figures[name])} (teacher {percent(figures['teacher'][name])})"
 
 
-def _share(value: float, teacher: float) -> str:
+def _with_share(value: float, teacher: float) -> str:
     return f"{count(value)} ({percent(value / teacher)})"

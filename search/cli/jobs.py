@@ -1,8 +1,7 @@
-"""The commands for searches that run as jobs on a cluster: `paredown submit`, `status`, `logs`, `stop` and `list`."""
+"""The commands for searches as jobs of a cluster: `paredown submit`, `status`, `logs`, `stop` and `list`."""
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,28 +12,25 @@ from urllib.parse import urlsplit
 
 import typer
 
+from search.base import FAILED, NOTHING_FITS
+from search.cli.options import OtherStore, OtherStudies
+from search.cli.output import fail, print_json
+
 if TYPE_CHECKING:
     from cluster import Job
     from search.record.progress import Progress
 
-FAILED, NOTHING_FITS = 1, 3
-
 REACH_S = 3
-"""How long a store on a server may take to answer, before `status` does without it."""
+"""Seconds that a store on a server may take to answer, before `status` does without it."""
 
-Id = Annotated[str, typer.Argument(help="The job, as submit and list name it.", show_default=False)]
-Head = Annotated[str, typer.Option(help="The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")]
-Uri = Annotated[str | None, typer.Option(help="An MLflow store instead of the spec's.", envvar="PAREDOWN_URI")]
-Studies = Annotated[
-    str | None,
-    typer.Option(help="Optuna's journal file or database instead of the spec's.", envvar="PAREDOWN_STUDIES"),
-]
+JobId = Annotated[str, typer.Argument(help="The job, as submit and list name it.", show_default=False)]
+Dashboard = Annotated[str, typer.Option(help="The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-LOCAL = "http://127.0.0.1:8265"
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
 def add(app: typer.Typer) -> None:
-    """Makes these commands the app's own."""
+    """Add these commands to the app."""
     for command in (submit, status, logs, stop):
         app.command()(command)
     app.command("list")(show_all)
@@ -42,9 +38,9 @@ def add(app: typer.Typer) -> None:
 
 def submit(
     spec: Annotated[Path, typer.Argument(help="The spec file (YAML); its folder goes along.", show_default=False)],
-    address: Head = LOCAL,
-    uri: Uri = None,
-    studies: Studies = None,
+    address: Dashboard = LOCAL_DASHBOARD,
+    uri: OtherStore = None,
+    studies: OtherStudies = None,
     install: Annotated[bool, typer.Option("--install", help="Have Ray install the locked requirements.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -54,37 +50,37 @@ def submit(
 
     job = run(Jobs(address), spec, uri=uri, studies=studies, install=install)
     if as_json:
-        print(json.dumps(_plain(job), indent=2))
+        print_json(_job_json(job))
         return
-    at = "" if address == LOCAL else f" --address {address}"
+    at = "" if address == LOCAL_DASHBOARD else f" --address {address}"
     print(f"submitted {job.id}")
     for command, does in {"status": "how far it is", "logs -f": "what it says", "stop": "stop it"}.items():
         print(f"  paredown {command} {job.id}{at}    {does}")
 
 
-def status(id: Id, address: Head = LOCAL, uri: Uri = None, as_json: AsJson = False) -> None:
+def status(id: JobId, address: Dashboard = LOCAL_DASHBOARD, uri: OtherStore = None, as_json: AsJson = False) -> None:
     """Say how far a job's search is, and the best model of each budget so far where its store can be reached."""
     from cluster import Jobs
 
     job = Jobs(address).get(id)
-    found = _progress(job, uri)
+    found = _find_progress(job, uri)
     if as_json:
         far = {"progress": None, "reason": found} if isinstance(found, str) else {"progress": found.to_json()}
-        print(json.dumps(_plain(job) | far, indent=2))
+        print_json(_job_json(job) | far)
         return
-    print(f"{job.id}: {_standing(job)}")
+    print(f"{job.id}: {_state_text(job)}")
     if isinstance(found, str):
         print(f"  how far: {found}")
         return
     print(f"  {found.phase}: {found.trials} of {found.expected} trials, {found.stopped} stopped early")
     for budget, best in found.best.items():
-        print(f"  {budget}: {'nothing fits yet' if best is None else _model(best.to_json()['winner'])}")
+        print(f"  {budget}: {'nothing fits yet' if best is None else _winner_text(best.to_json()['winner'])}")
 
 
 def logs(
-    id: Id,
+    id: JobId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
-    address: Head = LOCAL,
+    address: Dashboard = LOCAL_DASHBOARD,
 ) -> None:
     """Print what a job has written. With -f, Ctrl-C ends the printing, not the job."""
     from cluster import Jobs
@@ -101,11 +97,10 @@ def logs(
         return
     job = jobs.get(id)
     if job.status != "succeeded":
-        typer.echo(f"paredown: {id} has {_standing(job)}", err=True)
-        raise typer.Exit(NOTHING_FITS if job.exit_code == NOTHING_FITS else FAILED)
+        fail(f"{id} has {_state_text(job)}", NOTHING_FITS if job.exit_code == NOTHING_FITS else FAILED)
 
 
-def stop(id: Id, address: Head = LOCAL, as_json: AsJson = False) -> None:
+def stop(id: JobId, address: Dashboard = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
     """Stop a job; every finished trial is kept, and submitting its spec again goes on."""
     from cluster import Jobs
 
@@ -113,45 +108,45 @@ def stop(id: Id, address: Head = LOCAL, as_json: AsJson = False) -> None:
     was_over = jobs.get(id).is_over
     job = jobs.stop(id)
     if as_json:
-        print(json.dumps(_plain(job), indent=2))
+        print_json(_job_json(job))
     elif was_over:
-        print(f"{id} had {_standing(job)}")
+        print(f"{id} had {_state_text(job)}")
     else:
         print(f"{id} is stopped; every finished trial is kept. To go on, submit its spec again.")
 
 
-def show_all(address: Head = LOCAL, as_json: AsJson = False) -> None:
+def show_all(address: Dashboard = LOCAL_DASHBOARD, as_json: AsJson = False) -> None:
     """List the cluster's searches, the newest last."""
     from cluster import Jobs
     from search.service.metadata import search_of
 
     found = [job for job in Jobs(address).all() if search_of(job) is not None]
     if as_json:
-        print(json.dumps([_plain(job) for job in found], indent=2))
+        print_json([_job_json(job) for job in found])
         return
     for job in found:
         begun = "" if job.started is None else f"{datetime.fromtimestamp(job.started):%Y-%m-%d %H:%M}"
         print(f"{job.id:<24} {job.status:<10} {begun:<17} {search_of(job)}")
 
 
-def _plain(job: Job) -> dict[str, Any]:
-    """A job as JSON-ready values."""
+def _job_json(job: Job) -> dict[str, Any]:
+    """Return the job as JSON-ready values."""
     return asdict(job) | {"metadata": dict(job.metadata)}
 
 
-def _standing(job: Job) -> str:
-    """How a job is, in a few words."""
+def _state_text(job: Job) -> str:
+    """Return the job's state in a few words."""
     if job.status == "failed" and job.exit_code == NOTHING_FITS:
         return "ended: no feasible model for some budget"
     return f"failed: {job.reason.partition(', last available logs')[0]}" if job.status == "failed" else job.status
 
 
-def _model(winner: Mapping[str, Any]) -> str:
+def _winner_text(winner: Mapping[str, Any]) -> str:
     return f"{winner['method']}, validation top-1 {winner['top1_validation']:.4f}, {winner['macs']:,} MACs"
 
 
-def _progress(job: Job, uri: str | None) -> Progress | str:
-    """How far the job's search is by its record, or why that is not known here."""
+def _find_progress(job: Job, uri: str | None) -> Progress | str:
+    """Return the progress of the job's search by its record, or the reason why it is not known here."""
     from search.base import TrackingError
     from search.record.progress import progress
     from search.record.store import sqlite_path
@@ -171,7 +166,7 @@ def _progress(job: Job, uri: str | None) -> Progress | str:
 
 
 def _answers(uri: str) -> bool:
-    """Whether somebody listens at the store's address; MLflow itself would try for minutes."""
+    """Whether a server listens at the store's address; MLflow itself would try for minutes."""
     place = urlsplit(uri)
     port = place.port or {"http": 80, "https": 443}.get(place.scheme)
     if place.hostname is None or port is None:

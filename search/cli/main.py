@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -13,16 +12,17 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS
 from search.cli import jobs, serve
+from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
+from search.cli.output import exit_code, fail, print_json, reason_for
+from search.service.metadata import RESUME_VARIABLE
 
 if TYPE_CHECKING:
     from cluster import Cluster, RayCluster
     from search.results import SearchResult
     from search.spec import SearchSpec
     from search.workload import Workload
-
-FAILED, WRONG_INPUT, NOTHING_FITS = 1, 2, 3
-STORE = "sqlite:///paredown.db"
 
 app = typer.Typer(
     help="One trained vision network in; for every device you name, the best smaller network that fits it, out.",
@@ -31,14 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Spec = Annotated[Path, typer.Argument(help="The spec file (YAML).", show_default=False)]
-Uri = Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster; without it the spec decides.")]
-
 
 @app.command()
-def check(spec: Spec, address: Address = None, as_json: AsJson = False) -> None:
+def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -> None:
     """Say what each method can do for each budget, without training anything."""
     from search.cli import console
     from search.driver.preflight import preflight
@@ -46,23 +41,22 @@ def check(spec: Spec, address: Address = None, as_json: AsJson = False) -> None:
 
     settings = load(spec)
     with console.bars(hidden=as_json) as report:
-        found = preflight(settings, lambda made: _nearby(made, settings, address), report)
-    print(json.dumps(found.to_json(), indent=2)) if as_json else console.show_preflight(found)
+        found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
+    print_json(found.to_json()) if as_json else console.show_preflight(found)
     beyond = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if beyond:
-        typer.echo(f"paredown: no method reaches {', '.join(beyond)}; raise the limits to what is reachable", err=True)
-        raise typer.Exit(NOTHING_FITS)
+        fail(f"no method reaches {', '.join(beyond)}; raise the limits to what is reachable", NOTHING_FITS)
 
 
 @app.command()
 def search(
-    spec: Spec,
-    address: Address = None,
+    spec: SpecFile,
+    address: RayAddress = None,
     fork: Annotated[
         str | None, typer.Option(help="Run it as a search of this name, beside one on record with another spec.")
     ] = None,
-    uri: jobs.Uri = None,
-    studies: jobs.Studies = None,
+    uri: OtherStore = None,
+    studies: OtherStudies = None,
     as_json: AsJson = False,
 ) -> None:
     """Search every budget, record it in MLflow and register the winners. The same command resumes a stopped search."""
@@ -70,31 +64,31 @@ def search(
     from search.cli import console
     from search.driver import loop
     from search.spec import load
-    from search.spec.reading import renamed, tracked
+    from search.spec.reading import renamed, with_stores
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is what Ctrl-C is
-    as_job = os.environ.get("PAREDOWN_AGAIN")  # the command that submitted this search, and goes on with it
-    settings = tracked(load(spec), uri, studies)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the search as Ctrl-C does
+    resubmit = os.environ.get(RESUME_VARIABLE)  # in a job: the command that submitted it, and resumes it
+    settings = with_stores(load(spec), uri, studies)
     if fork is not None:
         settings = renamed(settings, fork)
     try:
         with console.bars(hidden=as_json) as report:
-            result = loop.search(settings, lambda made: _workers(made, settings, address), report)
+            result = loop.search(settings, lambda made: _ray_cluster(made, settings, address), report)
     except KeyboardInterrupt:
         given = {"--address": address, "--fork": fork, "--uri": uri, "--studies": studies}
         options = [word for key, value in given.items() if value for word in (key, masked(value))]
-        again = as_job or shlex.join(["paredown", "search", str(spec), *options, *(["--json"] if as_json else [])])
+        again = resubmit or shlex.join(["paredown", "search", str(spec), *options, *(["--json"] if as_json else [])])
         typer.echo(f"stopped; every finished trial is kept. To go on:  {again}", err=True)
         raise typer.Exit(FAILED) from None
     if as_json:
-        print(json.dumps(result.to_json(), indent=2))
+        print_json(result.to_json())
     else:
-        console.show_result(result, None if as_job else loop.report_path(settings))
-    _end(result)
+        console.show_result(result, None if resubmit else loop.report_path(settings))
+    _fail_without_winners(result)
 
 
-def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> RayCluster:
-    """Workers on Ray, which would have a polite kill end this process with its books open."""
+def _ray_cluster(workload: Workload, settings: SearchSpec, address: str | None) -> RayCluster:
+    """Start workers on Ray, and take SIGTERM back from it: a polite kill must still close the record."""
     from cluster import RayCluster
     from methods.pipeline import trial
     from search.workload.usercode import user_modules
@@ -112,20 +106,24 @@ def _workers(workload: Workload, settings: SearchSpec, address: str | None) -> R
     return found
 
 
-def _nearby(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
-    """This process alone, unless an address was given, a device is another node's, or several workers recover."""
+def _inline_or_ray(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
+    """Use this process alone, unless an address is given, a device is another node's, or several workers recover."""
     from cluster import InlineCluster
 
     is_elsewhere = any(device.resources for device in settings.devices.values()) or settings.recovery.workers > 1
-    return _workers(workload, settings, address) if address or is_elsewhere else InlineCluster(workload.worker_inputs())
+    return (
+        _ray_cluster(workload, settings, address)
+        if address or is_elsewhere
+        else InlineCluster(workload.worker_inputs())
+    )
 
 
 @app.command()
 def frontier(
-    name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
+    name: SearchName,
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Write the HTML report to this file.")] = None,
-    uri: Uri = STORE,
+    uri: Store = DEFAULT_STORE,
 ) -> None:
     """Show a search's frontier and winners, as recorded in MLflow."""
     from search.cli import console
@@ -137,22 +135,22 @@ def frontier(
 
         html.write_text(page(result))
     if as_json:
-        print(json.dumps(result.to_json(), indent=2))
+        print_json(result.to_json())
     else:
         console.show_result(result, html)
-    _end(result)
+    _fail_without_winners(result)
 
 
 @app.command()
 def compress(
-    spec: Spec,
+    spec: SpecFile,
     method: Annotated[str, typer.Option(help="A method, uniform, or a chain such as practise+alds.")],
     budget: Annotated[str, typer.Option(help="The name of one of the spec's budgets.")],
     out: Annotated[Path, typer.Option(help="The folder to write the compressed model to.")],
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, for a knob that is not to have its default.")
     ] = None,
-    address: Address = None,
+    address: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress once: one method or chain, one budget, no search. Knobs have their defaults unless told otherwise."""
@@ -164,25 +162,24 @@ def compress(
     with console.bars(hidden=as_json) as report:
         figures = run(
             settings,
-            lambda made: _nearby(made, settings, address),
+            lambda made: _inline_or_ray(made, settings, address),
             method="+".join(re.findall(r"[\w-]+", method)),
             budget=budget,
             out=out,
             report=report,
-            knobs=_pairs(knob or []),
+            knobs=_parse_knobs(knob or []),
         )
-    print(json.dumps(figures, indent=2)) if as_json else console.show_figures(figures)
+    print_json(figures) if as_json else console.show_figures(figures)
     if figures["exceeded"]:
-        typer.echo(f"paredown: the model is over its limits of {', '.join(figures['exceeded'])}", err=True)
-        raise typer.Exit(NOTHING_FITS)
+        fail(f"the model is over its limits of {', '.join(figures['exceeded'])}", NOTHING_FITS)
 
 
 @app.command()
 def promote(
-    name: Annotated[str, typer.Argument(help="The search's name.", show_default=False)],
+    name: SearchName,
     budget: Annotated[str, typer.Argument(help="The budget whose winner is meant.", show_default=False)],
     alias: Annotated[str, typer.Option(help="The alias to point at it.")] = "production",
-    uri: Uri = STORE,
+    uri: Store = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Point an alias of the registered model at the winner of a budget."""
@@ -190,7 +187,7 @@ def promote(
 
     found = run(uri, name, budget, alias)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
     else:
         before = found["previous_version"]
         was = f", which was version {before}" if before else ""
@@ -204,8 +201,8 @@ def measure(
     ],
     device: Annotated[str, typer.Option(help="A device of the spec, the one it was searched for, or cpu-N.")],
     spec: Annotated[Path | None, typer.Option(help="The spec that names the device.")] = None,
-    address: Address = None,
-    uri: Uri = STORE,
+    address: RayAddress = None,
+    uri: Store = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a saved model the way a search does."""
@@ -213,15 +210,15 @@ def measure(
     from search.devices.measure import measure as run
 
     found = run(model, device, spec=spec, address=address, uri=uri)
-    print(json.dumps(found, indent=2)) if as_json else console.show_measured(found)
+    print_json(found) if as_json else console.show_measured(found)
 
 
 jobs.add(app)
 serve.add(app)
 
 
-def _pairs(given: list[str]) -> dict[str, str]:
-    """NAME=VALUE as a mapping."""
+def _parse_knobs(given: list[str]) -> dict[str, str]:
+    """Read each NAME=VALUE."""
     from search.base import SpecError
 
     wrong = [pair for pair in given if not re.fullmatch(r"[^=]+=[^=]+", pair)]
@@ -233,12 +230,12 @@ def _pairs(given: list[str]) -> dict[str, str]:
     return dict(pair.split("=") for pair in given)
 
 
-def _end(result: SearchResult) -> None:
-    """Exits where a budget has no winner: with 1 and the first error where every trial failed, else with 3."""
+def _fail_without_winners(result: SearchResult) -> None:
+    """Exit if a budget has no winner: with 1 and the first error if every trial failed, else with 3."""
     empty = [budget.name for budget in result.budgets if budget.winner is None]
     if empty and result.candidates and all(one.state == "failed" for one in result.candidates):
         error = (result.candidates[0].error or "no reason on record").partition("\n")[0]
-        _stop(
+        fail(
             f"all {len(result.candidates)} trials failed, the first with {error}; expected compressed networks; "
             "see the trials' runs in MLflow for where it happened",
             FAILED,
@@ -251,56 +248,13 @@ def _end(result: SearchResult) -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line; errors a user can mend end in one paragraph and no traceback."""
+    """Run the command line; an error that a user can mend ends it in one paragraph and no traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(standalone_mode=True)
     except Exception as error:
-        if _is_told(error):
-            _stop(str(error), WRONG_INPUT)
-        code = _exit_code(error)
+        code = exit_code(error)
         if code is None:
             raise
-        _stop(_message(error), code)
+        fail(reason_for(error), code)
     raise SystemExit(0)
-
-
-def _is_told(error: Exception) -> bool:
-    """Whether this is wrong input in our own words; to find that out imports nothing that takes seconds."""
-    from cluster import ClusterError
-    from search.base import SearchError
-
-    return isinstance(error, SearchError | ClusterError)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """What any other error that a user can mend ends with; None for a fault of ours."""
-    from methods.base import Infeasible, MethodError
-    from search.driver.compress import CompressionFailed
-    from search.record.store import is_store_fault
-
-    if isinstance(error, Infeasible):
-        return NOTHING_FITS
-    if isinstance(error, CompressionFailed | FloatingPointError) or is_store_fault(error):
-        return FAILED
-    is_file = isinstance(error, OSError) and error.filename is not None
-    return WRONG_INPUT if is_file or isinstance(error, MethodError) else None
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
-    from search.base import masked
-    from search.record.store import is_store_fault
-
-    if is_store_fault(error):
-        return (
-            f"the MLflow store failed: {masked(str(error))}; expected one that stays as it is while a search runs; "
-            "every finished trial is kept: mend the store, and the same command goes on"
-        )
-    return str(error)
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"paredown: {message}", err=True)
-    raise SystemExit(code)

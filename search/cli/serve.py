@@ -16,21 +16,23 @@ from urllib.parse import urlsplit
 
 import typer
 
-from search.base import SearchError
+from search.base import DEFAULT_STORE, DEFAULT_STUDIES, SearchError
+from search.cli.options import Store
+from search.service.metadata import STUDIES_VARIABLE
 
 if TYPE_CHECKING:
     from search.service.app import Settings
-    from search.service.guard import Door
-    from search.service.watching import Place
+    from search.service.guard import Access
+    from search.service.watching import Backends
 
 LEAST_TOKEN = 16
-VARIABLE = "PAREDOWN_TOKEN"
+TOKEN_VARIABLE = "PAREDOWN_TOKEN"
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Of the service's process: who asks over HTTP is told that a server is away, and does not wait for minutes."""
+"""Added to the service's process, so that a caller learns in seconds, not minutes, that the MLflow server is away."""
 
 
 Head = Annotated[
@@ -38,15 +40,14 @@ Head = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="What to listen on; anything but this machine alone needs a token.")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
-Uri = Annotated[str, typer.Option(help="The MLflow store.", envvar="PAREDOWN_URI")]
-Studies = Annotated[str, typer.Option(help="Optuna's journal file or database.", envvar="PAREDOWN_STUDIES")]
+Studies = Annotated[str, typer.Option(help="Optuna's journal file or database.", envvar=STUDIES_VARIABLE)]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="zoo, torchvision, or a factory pkg.mod:fn, which specs may name; the first two unless given."),
 ]
 Root = Annotated[Path | None, typer.Option(help="The folder whose files specs may name; without it, none.")]
 TokenFile = Annotated[
-    Path | None, typer.Option(help=f"The token's file, made where there is none; ${VARIABLE} goes before it.")
+    Path | None, typer.Option(help=f"The token's file, made where there is none; ${TOKEN_VARIABLE} goes before it.")
 ]
 Searches = Annotated[
     int, typer.Option(min=1, help="How many may run at once; each takes about 1 GB of this machine's memory.")
@@ -54,7 +55,7 @@ Searches = Annotated[
 
 
 def add(app: typer.Typer) -> None:
-    """Makes the command the app's own."""
+    """Add the command to the app."""
     app.command()(serve)
 
 
@@ -62,8 +63,8 @@ def serve(
     address: Head = "auto",
     host: Host = "127.0.0.1",
     port: Port = 8700,
-    uri: Uri = "sqlite:///paredown.db",
-    studies: Studies = "paredown.studies",
+    uri: Store = DEFAULT_STORE,
+    studies: Studies = DEFAULT_STUDIES,
     allow: Allow = None,
     root: Root = None,
     token_file: TokenFile = None,
@@ -72,72 +73,72 @@ def serve(
     """Serve searches over HTTP, with a page: submit, watch, stop. Runs on the head node of the cluster."""
     if address == "auto":
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads this once, when it is imported
-    from search.service.admission import SOURCES, Rules
+    from search.service.admission import SOURCES, AdmissionRules
     from search.service.app import Settings
-    from search.service.watching import Place
+    from search.service.watching import Backends
 
-    door = _door(token_file, host)
-    rules = Rules(tuple(allow or SOURCES), None if root is None else root.resolve())
-    place = Place("", _absolute(uri), _absolute(studies))
-    _check_stores(place)
-    _run(Settings(place, rules, door, searches=searches), address, host, port)
+    access = _access(token_file, host)
+    rules = AdmissionRules(tuple(allow or SOURCES), None if root is None else root.resolve())
+    backends = Backends("", _absolute_store(uri), _absolute_store(studies))
+    _check_stores(backends)
+    _serve_until_signal(Settings(backends, rules, access, searches=searches), address, host, port)
 
 
-def _run(settings: Settings, address: str, host: str, port: int) -> None:
-    """Serves until Ctrl-C or a signal; the settings' address of jobs and links become those of this Ray."""
+def _serve_until_signal(settings: Settings, address: str, host: str, port: int) -> None:
+    """Serve until Ctrl-C or a signal, with the job address and the links of this Ray in the settings."""
     from cluster.serve import connected, serving
     from search.service import app
 
     logging.getLogger("search").setLevel(logging.INFO)
-    _end_alike()
+    _end_on_signals()
     with suppress(KeyboardInterrupt), connected(address) as dashboard:
-        place = replace(settings.place, jobs=dashboard)
-        build = partial(app.app, replace(settings, place=place, links=_links(place.uri, dashboard, host)))
+        backends = replace(settings.backends, jobs=dashboard)
+        build = partial(app.app, replace(settings, backends=backends, links=_page_links(backends.uri, dashboard, host)))
         with serving(build, name="paredown", host=host, port=port, environment=ENVIRONMENT) as url:
-            _end_alike()  # Ray has taken SIGTERM
-            needs = "behind its token" if settings.door.digest else "for this machine alone"
-            typer.echo(f"Paredown is at {url}, {needs}; it records in {place.uri}. Ctrl-C ends it.")
+            _end_on_signals()  # Ray has taken SIGTERM
+            needs = "behind its token" if settings.access.digest else "for this machine alone"
+            typer.echo(f"Paredown is at {url}, {needs}; it records in {backends.uri}. Ctrl-C ends it.")
             known = f"RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={dashboard}"
             typer.echo(f"In another terminal: export {known}, then paredown list, paredown logs ID")
             signal.pause()
 
 
-def _end_alike() -> None:
-    """Has SIGTERM and a closed terminal end the command as Ctrl-C does, with all that it started."""
+def _end_on_signals() -> None:
+    """Make SIGTERM and a closed terminal end the command as Ctrl-C does, with all that it started."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
             signal.signal(number, signal.default_int_handler)
 
 
-def _door(token_file: Path | None, host: str) -> Door:
-    """Whom to let in.
+def _access(token_file: Path | None, host: str) -> Access:
+    """Return the access to the service: by the token if there is one, else for this machine alone.
 
     Raises:
         SearchError: others can reach the host, and there is no token.
     """
-    from search.service.guard import LOOPBACK, Door, digest_of
+    from search.service.guard import LOOPBACK, Access, digest_of
 
-    token = token_of(token_file)
+    token = read_token(token_file)
     if token is None and host not in LOOPBACK:
         raise SearchError(
             f"--host is {host!r} and there is no token; expected one, since others can reach this address; "
-            f"give --token-file, or set {VARIABLE}"
+            f"give --token-file, or set {TOKEN_VARIABLE}"
         )
-    return Door(None if token is None else digest_of(token))
+    return Access(None if token is None else digest_of(token))
 
 
-def _check_stores(place: Place) -> None:
-    """Refuses stores that no job can use, before anything is started."""
+def _check_stores(backends: Backends) -> None:
+    """Refuse stores that no job can use, before anything is started."""
     from search.record.store import check_store, sqlite_path
     from search.service.submit import check_secrets
 
-    check_secrets(place.uri, place.studies)
-    if sqlite_path(place.uri) is not None:
-        check_store(place.uri)
+    check_secrets(backends.uri, backends.studies)
+    if sqlite_path(backends.uri) is not None:
+        check_store(backends.uri)
 
 
-def _links(uri: str, dashboard: str, host: str) -> dict[str, str]:
-    """Where a person finds the rest; without what is on loopback, where others can reach the service."""
+def _page_links(uri: str, dashboard: str, host: str) -> dict[str, str]:
+    """Return the page's links to MLflow and Ray, those on loopback only if nobody else can reach the service."""
     from search.service.guard import LOOPBACK
 
     links = {"MLflow": uri} if uri.startswith(("http://", "https://")) else {}
@@ -145,17 +146,17 @@ def _links(uri: str, dashboard: str, host: str) -> dict[str, str]:
     return {name: url for name, url in links.items() if host in LOOPBACK or urlsplit(url).hostname not in LOOPBACK}
 
 
-def token_of(file: Path | None) -> bytes | None:
-    """The token, where there is one; what this process starts inherits no copy.
+def read_token(file: Path | None) -> bytes | None:
+    """Return the token, if there is one, and take it out of the environment, so that no child inherits it.
 
     Raises:
         SearchError: it is too short, or others can read its file.
     """
-    given = os.environ.pop(VARIABLE, None)
-    source = f"${VARIABLE}"
+    given = os.environ.pop(TOKEN_VARIABLE, None)
+    source = f"${TOKEN_VARIABLE}"
     if given is None and file is not None:
         source = str(file)
-        given = _kept(file)
+        given = _read_or_make_token(file)
     if given is None:
         return None
     if len(given.strip()) < LEAST_TOKEN or not given.isascii():
@@ -166,8 +167,8 @@ def token_of(file: Path | None) -> bytes | None:
     return given.strip().encode()
 
 
-def _kept(file: Path) -> str:
-    """The token in the file, which is made where there is none."""
+def _read_or_make_token(file: Path) -> str:
+    """Return the token in the file, and make the file first if it is missing."""
     from cluster.token import write_once
 
     write_once(file, secrets.token_urlsafe())
@@ -177,8 +178,8 @@ def _kept(file: Path) -> str:
     return file.read_text()
 
 
-def _absolute(place: str) -> str:
-    """A store or a journal file by its whole path: the service runs in another folder."""
+def _absolute_store(place: str) -> str:
+    """Return a store or a journal file by its whole path, since the service runs in another folder."""
     if place.startswith("sqlite:///"):
         return f"sqlite:///{Path(place.removeprefix('sqlite:///')).resolve()}"
     return place if "://" in place else str(Path(place).resolve())

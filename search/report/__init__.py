@@ -1,4 +1,4 @@
-"""What was found, as tables, charts and one HTML file.
+"""The results of a search as tables, charts and one HTML file.
 
 Read `html` first, then `figures` (charts), `plans` (a plan as bars) and `costs` (numbers for people).
 """

@@ -1,4 +1,4 @@
-"""Costs as a person reads them: a model's beside the teacher's and the limits it was held to, and what trials took.
+"""Costs as a person reads them: a model's beside the teacher's and its budget's limits, and the effort of trials.
 
 The report and the terminal show the same rows.
 """
@@ -24,10 +24,10 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One cost of a winner beside the teacher's own and the limit; None is what was not measured or is not limited.
+class CostRow:
+    """One cost of a winner beside the teacher's own and the limit; None stands for not measured and for no limit.
 
-    `noise` is how far the median lay above the fastest call, as a share, where that was too far.
+    `noise` is the share by which the median lay above the fastest call, given only if that was too far.
     """
 
     cost: str
@@ -40,25 +40,25 @@ class Row:
     @property
     def share(self) -> float | None:
         """The value as a share of the teacher's."""
-        return self._of_teacher(self.value)
+        return self._share_of_teacher(self.value)
 
     @property
     def limit_share(self) -> float | None:
         """The limit as a share of the teacher's."""
-        return self._of_teacher(self.limit)
+        return self._share_of_teacher(self.limit)
 
     @property
     def is_inside(self) -> bool:
         """Whether the value was measured and meets the limit, if there is one."""
         return self.value is not None and (self.limit is None or self.value <= self.limit)
 
-    def _of_teacher(self, value: float | None) -> float | None:
+    def _share_of_teacher(self, value: float | None) -> float | None:
         return value / self.teacher if value is not None and self.teacher else None
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What some trials took: how many they were, how many ended in which way, and seconds of devices.
+    """The effort of some trials: their number, how many ended in each way, and seconds of devices.
 
     `reused` trials had the plan and the recipe of another one, and trained nothing. `stopped_s` went to trials that
     were stopped early.
@@ -75,7 +75,7 @@ class Effort:
 
 
 def effort(candidates: Sequence[Candidate]) -> Effort:
-    """What these candidates' trials took."""
+    """Sum up the effort of these candidates' trials."""
     states = [candidate.state for candidate in candidates]
     return Effort(
         trials=len(states),
@@ -90,7 +90,7 @@ def effort(candidates: Sequence[Candidate]) -> Effort:
 
 
 def name(cost: str, devices: Mapping[str, Mapping[str, Any]]) -> str:
-    """A cost's name, that of a predicted latency saying so.
+    """The name of a cost, which says of a predicted latency that it is one.
 
     >>> name("macs", {}), name("latency_ms/nano", {"nano": {"is_predicted": True}})
     ('MACs', 'predicted latency on nano')
@@ -118,15 +118,15 @@ def shown(cost: str, value: float | None) -> str:
     return {"size_bytes": size, "top1_drop": lost}.get(cost, count)(value)
 
 
-def rows(result: SearchResult, budget: BudgetResult) -> dict[str, Row]:
-    """Every cost that a table of winners has, by name; where a budget has no winner, its limits alone."""
-    return {cost: _row(result, budget, cost) for cost in columns(result)}
+def rows(result: SearchResult, budget: BudgetResult) -> dict[str, CostRow]:
+    """Every cost that a table of winners has, by name; a budget without a winner has no values in them."""
+    return {cost: _cost_row(result, budget, cost) for cost in columns(result)}
 
 
 def columns(result: SearchResult) -> list[str]:
-    """The costs of winners: counted ones, size, the latency on each device, and what is lost of top-1.
+    """The costs of winners: counted ones, size, the latency on each device, and the loss of top-1.
 
-    Expected MACs are one where a winner is gated or a budget limits them.
+    Expected MACs are among them only if a winner is gated or a budget limits them.
     """
     limited = {cost: None for budget in result.budgets for cost in budget.limits}
     is_gated = any(budget.winner and budget.winner.macs_expected is not None for budget in result.budgets)
@@ -136,23 +136,24 @@ def columns(result: SearchResult) -> list[str]:
 
 
 def latencies(result: SearchResult) -> list[str]:
-    """The devices' latencies that were measured or predicted, as costs."""
+    """The latencies that were measured or predicted, as names of costs."""
     found = [result.teacher.latency_ms, *(candidate.latency_ms for candidate in result.complete())]
     return list(dict.fromkeys(latency_on(device) for latency_ms in found for device in latency_ms))
 
 
-def _row(result: SearchResult, budget: BudgetResult, cost: str) -> Row:
+def _cost_row(result: SearchResult, budget: BudgetResult, cost: str) -> CostRow:
     best = budget.winner
-    row = Row(cost, name(cost, result.devices), teacher=of_teacher(result, cost, best), limit=budget.limits.get(cost))
+    teacher, limit = of_teacher(result, cost, best), budget.limits.get(cost)
+    row = CostRow(cost, name(cost, result.devices), teacher=teacher, limit=limit)
     if best is None:
         return row
-    value = _lost(result, best) if cost == TOP1_DROP else best.costs.get(cost)
+    value = _top1_drop(result, best) if cost == TOP1_DROP else best.costs.get(cost)
     timing = best.timings.get(device_of(cost) or "")
     return replace(row, value=value, noise=None if timing is None else timing.noise)
 
 
 def of_teacher(result: SearchResult, cost: str, best: Candidate | None = None) -> float | None:
-    """What the teacher costs; a search without its reference latency has the one that was measured beside `best`."""
+    """The teacher's cost; a search without its reference latency has the one that was measured beside `best`."""
     if cost == TOP1_DROP:
         return None
     timing = None if best is None else best.timings.get(device_of(cost) or "")
@@ -160,7 +161,7 @@ def of_teacher(result: SearchResult, cost: str, best: Candidate | None = None) -
     return result.teacher.costs.get(cost, beside)
 
 
-def _lost(result: SearchResult, best: Candidate) -> float:
-    """What the winner lost of top-1, also where the search did not record it."""
+def _top1_drop(result: SearchResult, best: Candidate) -> float:
+    """The winner's loss of top-1, also if the search did not record it."""
     assert best.top1 is not None
     return result.teacher.top1_validation - best.top1.validation if best.top1.drop is None else best.top1.drop

@@ -25,16 +25,16 @@ LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "a
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "hexagon", "cross", "triangle-down")
 
 # The width of a label's letter in percent of a narrow chart's width.
-LETTER = 2.2
+LETTER_PERCENT = 2.2
 
-# A budget's line in the history; dashes let a line below show through where two budgets have the same winner.
+# A budget's line in the history; dashes let a line below show through if two budgets have the same winner.
 STEP_COLOURS = 5
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """How one method is drawn, in charts and in legends: a colour of the style sheet and a plotly symbol."""
+    """The look of one method in charts and legends: a colour of the style sheet and a plotly symbol."""
 
     label: str
     colour: str
@@ -72,22 +72,22 @@ def figure(result: SearchResult, axis: str, marks: Mapping[str, Mark]) -> dict[s
     whole = result.teacher.costs[axis]
     strong = {point["run_id"] for point in best}
     steps = [(100 * point[axis] / whole, 100 * point["top1_validation"]) for point in best]
-    placed = _placed(result.complete(), axis)
+    placed = _measured_on(result.complete(), axis)
     edge = max([100.0] + [100 * candidate.costs[axis] / whole for candidate in placed])
     traces = [_step_line([*steps, (max(100.0, steps[-1][0]), steps[-1][1])])]
     for method, mark in marks.items():
         found = [candidate for candidate in placed if candidate.method == method]
         for is_strong in (False, True):
             drawn = [candidate for candidate in found if (candidate.run_id in strong) == is_strong]
-            traces.append(_dots(result, axis, drawn, mark, is_strong=is_strong))
+            traces.append(_method_trace(result, axis, drawn, mark, is_strong=is_strong))
     return {
-        "data": [*traces, _rings(result, axis), _teacher_star(result)],
-        "layout": _layout(result, axis, edge),
+        "data": [*traces, _winner_rings(result, axis), _teacher_star(result)],
+        "layout": _frontier_layout(result, axis, edge),
     }
 
 
 def history_figures(result: SearchResult) -> dict[str, dict[str, Any]]:
-    """How hypervolume over MACs, and the best top-1 within each budget, grew with the device time spent."""
+    """Two figures over the device time spent: the hypervolume over MACs, and the best top-1 within each budget."""
     moments = history(result)
     scale, unit = _time_scale(moments[-1].device_s if moments else 0.0)
     spent = [moment.device_s / scale for moment in moments]
@@ -97,9 +97,9 @@ def history_figures(result: SearchResult) -> dict[str, dict[str, Any]]:
         style = {"color": f"--step-{place % STEP_COLOURS}", "dash": DASHES[place % len(DASHES)]}
         best = [100 * moment.best[budget.name] if budget.name in moment.best else None for moment in moments]
         if any(top1 is not None for top1 in best):
-            lines.append(_growth(spent, best, style) | {"name": escape(budget.name)})
+            lines.append(_growth_line(spent, best, style) | {"name": escape(budget.name)})
     title = f"device time, {unit}"
-    volume = _growth(spent, volumes, {"color": "--accent"}) | {"hovertemplate": "%{y:.4f}<extra></extra>"}
+    volume = _growth_line(spent, volumes, {"color": "--accent"}) | {"hovertemplate": "%{y:.4f}<extra></extra>"}
     return {
         "hypervolume": {"data": [volume], "layout": _growth_layout(title, "")},
         "best": {"data": lines, "layout": _growth_layout(title, " %") | {"showlegend": True}},
@@ -114,7 +114,7 @@ def _time_scale(device_s: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def _growth(spent: Sequence[float], values: Sequence[float | None], style: Mapping[str, str]) -> dict[str, Any]:
+def _growth_line(spent: Sequence[float], values: Sequence[float | None], style: Mapping[str, str]) -> dict[str, Any]:
     line = {"shape": "hv", "width": 2, **style}
     return {"x": list(spent), "y": list(values), "mode": "lines", "line": line} | {
         "hovertemplate": "%{fullData.name}: %{y:.1f} %<extra></extra>"
@@ -124,7 +124,7 @@ def _growth(spent: Sequence[float], values: Sequence[float | None], style: Mappi
 def _growth_layout(title: str, suffix: str) -> dict[str, Any]:
     axes = {"gridcolor": "--line", "zeroline": False}
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "--ink", "size": 12}}
-    return _look() | {
+    return _shared_layout() | {
         "xaxis": {**axes, "rangemode": "tozero", "title": {"text": title, "standoff": 12}},
         "yaxis": {**axes, "ticksuffix": suffix},
         "legend": legend,
@@ -133,26 +133,26 @@ def _growth_layout(title: str, suffix: str) -> dict[str, Any]:
     }
 
 
-def _placed(candidates: Sequence[Candidate], axis: str) -> list[Candidate]:
-    """Those with a cost on `axis`."""
+def _measured_on(candidates: Sequence[Candidate], axis: str) -> list[Candidate]:
+    """The candidates with a cost on `axis`."""
     return [candidate for candidate in candidates if axis in candidate.costs]
 
 
-def _dots(
+def _method_trace(
     result: SearchResult, axis: str, drawn: Sequence[Candidate], mark: Mark, *, is_strong: bool
 ) -> dict[str, Any]:
     outline = {"color": "--surface", "width": 1.5 if is_strong else 0}
     return {
-        **_places(result, axis, drawn),
+        **_coordinates(result, axis, drawn),
         "mode": "markers",
         "marker": {"symbol": mark.symbol, "size": 12 if is_strong else 8, "color": mark.colour, "line": outline},
         "opacity": 1 if is_strong else 0.38,
         "hoverinfo": "text",
-        "hovertext": [_hover(result, candidate) for candidate in drawn],
+        "hovertext": [_hover_text(result, candidate) for candidate in drawn],
     }
 
 
-def _places(result: SearchResult, axis: str, drawn: Sequence[Candidate]) -> dict[str, Any]:
+def _coordinates(result: SearchResult, axis: str, drawn: Sequence[Candidate]) -> dict[str, Any]:
     whole = result.teacher.costs[axis]
     return {
         "x": [100 * candidate.costs[axis] / whole for candidate in drawn],
@@ -170,10 +170,10 @@ def _step_line(steps: Sequence[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def _rings(result: SearchResult, axis: str) -> dict[str, Any]:
-    winners = _placed([budget.winner for budget in result.budgets if budget.winner], axis)
+def _winner_rings(result: SearchResult, axis: str) -> dict[str, Any]:
+    winners = _measured_on([budget.winner for budget in result.budgets if budget.winner], axis)
     ring = {"symbol": "circle-open", "size": 21, "color": "--accent", "line": {"width": 2}}
-    return {**_places(result, axis, winners), "mode": "markers", "marker": ring, "hoverinfo": "skip"}
+    return {**_coordinates(result, axis, winners), "mode": "markers", "marker": ring, "hoverinfo": "skip"}
 
 
 def _teacher_star(result: SearchResult) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _teacher_star(result: SearchResult) -> dict[str, Any]:
         "<b>Teacher</b>",
         f"top-1 {percent(teacher.top1_validation)}",
         f"{count(teacher.macs)} MACs · {count(teacher.params)} params",
-        *_times(result, teacher),
+        *_latency_lines(result, teacher),
     ]
     return {
         "x": [100],
@@ -194,8 +194,8 @@ def _teacher_star(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _hover(result: SearchResult, candidate: Candidate) -> str:
-    """What a point says of itself. Plotly reads tags in it, so the texts of users are escaped."""
+def _hover_text(result: SearchResult, candidate: Candidate) -> str:
+    """The text of a point under the pointer. Plotly reads tags in it, so the texts of users are escaped."""
     assert candidate.top1 is not None
     expected = "" if candidate.macs_expected is None else f" (expected {count(candidate.macs_expected)})"
     lines = [
@@ -207,10 +207,10 @@ def _hover(result: SearchResult, candidate: Candidate) -> str:
         f"MACs {count(candidate.macs)}, {percent((candidate.macs or 0) / result.teacher.macs)}{expected}",
         f"params {count(candidate.params)}, {percent((candidate.params or 0) / result.teacher.params)}",
     ]
-    return "<br>".join([*lines, *_times(result, candidate)])
+    return "<br>".join([*lines, *_latency_lines(result, candidate)])
 
 
-def _times(result: SearchResult, one: Teacher | Candidate) -> list[str]:
+def _latency_lines(result: SearchResult, one: Teacher | Candidate) -> list[str]:
     """One line of hover text per device: the median, and whether it was predicted or noisy."""
     lines = []
     for device, times in one.latency_ms.items():
@@ -222,13 +222,13 @@ def _times(result: SearchResult, one: Teacher | Candidate) -> list[str]:
     return lines
 
 
-def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
+def _frontier_layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
     whole = result.teacher.costs[axis]
     axes = {"gridcolor": "--line", "zeroline": False, "ticksuffix": " %", "fixedrange": False}
     predicted = " (predicted)" if is_predicted(device_of(axis) or "", result.devices) else ""
     title = {"text": f"share of the teacher's {shown(axis, whole)}{predicted}", "standoff": 12}
     rows = _limit_rows(result, axis, edge)
-    return _look() | {
+    return _shared_layout() | {
         "xaxis": {**axes, "range": [0, 1.04 * edge], "title": title},
         "yaxis": axes,
         "shapes": [
@@ -246,8 +246,8 @@ def _layout(result: SearchResult, axis: str, edge: float) -> dict[str, Any]:
     }
 
 
-def _look() -> dict[str, Any]:
-    """What every chart's layout shares."""
+def _shared_layout() -> dict[str, Any]:
+    """The part of the layout that all charts share."""
     return {
         "font": {"family": "--font", "size": 12, "color": "--muted"},
         "hoverlabel": {"bgcolor": "--surface", "bordercolor": "--line", "align": "left"}
@@ -271,7 +271,7 @@ def _limit_rows(result: SearchResult, axis: str, edge: float) -> list[tuple[floa
     rows: list[tuple[float, str, int]] = []
     for x, names in sorted(named.items()):
         text = ", ".join(names)
-        half = LETTER * edge / 100 / 2 * (len(text) + 1)
+        half = LETTER_PERCENT * edge / 100 / 2 * (len(text) + 1)
         row = next(row for row in range(len(ends) + 1) if ends.get(row, -math.inf) <= x - half)
         ends[row] = x + half
         rows.append((x, text, row))

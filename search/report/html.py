@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from search.frontier import volume
 from search.limits import device_of, latency_on
 from search.report import costs
-from search.report.costs import Row
+from search.report.costs import CostRow
 from search.report.figures import TEACHER_MARK, figure, history_figures, method_marks
 from search.report.plans import plan_view
 from search.results import BudgetResult, SearchResult
@@ -47,7 +47,7 @@ def html(result: SearchResult) -> str:
     environment = Environment(loader=PackageLoader("search.report"), autoescape=True, undefined=StrictUndefined)
     filters = (percent, points, lost, count, size, duration, milliseconds, knobs)
     environment.filters |= {function.__name__: function for function in filters} | {"quoted": json.dumps}
-    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value), "title": _title}
+    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value), "title": _capitalised}
     winners = [budget.winner for budget in result.budgets if budget.winner]
     marks = method_marks([candidate.method for candidate in [*result.candidates, *winners]])
     charts = _charts(result)
@@ -59,7 +59,7 @@ def html(result: SearchResult) -> str:
         marks=marks,
         teacher_mark=TEACHER_MARK,
         charts=charts,
-        **_tables(result),
+        **_template_values(result),
         figures=_script_json(drawn),
         plotly=Markup(get_plotlyjs()),
     )
@@ -73,8 +73,8 @@ def _charts(result: SearchResult) -> list[Chart]:
     ]
 
 
-def _tables(result: SearchResult) -> dict[str, Any]:
-    """What the template lays out beside the charts, by the names it has there."""
+def _template_values(result: SearchResult) -> dict[str, Any]:
+    """The values that the template lays out beside the charts, by their names there."""
     columns = [cost for cost in costs.columns(result) if cost != "top1_drop"]
     timed = [device for cost in columns if (device := device_of(cost)) is not None]
     others = [device for device in timed if device not in result.devices]
@@ -83,28 +83,28 @@ def _tables(result: SearchResult) -> dict[str, Any]:
     plans = {budget.name: budget.winner.plan for budget in result.budgets if budget.winner and budget.winner.plan}
     return {
         "headlines": [headline(result, budget) for budget in result.budgets],
-        "reasons": _reasons(result),
+        "reasons": _reasons_without_winner(result),
         "registered": [budget for budget in result.budgets if budget.model_uri],
         "plans": {name: plan_view(plan, result.teacher) for name, plan in plans.items()},
-        "rows": {budget.name: costs.rows(result, budget) for budget in result.budgets},
-        "meters": {budget.name: _meters(result, budget) for budget in result.budgets},
-        "columns": {cost: costs.name(cost, result.devices) for cost in columns},
-        "whole": {cost: costs.of_teacher(result, cost) for cost in columns},
+        "cost_rows": {budget.name: costs.rows(result, budget) for budget in result.budgets},
+        "tile_rows": {budget.name: _tile_rows(result, budget) for budget in result.budgets},
+        "cost_names": {cost: costs.name(cost, result.devices) for cost in columns},
+        "teacher_costs": {cost: costs.of_teacher(result, cost) for cost in columns},
         "effort": costs.effort(result.candidates),
         "efforts": {name: costs.effort(candidates) for name, candidates in own.items()},
-        "importance": {name: _ranked(shares) for name, shares in result.importance.items() if shares},
-        "wins": _wins(result),
-        "trials": _in_order(result),
-        "origins": {candidate.run_id: candidate for candidate in result.candidates},
-        "failures": _failures(result),
+        "importance": {name: _ranked_knobs(shares) for name, shares in result.importance.items() if shares},
+        "budgets_won": _budgets_by_winner(result),
+        "trials": _ordered_candidates(result),
+        "trial_of_run": {candidate.run_id: candidate for candidate in result.candidates},
+        "failures": _candidates_by_failure(result),
         "has_expected": "macs_expected" in result.axes,
         "devices": {device: facts | dict(result.devices.get(device, {})) for device in [*result.devices, *others]},
-        "timed": {device: latency_on(device) for device in timed},
+        "latency_costs": {device: latency_on(device) for device in timed},
     }
 
 
-def _title(text: str) -> str:
-    """`text` with its first letter large, where it is not a name of its own."""
+def _capitalised(text: str) -> str:
+    """`text` with its first letter large."""
     return text[:1].upper() + text[1:]
 
 
@@ -120,16 +120,16 @@ def headline(result: SearchResult, budget: BudgetResult) -> str:
     shares = [f"{percent(row.share)} {row.name}" for row in limited if row.cost != "top1_drop"]
     assert best.top1_validation is not None
     change = points(best.top1_validation - result.teacher.top1_validation)
-    return f"{budget.name}: {_listed(shares)} at {change}" if shares else f"{budget.name}: {change}"
+    return f"{budget.name}: {_sentence_list(shares)} at {change}" if shares else f"{budget.name}: {change}"
 
 
-def _listed(parts: Sequence[str]) -> str:
+def _sentence_list(parts: Sequence[str]) -> str:
     """The parts as a sentence lists them: commas, and a last 'and'."""
     return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
-def _meters(result: SearchResult, budget: BudgetResult) -> list[Row]:
-    """The costs a budget's tile shows: limited ones, MACs and params, expected MACs of a gated winner, one latency."""
+def _tile_rows(result: SearchResult, budget: BudgetResult) -> list[CostRow]:
+    """The costs in a budget's tile: limited ones, MACs and params, expected MACs of a gated winner, one latency."""
     rows = {cost: row for cost, row in costs.rows(result, budget).items() if cost != "top1_drop"}
     always = {"macs", "params"} | ({"macs_expected"} if budget.winner and budget.winner.macs_expected else set())
     latencies = [row for row in rows.values() if device_of(row.cost) is not None]
@@ -138,37 +138,37 @@ def _meters(result: SearchResult, budget: BudgetResult) -> list[Row]:
     return [row for row in rows.values() if row.limit is not None or row.cost in always]
 
 
-def _ranked(shares: Mapping[str, float]) -> dict[str, float]:
+def _ranked_knobs(shares: Mapping[str, float]) -> dict[str, float]:
     """The knobs that decided anything, the most important first."""
     return {name: share for name, share in sorted(shares.items(), key=lambda one: -one[1]) if share >= LEAST_SHARE}
 
 
-def _in_order(result: SearchResult) -> list[Candidate]:
+def _ordered_candidates(result: SearchResult) -> list[Candidate]:
     """All candidates, budget by budget as the spec lists them, then by trial."""
     order = {budget.name: index for index, budget in enumerate(result.budgets)}
     return sorted(result.candidates, key=lambda c: (order.get(c.budget, len(order)), c.trial, c.run_id))
 
 
-def _reasons(result: SearchResult) -> dict[str, list[str]]:
-    """Per budget why methods have no plan, each naming its least reachable cost, and what the first such trial told."""
+def _reasons_without_winner(result: SearchResult) -> dict[str, list[str]]:
+    """Per budget the reasons why methods have no plan, each with its least reachable cost; else the first trial's."""
     reasons = {budget.name: list(result.unreachable.get(budget.name, {}).values()) for budget in result.budgets}
-    for candidate in _in_order(result):
+    for candidate in _ordered_candidates(result):
         if candidate.state == "infeasible" and candidate.error and not reasons[candidate.budget]:
             reasons[candidate.budget].append(candidate.error)
     return reasons
 
 
-def _failures(result: SearchResult) -> dict[str, list[Candidate]]:
+def _candidates_by_failure(result: SearchResult) -> dict[str, list[Candidate]]:
     """The failed and infeasible candidates by message, because many trials often end with the same one."""
     failures: dict[str, list[Candidate]] = {}
-    for candidate in _in_order(result):
+    for candidate in _ordered_candidates(result):
         if candidate.state in ("failed", "infeasible"):
             failures.setdefault(candidate.error or "no message was recorded", []).append(candidate)
     return failures
 
 
-def _wins(result: SearchResult) -> dict[str, list[str]]:
-    """The names of the budgets each winning run won."""
+def _budgets_by_winner(result: SearchResult) -> dict[str, list[str]]:
+    """The names of the budgets that each winning run won."""
     wins: dict[str, list[str]] = {}
     for budget in result.budgets:
         if budget.winner:

@@ -1,4 +1,4 @@
-"""A plan as bars and tables."""
+"""The plan of a winner or of a link of a chain, as bars and tables for the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from search.units import percent, plain
 
 @dataclass(frozen=True)
 class Bar:
-    """What a plan keeps of one channel group."""
+    """The width that a plan keeps of one channel group."""
 
     name: str
     kept: int
@@ -25,7 +25,7 @@ class Bar:
 class PlanView:
     """A plan made ready to be shown: bars for widths, tables for rows of equal shape, facts for the rest.
 
-    `cost` says what the network costs after it, where it is a link of a chain.
+    `cost` is the network's cost after it, given only for a link of a chain.
     """
 
     title: str
@@ -47,7 +47,7 @@ def plan_view(plan: Mapping[str, Any], teacher: Teacher) -> PlanView:
     links: list[PlanView] = []
     for name, value in plan.get("choices", {}).items():
         rows = value if isinstance(value, list) and value else []
-        records = _records(name, value)
+        records = _to_records(name, value)
         if rows and all(_is_width(row) for row in rows):
             bars += [Bar(*row[:3]) for row in rows]
         elif records and all("choices" in record for record in records):
@@ -73,7 +73,7 @@ def _is_width(row: object) -> bool:
     return isinstance(row[1], int) and isinstance(row[2], int) and 0 <= row[1] <= row[2] and row[2] > 0
 
 
-def _records(name: str, value: object) -> list[dict[str, Any]]:
+def _to_records(name: str, value: object) -> list[dict[str, Any]]:
     """`value` as rows with named columns: a list of mappings, a mapping of mappings or of equally long lists."""
     if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
         return [{name: key, **row} for key, row in value.items()]

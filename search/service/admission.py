@@ -1,7 +1,7 @@
-"""Which specs the HTTP service takes: those that name nothing but what its operator allowed.
+"""Admit the specs that name nothing but code and files that the operator of the HTTP service allowed.
 
-Who may submit over HTTP need not be trusted as far as who runs a command: a factory is code, a path is a file of this
-machine, and YAML can be a bomb. What is judged here is also what runs: the spec is written out anew from what was read.
+A caller over HTTP need not be trusted as far as a user of the command: a factory is code, a path is a file of this
+machine, and YAML can be a bomb. The judged spec is also the one that runs: it is written out anew from the parsed one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from search.spec.schema import DataSpec
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
 SOURCES = ("zoo", "torchvision")
-"""What `model.source` may be where the operator says nothing else."""
+"""The values of `model.source` that are allowed unless the operator names others."""
 
 DEEPEST = 16
 MOST_EVENTS = 20_000
@@ -34,8 +34,8 @@ FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a spec may name: the sources and factories `allowed`, and files inside the folder `root`, if there is one.
+class AdmissionRules:
+    """The names that a spec may use: sources and factories in `allowed`, and files inside `root`, if that is given.
 
     Raises:
         SpecError: something allowed is neither a source nor `pkg.mod:fn`, or the root is no folder.
@@ -55,29 +55,29 @@ class Rules:
             raise SpecError(f"--root is {str(self.root)!r}; expected a folder; create it, or name another")
 
 
-def admitted(body: bytes, media: str, rules: Rules) -> SearchSpec:
-    """The spec in a request's body; its `text` is the document that is to run.
+def admit(body: bytes, media: str, rules: AdmissionRules) -> SearchSpec:
+    """Read and judge the spec in a request's body; its `text` is the document to run.
 
     Raises:
-        Refused: 415 for what is neither YAML nor JSON, 400 where it cannot be read, 422 where it is no spec, 403 where
-            it names what is not allowed; all mistakes of a kind are told at once.
+        Refused: 415 if the body is neither YAML nor JSON, 400 if it cannot be read, 422 if it is no spec, 403 if it
+            uses a name that is not allowed; all mistakes of a kind are reported at once.
     """
-    raw = _document(_text(body, media))
-    spec = _parsed(raw)
-    refusals = [*_foreign_code(spec, rules.allowed), *_not_for_specs(raw), *_too_many(spec)]
-    paths = _paths(spec)
+    raw = _read_mapping(_decode_body(body, media))
+    spec = _parse_spec(raw)
+    refusals = [*_code_refusals(spec, rules.allowed), *_operator_refusals(raw), *_worker_refusals(spec)]
+    paths = _named_paths(spec)
     for place, path in paths.items():
         try:
-            _put(raw, place, str(_inside(path, rules.root)))
+            _set_at(raw, place, str(_resolve_inside(path, rules.root)))
         except ValueError as error:
             refusals.append(f"{place} is {path!r}: {error}")
     if refusals:
         raise Refused(403, "; ".join(refusals) + "; leave it out, or ask the operator of this service to allow it")
-    return _parsed(raw)
+    return _parse_spec(raw)
 
 
-def _text(body: bytes, media: str) -> str:
-    """The body as one YAML document."""
+def _decode_body(body: bytes, media: str) -> str:
+    """Decode the body as one YAML document."""
     kind = media.partition(";")[0].strip().lower()
     if kind not in (*JSON, *YAML):
         raise Refused(
@@ -85,7 +85,9 @@ def _text(body: bytes, media: str) -> str:
         )
     try:
         text = body.decode()
-        return _written(json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)) if kind in JSON else text
+        if kind in YAML:
+            return text
+        return _to_yaml(json.loads(text, object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant))
     except UnicodeDecodeError as error:
         raise Refused(400, f"byte {error.start} is no UTF-8; expected a spec as UTF-8 text; encode it so") from error
     except (ValueError, RecursionError) as error:
@@ -94,7 +96,7 @@ def _text(body: bytes, media: str) -> str:
         ) from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -102,16 +104,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse(constant: str) -> Any:
+def _refuse_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is no number")
 
 
-def _written(document: object) -> str:
+def _to_yaml(document: object) -> str:
     return yaml.safe_dump(document, sort_keys=False)
 
 
-def _document(text: str) -> dict[Any, Any]:
-    """The mapping in a YAML text that is no larger, when read, than it looks."""
+def _read_mapping(text: str) -> dict[Any, Any]:
+    """Read the mapping in a YAML text, unless it would be larger, when read, than it looks."""
     try:
         _check_plain(text)
         raw, mistakes = read(text)
@@ -125,7 +127,7 @@ def _document(text: str) -> dict[Any, Any]:
 
 
 def _check_plain(text: str) -> None:
-    """Refuses what makes YAML dear to read: anchors, tags, deep nesting, and very many or very long values."""
+    """Refuse YAML that is dear to read: anchors, tags, deep nesting, and very many or very long values."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         line = event.start_mark.line + 1 if event.start_mark else 0
@@ -140,21 +142,22 @@ def _check_plain(text: str) -> None:
             )
 
 
-def _parsed(raw: dict[Any, Any]) -> SearchSpec:
+def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
     try:
-        return parse(_written(raw), folder=Path("/"))
+        return parse(_to_yaml(raw), folder=Path("/"))
     except SpecError as error:
         raise Refused(422, str(error)) from error
 
 
-def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
-    """What the spec would run that is not allowed."""
+def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
+    """A reason for each function or source of the spec that is not allowed."""
     named = {} if spec.metric == "top1" else {"metric": spec.metric}
     if spec.model.source in (*SOURCES, "mlflow"):
         named["model.source"] = spec.model.source
     else:
         named["model.name"] = spec.model.name
-    named |= {f"{place}.name": data.name or "" for place, data in _data(spec).items() if data.source == "factory"}
+    sections = _data_sections(spec).items()
+    named |= {f"{place}.name": data.name or "" for place, data in sections if data.source == "factory"}
     sources = [one for one in allowed if one in SOURCES]
     functions = [one for one in allowed if one not in SOURCES]
     expected = {place: sources if place == "model.source" else functions for place in named}
@@ -165,28 +168,28 @@ def _foreign_code(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     ]
 
 
-def _not_for_specs(raw: Mapping[str, Any]) -> list[str]:
-    """What only the operator decides: where searches run and where they are recorded."""
+def _operator_refusals(raw: Mapping[str, Any]) -> list[str]:
+    """A reason for each key that only the operator decides: the place and the record of searches."""
     given = ["tracking"] if raw.get("tracking") else []
     given += ["cluster.address"] if "address" in (raw.get("cluster") or {}) else []
     return [f"{place} is set by the service; expected a spec without it" for place in given]
 
 
-def _too_many(spec: SearchSpec) -> list[str]:
-    """Workers that one request may not ask for."""
+def _worker_refusals(spec: SearchSpec) -> list[str]:
+    """A reason if one request asks for too many workers."""
     most = spec.cluster.max_parallel
     if most == "auto" or most <= MOST_PARALLEL:
         return []
     return [f"cluster.max_parallel is {most}; expected {MOST_PARALLEL:,} at most, or auto"]
 
 
-def _data(spec: SearchSpec) -> dict[str, DataSpec]:
+def _data_sections(spec: SearchSpec) -> dict[str, DataSpec]:
     return {"data": spec.data} | ({"recovery.data": spec.recovery.data} if spec.recovery.data else {})
 
 
-def _paths(spec: SearchSpec) -> dict[str, str]:
+def _named_paths(spec: SearchSpec) -> dict[str, str]:
     """Every file and folder that the spec names, by its place."""
-    found = {f"{place}.root": data.root for place, data in _data(spec).items()}
+    found = {f"{place}.root": data.root for place, data in _data_sections(spec).items()}
     found |= {f"devices.{name}.file": device.file for name, device in spec.devices.items()}
     weights = spec.model.weights
     is_enum = spec.model.source == "torchvision" and re.fullmatch(r"\w+(\.\w+)?", weights or "") is not None
@@ -195,8 +198,8 @@ def _paths(spec: SearchSpec) -> dict[str, str]:
     return {place: path for place, path in found.items() if path is not None}
 
 
-def _inside(path: str, root: Path | None) -> Path:
-    """The file itself, links followed.
+def _resolve_inside(path: str, root: Path | None) -> Path:
+    """Resolve a path to the file itself, through all links.
 
     Raises:
         ValueError: it does not lie in `root`, or holds pickles.
@@ -216,8 +219,8 @@ def _inside(path: str, root: Path | None) -> Path:
     return found
 
 
-def _put(raw: dict[Any, Any], place: str, value: str) -> None:
-    """Sets what stands at a dotted place."""
+def _set_at(raw: dict[Any, Any], place: str, value: str) -> None:
+    """Set the value at a dotted place."""
     *parents, last = place.split(".")
     for name in parents:
         raw = raw[name]

@@ -1,8 +1,8 @@
 """The HTTP service: searches submitted, watched and stopped over HTTP, a page for people, OpenAPI for programs.
 
-It keeps no state: a search's id is that of its Ray job, and what it found is in MLflow. `app` builds it, and
-`cluster.serve` runs it. `search.service.guard` stands before it, and `search.service.admission` judges what is
-submitted.
+It keeps no state: a search's id is that of its Ray job, and its results are in MLflow. `app` builds it, and
+`cluster.serve` runs it. `search.service.guard` stands before it, and `search.service.admission` judges submitted
+specs.
 """
 
 from __future__ import annotations
@@ -37,43 +37,43 @@ from search.report import html
 from search.report.figures import LABELS, SYMBOLS
 from search.results import SearchResult
 from search.service import watching
-from search.service.admission import JSON, YAML, Rules, admitted
-from search.service.guard import LARGEST_BYTES, Door, Guard, Refused
+from search.service.admission import JSON, YAML, AdmissionRules, admit
+from search.service.guard import LARGEST_BYTES, Access, Guard, Refused
 from search.service.submit import submit
-from search.service.watching import Place, View
+from search.service.watching import Backends, View
 from search.spec import SearchSpec
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 
 log = logging.getLogger(__name__)
 
 BODY_S = 30.0
-"""How long a client may take to send a spec."""
-AGAIN = "submit the spec to the service again"
-"""How to go on with a search that was stopped, for its log."""
+"""Seconds that a client may take to send a spec."""
+RESUME_HINT = "submit the spec to the service again"
+"""The way to resume a stopped search, for its log."""
 MOST_WATCHERS = 64
 REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-scripts allow-downloads"
 )
-"""The report holds its own script and style; in a sandbox it is no page of this service, whatever a spec put in it."""
+"""The report holds its own script and style; in a sandbox no text of a spec makes it a page of this service."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the service is started with.
+    """The settings that the service is started with.
 
-    `links` are those that the page shows, a name to an address; `searches` is how many may run at once.
+    `links` are those on the page, from a name to an address; `searches` is the number that may run at once.
     """
 
-    place: Place
-    rules: Rules = field(default_factory=Rules)
-    door: Door = field(default_factory=Door)
+    backends: Backends
+    rules: AdmissionRules = field(default_factory=AdmissionRules)
+    access: Access = field(default_factory=Access)
     links: dict[str, str] = field(default_factory=dict)
     searches: int = 4
 
 
 class Submitted(BaseModel):
-    """A search that was taken on."""
+    """A search that was submitted."""
 
     id: str
     name: str
@@ -86,24 +86,24 @@ class Searches(BaseModel):
 
 
 class Told(BaseModel):
-    """What was wrong, what was expected, and what to do."""
+    """The reason for a refusal: the mistake, the expectation, and the way to mend it."""
 
     error: str
 
 
 def app(settings: Settings) -> ASGIApp:
-    """The whole service behind its door, as an ASGI app."""
+    """Build the whole service behind its guard, as an ASGI app."""
     inner = FastAPI(title="Paredown", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
-    _searches(inner, settings)
-    _results(inner, settings.place)
-    _pages(inner, settings)
-    _refusals(inner, settings.place.uri)
-    inner.openapi = lambda: _openapi(inner, needs_token=settings.door.digest is not None)  # type: ignore[method-assign]
-    return Guard(inner, settings.door)
+    _add_search_routes(inner, settings)
+    _add_result_routes(inner, settings.backends)
+    _add_pages(inner, settings)
+    _add_error_answers(inner, settings.backends.uri)
+    inner.openapi = lambda: _openapi(inner, needs_token=settings.access.digest is not None)  # type: ignore[method-assign]
+    return Guard(inner, settings.access)
 
 
-def _refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of an operation that are no success, for its description."""
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the answers of an operation that refuse it."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Told"}}}
     described = {"description": "Refused", "content": content}
     return dict.fromkeys((*statuses, 401, 403, 413, 421, 422, 429, 503), described)
@@ -127,46 +127,46 @@ EVENT = {
 }
 
 
-def _searches(inner: FastAPI, settings: Settings) -> None:
-    """Submitting, listing, looking at and stopping."""
-    place = settings.place
+def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
+    """Add the operations that submit, list, show and stop searches."""
+    backends = settings.backends
     submitting: set[str] = set()
 
-    @inner.post("/searches", status_code=202, responses=_refused(400, 408, 409, 415), openapi_extra=BODY)
+    @inner.post("/searches", status_code=202, responses=_refusals(400, 408, 409, 415), openapi_extra=BODY)
     async def submit_search(request: Request) -> Submitted:
-        """Submit a spec; the search runs as a job of the cluster. Submitting a spec again goes on with its search."""
-        body = await _body(request)
+        """Submit a spec; the search runs as a job of the cluster. Submitting a spec again resumes its search."""
+        body = await _read_body(request)
         kind = request.headers.get("content-type", "")
-        spec = await run_in_threadpool(admitted, body, kind, settings.rules)
-        running = await run_in_threadpool(watching.running, place)
+        spec = await run_in_threadpool(admit, body, kind, settings.rules)
+        running = await run_in_threadpool(watching.running_names, backends)
         _check_room(spec.name, running | submitting, settings.searches)
         submitting.add(spec.name)  # at once, since the cluster knows of it only after a while
         try:
-            return await run_in_threadpool(_submitted, spec, place)
+            return await run_in_threadpool(_submit_spec, spec, backends)
         finally:
             submitting.remove(spec.name)
 
-    @inner.get("/searches", responses=_refused())
+    @inner.get("/searches", responses=_refusals())
     def list_searches() -> Searches:
-        """All searches of the cluster, the latest first, without what they found."""
-        return Searches(searches=[watching.in_short(job) for job in watching.ours(place)])
+        """All searches of the cluster, the latest first, without their results."""
+        return Searches(searches=[watching.summary(job) for job in watching.all_searches(backends)])
 
-    @inner.get("/searches/{id}", responses=_refused(404))
+    @inner.get("/searches/{id}", responses=_refusals(404))
     def show_search(id: str) -> View:
-        """How far a search is: its phase, trials, the best of each budget so far, and the seconds spent."""
-        return watching.look(watching.found(place, id), place.uri).view
+        """The progress of a search: its phase, trials, the best of each budget so far, and the seconds spent."""
+        return watching.take_snapshot(watching.find_job(backends, id), backends.uri).view
 
-    @inner.delete("/searches/{id}", responses=_refused(404))
+    @inner.delete("/searches/{id}", responses=_refusals(404))
     def stop_search(id: str) -> View:
-        """Stop a search; every finished trial is kept, and submitting its spec again goes on with it."""
-        job = watching.found(place, id)
+        """Stop a search; every finished trial is kept, and submitting its spec again resumes it."""
+        job = watching.find_job(backends, id)
         if not job.is_over:
-            job = watching.jobs(place.jobs).stop(job.id)
-        return watching.look(job, place.uri).view
+            job = watching.jobs_at(backends.jobs).stop(job.id)
+        return watching.take_snapshot(job, backends.uri).view
 
 
-async def _body(request: Request) -> bytes:
-    """The whole body, of a client that does not dawdle."""
+async def _read_body(request: Request) -> bytes:
+    """Read the whole body, and refuse a client that is too slow."""
     try:
         async with asyncio.timeout(BODY_S):
             return await request.body()
@@ -174,48 +174,50 @@ async def _body(request: Request) -> bytes:
         raise Refused(408, f"the body took more than {BODY_S:g} s; expected a spec at once; send it again") from error
 
 
-def _submitted(spec: SearchSpec, place: Place) -> Submitted:
-    """Submits a spec that was admitted; its folder is gone once the cluster has a copy."""
-    check_model(tracked(spec, place.uri, None))
+def _submit_spec(spec: SearchSpec, backends: Backends) -> Submitted:
+    """Submit an admitted spec; its folder is gone once the cluster has a copy."""
+    check_model(with_stores(spec, backends.uri, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{spec.name}.yaml")
         path.write_text(spec.text)
-        job = submit(watching.jobs(place.jobs), path, uri=place.uri, studies=place.studies, again=AGAIN)
+        job = submit(
+            watching.jobs_at(backends.jobs), path, uri=backends.uri, studies=backends.studies, again=RESUME_HINT
+        )
     log.info("submitted %s", job.id)
     return Submitted(id=job.id, name=spec.name)
 
 
 def _check_room(name: str, running: set[str], most: int) -> None:
-    """Refuses a second search of a name, and more than `most` in all."""
+    """Refuse a second search of a name, and more than `most` in all."""
     if name in running:
         raise Refused(409, f"search {name!r} is running; expected one at a time of a name; wait, stop it, or rename it")
     if len(running) >= most:
         raise Refused(429, f"{len(running)} searches run; expected fewer than {most}; wait for one, or stop one")
 
 
-def _results(inner: FastAPI, place: Place) -> None:
-    """What a search found, once or as it goes."""
+def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
+    """Add the operations that give the results of a search, once or as they come."""
     watchers = 0
-    looks = watching.Looks(place)
+    snapshots = watching.Snapshots(backends)
 
-    @inner.get("/searches/{id}/frontier", responses=_refused(404))
+    @inner.get("/searches/{id}/frontier", responses=_refusals(404))
     def show_frontier(id: str) -> dict[str, Any]:
         """The frontier and the winners so far, with the keys of `paredown frontier --json`."""
-        return _record(watching.found(place, id), place).to_json()
+        return _recorded_result(watching.find_job(backends, id), backends).to_json()
 
-    @inner.get("/searches/{id}/report", response_class=HTMLResponse, responses=_refused(404))
+    @inner.get("/searches/{id}/report", response_class=HTMLResponse, responses=_refusals(404))
     def show_report(id: str) -> HTMLResponse:
         """The report so far: one page that can be kept and opens anywhere."""
-        page = html.html(_record(watching.found(place, id), place))
+        page = html.html(_recorded_result(watching.find_job(backends, id), backends))
         headers = {"content-security-policy": REPORT_POLICY, "cross-origin-opener-policy": "unsafe-none"}
         return HTMLResponse(page, headers=headers)
 
     stream = {"content": {"text/event-stream": {"schema": EVENT}}}
 
-    @inner.get("/searches/{id}/events", response_class=StreamingResponse, responses={200: stream, **_refused(404)})
+    @inner.get("/searches/{id}/events", response_class=StreamingResponse, responses={200: stream, **_refusals(404)})
     async def watch_search(id: str) -> StreamingResponse:
         """Server-sent events: `progress` (a search as above), `points` (new candidates), `trouble`, at last `end`."""
-        await run_in_threadpool(watching.found, place, id)
+        await run_in_threadpool(watching.find_job, backends, id)
         if watchers >= MOST_WATCHERS:
             raise Refused(429, f"{watchers} streams are open; expected fewer than {MOST_WATCHERS}; close one")
         return StreamingResponse(counted(id), media_type="text/event-stream")
@@ -224,29 +226,29 @@ def _results(inner: FastAPI, place: Place) -> None:
         nonlocal watchers
         watchers += 1
         try:
-            async for event in watching.events(looks, id):
+            async for event in watching.events(snapshots, id):
                 yield event
         finally:
             watchers -= 1
 
 
-def _record(job: Job, place: Place) -> SearchResult:
-    """The record of a job's search.
+def _recorded_result(job: Job, backends: Backends) -> SearchResult:
+    """Read the result of a job's search from its record.
 
     Raises:
         Refused: there is none yet.
     """
     name = watching.name_of(job)
-    found = watching.recorded(place.uri, lambda: find_search(place.uri, name))
-    if found is None:
+    record = watching.find_recorded(backends.uri, lambda: find_search(backends.uri, name))
+    if record is None:
         raise Refused(
             404, f"search {job.id!r} has found nothing yet; expected its teacher's figures first; try again later"
         )
-    return found.read.result()
+    return record.read.result()
 
 
-def _pages(inner: FastAPI, settings: Settings) -> None:
-    """What people see: the page, its style and script, and the description of the operations."""
+def _add_pages(inner: FastAPI, settings: Settings) -> None:
+    """Add the pages for people: the page with its style and script, and the description of the operations."""
     rooms = ChoiceLoader([PackageLoader("search.service"), PackageLoader("search.report")])
     templates = Environment(loader=rooms, autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("page.html").render(links=settings.links, methods=LABELS, symbols=SYMBOLS)
@@ -266,50 +268,50 @@ def _pages(inner: FastAPI, settings: Settings) -> None:
 
     for name in ("page.js", "chart.js"):
         script = templates.get_template(name).render()
-        inner.add_api_route(f"/{name}", _script(script), include_in_schema=False)
+        inner.add_api_route(f"/{name}", _script_route(script), include_in_schema=False)
 
 
-def _script(text: str) -> Any:
+def _script_route(text: str) -> Any:
     def show_script() -> Response:
         return Response(text, media_type="text/javascript")
 
     return show_script
 
 
-def _refusals(inner: FastAPI, uri: str) -> None:
-    """Makes every error an answer with a reason."""
+def _add_error_answers(inner: FastAPI, uri: str) -> None:
+    """Turn every error into an answer with a reason."""
 
-    def told(status: int, reason: str, headers: Any = None) -> Response:
+    def answer(status: int, reason: str, headers: Any = None) -> Response:
         # ASCII throughout: a reason may quote a character that UTF-8 cannot hold
         return Response(json.dumps({"error": reason}), status, headers, media_type="application/json")
 
     def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
-        return told(error.status, error.reason, dict(error.headers))
+        return answer(error.status, error.reason, dict(error.headers))
 
     def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         reason = f"{request.method} {request.url.path[:200]}: {error.detail}; expected an operation that /docs lists"
-        return told(error.status_code, f"{reason}; correct the method or the path", error.headers)
+        return answer(error.status_code, f"{reason}; correct the method or the path", error.headers)
 
     def away(request: Request, error: Exception) -> Response:
-        log.warning("%s %s: %s", request.method, request.url.path, watching.reason(error, uri))
-        return told(503, watching.reason(error, uri))
+        log.warning("%s %s: %s", request.method, request.url.path, watching.outage_reason(error, uri))
+        return answer(503, watching.outage_reason(error, uri))
 
     inner.add_exception_handler(Refused, refused)
     inner.add_exception_handler(HTTPException, unknown)
-    inner.add_exception_handler(RequestValidationError, lambda request, error: told(422, str(error)))
-    inner.add_exception_handler(SearchError, lambda request, error: told(409, masked(str(error))))
-    inner.add_exception_handler(ClientDisconnect, lambda request, error: told(400, "the client went away"))
+    inner.add_exception_handler(RequestValidationError, lambda request, error: answer(422, str(error)))
+    inner.add_exception_handler(SearchError, lambda request, error: answer(409, masked(str(error))))
+    inner.add_exception_handler(ClientDisconnect, lambda request, error: answer(400, "the client went away"))
     for kind in (ClusterError, TrackingError, *FAULTS):
         inner.add_exception_handler(kind, away)
     inner.add_exception_handler(
-        Exception, lambda request, error: told(500, "a fault of the service; see its log, and tell its operator")
+        Exception, lambda request, error: answer(500, "a fault of the service; see its log, and tell its operator")
     )
 
 
 def _openapi(inner: FastAPI, *, needs_token: bool) -> dict[str, Any]:
-    """The OpenAPI document, with the spec's own schema, and the token where one is needed."""
+    """Build the OpenAPI document, with the spec's own schema, and the token if one is needed."""
     if inner.openapi_schema is None:
         made = get_openapi(title=inner.title, version=inner.version, description=__doc__, routes=inner.routes)
         spec = SearchSpec.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")

@@ -1,7 +1,7 @@
-"""The door of the HTTP service: who may call it, from where, how often, and with how much.
+"""The guard of the HTTP service: it checks the token, the origin, the rate and the size of every call.
 
-`Guard` stands before the app and lets through what is granted; everything else gets a 4xx with a reason, before the app
-sees it. It keeps nothing but how much each of the latest clients has called.
+`Guard` stands before the app and passes granted calls on; every other call gets a 4xx with a reason, before the app
+sees it. It remembers nothing but the rates of the latest clients.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BYTES = 2**18
-"""Of a request's body: a hundred times a spec, and YAML that can be read in less than a second."""
+"""The largest body of a request: a hundred specs, and as much YAML as is read in less than a second."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN = ("/", "/docs", "/openapi.json", "/style.css", "/page.js", "/chart.js")
-"""What needs no token: the page and the description of the service, which are the same for everyone."""
-SAFE = ("GET", "HEAD", "OPTIONS")
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/style.css", "/page.js", "/chart.js")
+"""The paths that need no token: the page and the description of the service, which are the same for everyone."""
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 CALLS_PER_S = 20.0
 BURST = 100.0
 CHANGE_COSTS = 10.0
-"""As many calls as one that changes something counts for."""
+"""The number of plain calls that one call counts for if it changes something."""
 MOST_CLIENTS = 4096
 
 PAGE_POLICY = (
@@ -58,11 +58,11 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Door:
-    """Whom the service lets in.
+class Access:
+    """The rules by which the service answers a call.
 
-    `digest` is that of the token (see `digest_of`), so that the token itself stays with who started the service; with
-    None no token is needed, and then only calls that were addressed to this machine itself are answered.
+    `digest` is that of the token (see `digest_of`), so that the token itself stays with its owner; with None no token
+    is needed, and then only calls that were addressed to this machine itself are answered.
     """
 
     digest: bytes | None = None
@@ -71,20 +71,20 @@ class Door:
 
 
 def digest_of(token: bytes) -> bytes:
-    """What the service knows of its token; enough to tell it, and of no use to who would call it."""
+    """The digest of a token, by which the service knows it again, and with which nobody can call the service."""
     return hashlib.sha256(token).digest()
 
 
 class Guard:
-    """An ASGI app behind a door. `clock` gives seconds."""
+    """An ASGI app that passes on to `app` the calls that `access` allows. `clock` gives seconds."""
 
-    def __init__(self, app: ASGIApp, door: Door, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, app: ASGIApp, access: Access, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
-        self._door = door
-        self._buckets = Buckets(door.calls_per_s, door.burst, clock)
+        self._access = access
+        self._buckets = Buckets(access.calls_per_s, access.burst, clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Answer one request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -92,7 +92,7 @@ class Guard:
             try:
                 self._check(scope)
             except Refused as refused:
-                await answer(refused, safely)
+                await send_refusal(refused, safely)
             else:
                 await self._app(scope, bounded(receive), safely)
         elif scope["type"] == "websocket":
@@ -100,20 +100,20 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        is_safe = scope["method"] in SAFE
+        is_safe = scope["method"] in SAFE_METHODS
         client = (scope.get("client") or ("unknown",))[0]
         wait_s = self._buckets.take(client, 1.0 if is_safe else CHANGE_COSTS)
         if wait_s > 0:
             raise Refused(
                 429,
-                f"{client} calls too often; expected {self._door.calls_per_s:g} calls a second, where one that changes "
-                f"something counts as {CHANGE_COSTS:g}; wait {wait_s:.1f} s",
+                f"{client} calls too often; expected {self._access.calls_per_s:g} calls a second, where one that "
+                f"changes something counts as {CHANGE_COSTS:g}; wait {wait_s:.1f} s",
                 {"retry-after": str(int(wait_s) + 1)},
             )
-        if self._door.digest is None:
+        if self._access.digest is None:
             _check_local(headers, is_safe=is_safe)
-        elif scope["path"] not in OPEN:
-            _check_token(headers, self._door.digest)
+        elif scope["path"] not in OPEN_PATHS:
+            _check_token(headers, self._access.digest)
         if (length := headers.get("content-length", "0")) and not (length.isdecimal() and len(length) < 16):
             raise Refused(400, f"content-length is {length[:40]!r}; expected a number of bytes; correct it")
         if int(length or 0) > LARGEST_BYTES:
@@ -121,7 +121,7 @@ class Guard:
 
 
 def _check_token(headers: Headers, digest: bytes) -> None:
-    """Refuses a call that does not bring the one token; how long that takes tells nothing of it."""
+    """Refuse a call without the one token; the time that the check takes tells nothing of the token."""
     given = headers.getlist("authorization")
     kind, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     is_right = hmac.compare_digest(digest_of(token.strip().encode("latin-1")), digest)
@@ -136,12 +136,12 @@ def _check_token(headers: Headers, digest: bytes) -> None:
 
 
 def _check_local(headers: Headers, *, is_safe: bool) -> None:
-    """Refuses what another site's page in a browser on this machine sends: such a page knows no token, but needs none.
+    """Refuse calls of another site's page in a browser on this machine: such a page knows no token, but needs none.
 
     A name that its owner lets point to this machine is still in `Host`; a page's own address is in `Origin`.
     """
     host = headers.get("host", "")
-    if _name_of(host) not in LOOPBACK:
+    if _host_name(host) not in LOOPBACK:
         raise Refused(
             421,
             f"the request is for the host {host[:100]!r}; expected {', '.join(LOOPBACK)}; call it by one of them, or "
@@ -156,7 +156,7 @@ def _check_local(headers: Headers, *, is_safe: bool) -> None:
         )
 
 
-def _name_of(host: str) -> str | None:
+def _host_name(host: str) -> str | None:
     """The name in a `Host` header, without its port."""
     try:
         return urlsplit(f"//{host}").hostname
@@ -165,9 +165,9 @@ def _name_of(host: str) -> str | None:
 
 
 class Buckets:
-    """How often each client may call: `rate` times a second, and `burst` times at once.
+    """The remaining calls of each client, which may call `rate` times a second, and `burst` times at once.
 
-    Those of the `MOST_CLIENTS` that called last are remembered; `clock` gives seconds.
+    Only the `MOST_CLIENTS` that called last are remembered; `clock` gives seconds.
     """
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
@@ -177,11 +177,11 @@ class Buckets:
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many clients are remembered."""
+        """The number of remembered clients."""
         return len(self._levels)
 
     def take(self, client: str, cost: float) -> float:
-        """0 where the client may call now; else how many seconds to wait, and nothing is taken."""
+        """Take `cost` calls from the client and return 0, or take none and return the seconds to wait."""
         now = self._clock()
         level, then = self._levels.pop(client, (self._burst, now))
         level = min(self._burst, level + (now - then) * self._rate)
@@ -193,7 +193,7 @@ class Buckets:
 
 
 def bounded(receive: Receive) -> Receive:
-    """`receive`, which raises `Refused` once a body is larger than it may be, whatever its header said."""
+    """Make `receive` raise `Refused` once a body is too large, also against its header."""
     seen = 0
 
     async def receive_bounded() -> Message:
@@ -216,8 +216,8 @@ def _too_large() -> Refused:
     )
 
 
-async def answer(refused: Refused, send: Send) -> None:
-    """Sends the refusal."""
+async def send_refusal(refused: Refused, send: Send) -> None:
+    """Send the refusal as an answer."""
     body = json.dumps({"error": refused.reason}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -226,7 +226,7 @@ async def answer(refused: Refused, send: Send) -> None:
 
 
 def _with_headers(send: Send) -> Send:
-    """`send`, with the headers that keep a browser from doing more with an answer than to show it."""
+    """Make `send` add the headers that keep a browser from doing more with an answer than to show it."""
 
     async def send_safely(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,8 +1,7 @@
-"""What is looked at on the cluster's head before a search is sent there: run on it as `python -P -m
-search.service.probe`.
+"""Check the cluster's head before a search is sent there; runs on it as `python -P -m search.service.probe`.
 
-It opens the very stores the search would, and looks for the files its spec names: what is wrong is told before anything
-was submitted, not when the first trial is to be recorded.
+It opens the very stores that the search would, and looks for the files that its spec names, so that a mistake is
+reported before the search is submitted, not when its first trial is to be recorded.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from search.base import SearchError
+from search.base import WRONG_INPUT, SearchError
+from search.service.metadata import STUDIES_VARIABLE, URI_VARIABLE
 
-MARK = "paredown: "
-VARIABLE = "PAREDOWN_PROBE"
+REFUSAL_PREFIX = "paredown: "
+PROBE_VARIABLE = "PAREDOWN_PROBE"
 
 
 @dataclass(frozen=True)
-class Sought:
-    """What the head must see for search `name`: `marks` put beside stores on the submitter's disk, the spec's `files`.
+class ProbeRequest:
+    """The files that the head must see for search `name`: `marks` beside stores on the submitter's disk, and `files`.
 
-    Relative `files` are looked for in the job's folder, which is the spec's.
+    `files` are those that the spec names; relative ones lie in the job's folder, which is the spec's.
     """
 
     name: str
@@ -32,35 +32,35 @@ class Sought:
     files: Sequence[str]
 
     def to_text(self) -> str:
-        """How it travels, in the variable `VARIABLE`."""
+        """Write the request as the text of the variable `PROBE_VARIABLE`."""
         return json.dumps(asdict(self))
 
 
 def main() -> None:
-    """Looks; where something is wrong, prints what and exits with 2."""
-    sought = Sought(**json.loads(os.environ[VARIABLE]))
+    """Check the head; print a reason and exit with 2 if the search cannot run there."""
+    request = ProbeRequest(**json.loads(os.environ[PROBE_VARIABLE]))
     try:
-        check(sought, os.environ["PAREDOWN_URI"], os.environ["PAREDOWN_STUDIES"])
+        check(request, os.environ[URI_VARIABLE], os.environ[STUDIES_VARIABLE])
     except SearchError as error:
-        print(f"{MARK}{error}")
-        sys.exit(2)
+        print(f"{REFUSAL_PREFIX}{error}")
+        sys.exit(WRONG_INPUT)
 
 
-def check(sought: Sought, uri: str, studies: str) -> None:
-    """Looks for what is sought, and opens both stores.
+def check(request: ProbeRequest, uri: str, studies: str) -> None:
+    """Look for the requested files, and open both stores.
 
     Raises:
         SearchError: this machine is not the submitter's, but stores lie on that one's disk; or a file is missing; or a
             store cannot be used.
     """
-    for mark in sought.marks:
+    for mark in request.marks:
         if not Path(mark).exists():
             raise SearchError(
                 f"the cluster's head does not see the folder {Path(mark).parent}, to which a relative tracking.uri or "
                 "tracking.studies refers here; expected stores that the head can reach; give --uri of an MLflow server "
                 "and --studies of a database, or absolute paths on a disk that both share"
             )
-    for file in sought.files:
+    for file in request.files:
         if not Path(file).expanduser().exists():
             raise SearchError(
                 f"{file!r}, which the spec names, is not on the cluster's head; expected it in the spec's folder as it "
@@ -70,7 +70,7 @@ def check(sought: Sought, uri: str, studies: str) -> None:
     from search.record.store import check_artifacts, check_store
 
     check_store(uri)
-    check_artifacts(uri, sought.name)
+    check_artifacts(uri, request.name)
     try:
         storage(studies)
     except OSError as error:

@@ -1,13 +1,11 @@
-"""A search as a job on a Ray cluster: what cannot work is refused here, at once, and not by the job in minute 40.
+"""Submit a search as a job of a Ray cluster, and refuse one that cannot run there at once, not in minute 40.
 
-The job is the same `paredown search`, run on the head by the code this process has imported. What it is given, Ray logs
-and shows to every user of the cluster, so no secret is: those for the stores are the head's own.
+The job is the same `paredown search`, run on the head by the code that this process has imported. Ray logs all that a
+job is given and shows it to every user of the cluster, so no secret goes along: the head has its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import re
@@ -27,24 +25,22 @@ import search
 from cluster import ClusterError, Job, Jobs
 from cluster.jobs import INSTALL_S
 from search.base import SearchError, masked
+from search.cache import digest
 from search.record.store import sqlite_path
-from search.service.metadata import DIGEST, NAME, URI, search_of
-from search.service.probe import MARK, VARIABLE, Sought
+from search.service.metadata import DIGEST, NAME, RESUME_VARIABLE, STUDIES_VARIABLE, URI, URI_VARIABLE, search_of
+from search.service.probe import PROBE_VARIABLE, REFUSAL_PREFIX, ProbeRequest
 from search.spec import SearchSpec, load
-from search.spec.reading import tracked
+from search.spec.reading import with_stores
 
 log = logging.getLogger(__name__)
 
 PROBE_S = 300
-"""How long the head has for its answer, beside what it takes to install packages."""
-
-AGAIN = "PAREDOWN_AGAIN"
-"""The variable that tells a job by which command it was begun, so that a stopped one can say how to go on."""
+"""Seconds that the head has for its answer, besides the time to install packages."""
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Where results go, as the head is to open it; `marked` are the folders of this machine that it has to see."""
+    """The stores of results, as the head is to open them; it has to see the folders of this machine in `marked`."""
 
     uri: str
     studies: str
@@ -60,7 +56,7 @@ def submit(
     install: bool = False,
     again: str | None = None,
 ) -> Job:
-    """Submits the search of a spec, or goes on with one that was stopped: the record decides, as for `paredown search`.
+    """Submit the search of a spec; a stopped one is resumed, as the record tells, just as by `paredown search`.
 
     The spec's folder goes along, without what its .gitignore and .rayignore name.
 
@@ -68,43 +64,49 @@ def submit(
         uri: an MLflow store instead of the spec's.
         studies: Optuna's storage instead of the spec's.
         install: has Ray install this project's locked requirements on every node.
-        again: how to go on with the search where it is stopped; else the same `paredown submit`.
+        again: the way to resume the search once it is stopped; the same `paredown submit` unless given.
 
     Raises:
         SpecError: the spec is wrong.
         SearchError: it runs already, or the cluster cannot run it, or its stores or files cannot be had there.
         ClusterError: the cluster does not answer.
     """
-    settings = tracked(load(spec), uri, studies)
+    settings = with_stores(load(spec), uri, studies)
     file = spec.resolve()
-    check_secrets(settings.tracking.uri, settings.tracking.studies)
-    number = _number(jobs, settings.name)
-    _check_resources(jobs, settings)
-    places = stores(settings)
-    check_loopback(jobs.address, places)
-    packages = _requirements() if install else ()
-    environment = {"PAREDOWN_URI": places.uri, "PAREDOWN_STUDIES": places.studies, "COLUMNS": "120"}
-    id = f"{settings.name}-{number}"
-    _probe(jobs, id, file, settings, places, environment=environment, packages=packages)
-    again = again or _command(spec, {"--address": jobs.address, "--uri": uri, "--studies": studies}, install=install)
+    id, places = _id_and_stores(jobs, settings)
+    packages = _locked_requirements() if install else ()
+    environment = {URI_VARIABLE: places.uri, STUDIES_VARIABLE: places.studies, "COLUMNS": "120"}
+    _probe_head(jobs, id, file, settings, places, environment=environment, packages=packages)
+    again = again or _submit_command(spec, jobs.address, uri, studies, install=install)
     return jobs.submit(
         f'exec python -P -m search.cli search {shlex.quote(file.name)} --address "$RAY_ADDRESS"',
         id=id,
         folder=file.parent,
-        modules=_modules(),
-        environment=environment | {AGAIN: again},
+        modules=_package_folders(),
+        environment=environment | {RESUME_VARIABLE: again},
         packages=packages,
-        metadata={NAME: settings.name, DIGEST: _digest(settings), URI: places.uri},
+        metadata={NAME: settings.name, DIGEST: digest(settings.decisive()), URI: places.uri},
     )
 
 
-def _command(spec: Path, given: Mapping[str, str | None], *, install: bool) -> str:
-    """The command line that submits a spec with the options that were given."""
+def _id_and_stores(jobs: Jobs, settings: SearchSpec) -> tuple[str, Stores]:
+    """The id of a search's next job and its stores, after all checks that this machine can make."""
+    check_secrets(settings.tracking.uri, settings.tracking.studies)
+    number = _next_number(jobs, settings.name)
+    _check_resources(jobs, settings)
+    places = absolute_stores(settings)
+    check_loopback(jobs.address, places)
+    return f"{settings.name}-{number}", places
+
+
+def _submit_command(spec: Path, address: str, uri: str | None, studies: str | None, *, install: bool) -> str:
+    """The command line that submits the spec with the given options."""
+    given = {"--address": address, "--uri": uri, "--studies": studies}
     options = [word for key, value in given.items() if value for word in (key, value)]
     return shlex.join(["paredown", "submit", str(spec), *options, *(["--install"] if install else [])])
 
 
-def _number(jobs: Jobs, name: str) -> int:
+def _next_number(jobs: Jobs, name: str) -> int:
     """The number of a search's next job.
 
     Raises:
@@ -121,9 +123,9 @@ def _number(jobs: Jobs, name: str) -> int:
 
 
 def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
-    """Compares what trials and devices need with what the nodes have.
+    """Refuse a search whose trials or devices need resources that no node has.
 
-    Only trials can wait for nodes that come with demand, and only where the spec says how many at once.
+    Only trials can wait for nodes that come with demand, and only if the spec gives the number at once.
     """
     gpus, workers = settings.cluster.gpus_per_trial, settings.recovery.workers
     needed: dict[str, Mapping[str, float]] = {
@@ -132,14 +134,16 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
     needed["a trial"] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
     times = {"a trial": workers}
     nodes = jobs.nodes()
-    lacking = [what for what, wanted in needed.items() if _places(nodes, wanted) < times.get(what, 1)]
+    lacking = [what for what, wanted in needed.items() if _times_available(nodes, wanted) < times.get(what, 1)]
     if not lacking:
         return
     each = f" for each of its {workers} workers" if workers > 1 else ""
     wants = ", ".join(
-        f"{what} needs {_listed(needed[what])} of one node{each if what in times else ''}" for what in lacking
+        f"{what} needs {_resource_text(needed[what])} of one node{each if what in times else ''}" for what in lacking
     )
-    have = "; ".join(_listed({key: node[key] for key in node if not _is_of_all(key)}) or "nothing" for node in nodes)
+    have = "; ".join(
+        _resource_text({key: node[key] for key in node if not _is_on_every_node(key)}) or "nothing" for node in nodes
+    )
     message = f"{wants}, but the nodes of {jobs.address} have {have}"
     if settings.cluster.max_parallel == "auto" or lacking != ["a trial"] or not jobs.may_grow():
         raise SearchError(
@@ -149,22 +153,22 @@ def _check_resources(jobs: Jobs, settings: SearchSpec) -> None:
     log.warning("%s; expected the cluster to grow when trials ask for more", message)
 
 
-def _places(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
-    """How many times over the nodes have what is wanted, none of it split."""
+def _times_available(nodes: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
+    """The number of times that the nodes hold the wanted resources, each time on one node."""
     return sum(min(math.floor(node.get(key, 0) / amount) for key, amount in wanted.items()) for node in nodes)
 
 
-def _listed(resources: Mapping[str, float]) -> str:
+def _resource_text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _is_of_all(resource: str) -> bool:
-    """Whether Ray gives it to every node."""
+def _is_on_every_node(resource: str) -> bool:
+    """Whether Ray gives the resource to every node."""
     return ":" in resource or resource in ("memory", "object_store_memory")
 
 
-def stores(settings: SearchSpec) -> Stores:
-    """The spec's stores, those with relative paths in this process's folder."""
+def absolute_stores(settings: SearchSpec) -> Stores:
+    """The spec's stores by absolute paths; relative ones start at this process's folder."""
     uri, studies, marked = settings.tracking.uri, settings.tracking.studies, list[Path]()
     path = sqlite_path(uri)
     if path is not None and not path.is_absolute():
@@ -180,7 +184,7 @@ def stores(settings: SearchSpec) -> Stores:
 
 
 def check_secrets(uri: str, studies: str) -> None:
-    """Refuses stores whose addresses hold a password.
+    """Refuse stores whose addresses hold a password.
 
     Raises:
         SearchError: one does.
@@ -195,7 +199,7 @@ def check_secrets(uri: str, studies: str) -> None:
 
 
 def check_loopback(address: str, places: Stores) -> None:
-    """Refuses servers on this machine's loopback where the head, by its address, is another machine."""
+    """Refuse servers on this machine's loopback if the head, by its address, is another machine."""
     if _is_this_machine(urlsplit(address).hostname or ""):
         return  # or the end of a tunnel: then the head itself says what it can reach
     for key, place in (("tracking.uri", places.uri), ("tracking.studies", places.studies)):
@@ -224,7 +228,7 @@ def _is_this_machine(host: str) -> bool:
     return True
 
 
-def _requirements() -> list[str]:
+def _locked_requirements() -> list[str]:
     """The locked requirements of this project.
 
     Raises:
@@ -240,18 +244,13 @@ def _requirements() -> list[str]:
     return [line for line in lines if line]
 
 
-def _modules() -> list[Path]:
-    """The packages as this process has imported them."""
+def _package_folders() -> list[Path]:
+    """The folders of our packages, as this process has imported them."""
     return [Path(str(package.__file__)).resolve().parent for package in (cluster, search, methods)]
 
 
-def _digest(settings: SearchSpec) -> str:
-    text = json.dumps(settings.decisive(), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _named(settings: SearchSpec) -> list[str]:
-    """The files and folders that the spec names; relative ones only where they are there."""
+def _named_paths(settings: SearchSpec) -> list[str]:
+    """The files and folders that the spec names, without relative ones that do not exist."""
     other = settings.recovery.data
     places = [settings.model.weights, settings.data.root, other.root if other else None]
     places += [device.file for device in settings.devices.values()]
@@ -261,7 +260,7 @@ def _named(settings: SearchSpec) -> list[str]:
     return sorted(place for place in known if place[0] in "/~" or Path(settings.folder, place).exists())
 
 
-def _probe(
+def _probe_head(
     jobs: Jobs,
     id: str,
     file: Path,
@@ -271,7 +270,7 @@ def _probe(
     environment: Mapping[str, str],
     packages: Sequence[str],
 ) -> None:
-    """Has the head open the stores and look for the spec's files, by a job of its own before the one of that `id`.
+    """Make the head open the stores and look for the spec's files, by a job of its own before the one of that `id`.
 
     Ray keeps it in its list, where it is no search: one that is deleted as soon as it has ended comes back as failed.
 
@@ -280,32 +279,31 @@ def _probe(
     """
     check = f"check-{id}-{secrets.token_hex(4)}"
     with ExitStack() as marks:
-        sought = Sought(
-            settings.name, [marks.enter_context(mark(folder)) for folder in places.marked], _named(settings)
-        )
+        markers = [marks.enter_context(marker_file(folder)) for folder in places.marked]
+        sought = ProbeRequest(settings.name, markers, _named_paths(settings))
         patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
         jobs.submit(
             "exec python -P -m search.service.probe",
             id=check,
             folder=file.parent,
-            modules=_modules(),
-            environment={**environment, **patience, VARIABLE: sought.to_text()},
+            modules=_package_folders(),
+            environment={**environment, **patience, PROBE_VARIABLE: sought.to_text()},
             packages=packages,
         )
         try:
             job = jobs.wait(check, PROBE_S + (INSTALL_S if packages else 0))
         except BaseException:
-            with suppress(ClusterError):  # what led here is told, not this
+            with suppress(ClusterError):  # the first error is the one to report
                 jobs.stop(check)
             raise
         if job.status != "succeeded":
-            raise SearchError(_refusal(job, jobs.logs(check)))
+            raise SearchError(_probe_refusal(job, jobs.logs(check)))
 
 
-def _refusal(job: Job, log_text: str) -> str:
-    """What the head said against the search; where it never came to that, the end of what it did say."""
+def _probe_refusal(job: Job, log_text: str) -> str:
+    """The head's reason against the search; if it gave none, the last line that it printed."""
     lines = [line for line in log_text.splitlines() if line.strip() and not line.startswith("Running entrypoint")]
-    reason = "\n".join(lines).partition(MARK)[2]
+    reason = "\n".join(lines).partition(REFUSAL_PREFIX)[2]
     if reason:
         return f"on the cluster's head: {reason}"
     last = job.reason if job.exit_code is None or not lines else lines[-1]
@@ -316,8 +314,8 @@ def _refusal(job: Job, log_text: str) -> str:
 
 
 @contextmanager
-def mark(folder: Path) -> Iterator[str]:
-    """A file in a folder of this machine, by which the head shows that it sees the same folder."""
+def marker_file(folder: Path) -> Iterator[str]:
+    """Put a file into a folder of this machine for a while: a head that sees the file sees the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".paredown.{secrets.token_hex(8)}"
     path.touch()

@@ -1,6 +1,6 @@
-"""What those who watch a search over HTTP are told: how far it is, every point as it is found, and that it ended.
+"""The state of searches for callers over HTTP: the list of all, and the progress, new points and end of each.
 
-A job is Ray's and what it found is MLflow's. Nothing is kept here but the latest look at each search that is watched.
+A job is Ray's, and its results are MLflow's. This file keeps only the latest snapshot of each search that is watched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from cluster.base import ClusterError
 from cluster.jobs import Job, Jobs, Status
-from search.base import TrackingError, masked
+from search.base import NOTHING_FITS, TrackingError, masked
 from search.limits import latency_on
 from search.record.progress import Progress, so_far
 from search.record.searches import Listed, find_begun, list_searches
@@ -30,18 +30,17 @@ from search.trials import Candidate, Teacher
 T = TypeVar("T")
 
 EVERY_S = 2.0
-"""How often a watched search is looked at."""
+"""Seconds between two snapshots of a watched search."""
 HEARTBEAT_S = 15.0
-"""After so long without news a comment is sent, so that nobody on the way takes the connection for dead."""
-NOTHING_FITS = 3
-ENDED = ("done", "stopped", "failed")
-PAST = "-0"
-"""What the id of a search ends with of which the cluster knows no job, or no longer; those of jobs begin at 1."""
+"""Seconds without news before a comment is sent, so that no proxy takes the connection for dead."""
+END_PHASES = ("done", "stopped", "failed")
+PAST_SUFFIX = "-0"
+"""The end of the id of a search whose job the cluster does not know; the numbers of jobs begin at 1."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where searches are: the address of Ray's job API, the MLflow store, and Optuna's storage; no relative files."""
+class Backends:
+    """The servers behind the service: Ray's job API, the MLflow store and Optuna's storage, without relative paths."""
 
     jobs: str
     uri: str
@@ -51,7 +50,7 @@ class Place:
 class View(BaseModel):
     """A search as it stands. Times are Unix times in seconds; `best` is per budget the best model so far and its costs.
 
-    `phase` is `starting`, `running` (where no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
+    `phase` is `starting`, `running` (if no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
     `failed`.
     """
 
@@ -69,40 +68,40 @@ class View(BaseModel):
 
 
 @dataclass(frozen=True)
-class Look:
-    """A search as it was seen: how far it is, and the `points` that were found, once its teacher is measured."""
+class Snapshot:
+    """A search at one moment: its progress, and the `points` it found, which are None until its teacher is measured."""
 
     view: View
     points: Mapping[str, Any] | None
 
 
 @lru_cache(maxsize=1)
-def jobs(address: str) -> Jobs:
-    """The jobs at this address, once it has answered."""
+def jobs_at(address: str) -> Jobs:
+    """Connect to the jobs at this address, and keep the connection once it has answered."""
     return Jobs(address)
 
 
-def submitted(place: Place) -> list[Job]:
-    """The jobs of searches recorded in this store, the latest first; others are none of this service's business."""
-    found = [job for job in jobs(place.jobs).all() if search_of(job) and job.metadata.get(URI) == place.uri]
+def submitted_jobs(backends: Backends) -> list[Job]:
+    """List the jobs of searches recorded in this store, the latest first, and no others."""
+    found = [job for job in jobs_at(backends.jobs).all() if search_of(job) and job.metadata.get(URI) == backends.uri]
     return found[::-1]
 
 
-def ours(place: Place) -> list[Job]:
-    """The searches recorded in this store, the latest first; after those with a job here those of another cluster."""
-    found = submitted(place)
+def all_searches(backends: Backends) -> list[Job]:
+    """List the searches recorded in this store, the latest first: those with a job here, then those without."""
+    found = submitted_jobs(backends)
     names = {name_of(job) for job in found}
-    return found + [_past(one, place.uri) for one in list_searches(place.uri) if one.name not in names]
+    return found + [_job_of_record(one, backends.uri) for one in list_searches(backends.uri) if one.name not in names]
 
 
-def _past(one: Listed, uri: str) -> Job:
-    """A search without a job, as one that is over."""
+def _job_of_record(one: Listed, uri: str) -> Job:
+    """Make a job that is over, for a recorded search without one."""
     status = {"done": "succeeded", "stopped": "stopped"}.get(one.phase, "failed")
     left = f"its record ends at {one.phase!r}, and no job here goes on with it; submit its spec again"
     return Job(
-        id=f"{one.name}{PAST}",
+        id=f"{one.name}{PAST_SUFFIX}",
         status=cast(Status, status),
-        message="" if one.phase in ENDED else left,
+        message="" if one.phase in END_PHASES else left,
         exit_code=None,
         metadata={NAME: one.name, URI: uri},
         started=one.started,
@@ -110,18 +109,18 @@ def _past(one: Listed, uri: str) -> Job:
     )
 
 
-def running(place: Place) -> set[str]:
+def running_names(backends: Backends) -> set[str]:
     """The names of the searches that have not ended."""
-    return {name_of(job) for job in submitted(place) if not job.is_over}
+    return {name_of(job) for job in submitted_jobs(backends) if not job.is_over}
 
 
-def found(place: Place, id: str) -> Job:
-    """The job of a search.
+def find_job(backends: Backends, id: str) -> Job:
+    """Find the job of a search.
 
     Raises:
         Refused: there is none of this id.
     """
-    for job in ours(place) if id.endswith(PAST) else submitted(place):
+    for job in all_searches(backends) if id.endswith(PAST_SUFFIX) else submitted_jobs(backends):
         if job.id == id:
             return job
     raise Refused(404, f"no search {id[:100]!r} here; expected one of those that GET /searches lists; check the id")
@@ -134,8 +133,8 @@ def name_of(job: Job) -> str:
     return name
 
 
-def in_short(job: Job) -> View:
-    """What is known of a search without a look at its record."""
+def summary(job: Job) -> View:
+    """The state of a search as its job alone tells it."""
     phase = {"pending": "starting", "succeeded": "done"}.get(job.status, job.status)
     message = ""
     if job.status == "failed" and job.exit_code == NOTHING_FITS:
@@ -145,27 +144,27 @@ def in_short(job: Job) -> View:
     return View(id=job.id, name=name_of(job), phase=phase, message=message, started=job.started, ended=job.ended)
 
 
-def look(job: Job, uri: str) -> Look:
-    """How far a search is and what it found; it has ended when its job has, whatever the record of a sitting says."""
-    view, name = in_short(job), name_of(job)
-    found = recorded(uri, lambda: find_begun(uri, name))
-    if found is None:
-        return Look(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
-    trials = found.read.trials()
-    far = so_far(found, name, trials)
-    is_telling = not job.is_over and far.phase not in ENDED
-    told = view.model_copy(update=_known(far) | ({"phase": far.phase} if is_telling else {}))
-    teacher = found.search.teacher()
-    return Look(told, None if teacher is None else points(teacher, trials))
+def take_snapshot(job: Job, uri: str) -> Snapshot:
+    """Read a search's progress and points; its job decides whether it has ended, and its record does not."""
+    view, name = summary(job), name_of(job)
+    record = find_recorded(uri, lambda: find_begun(uri, name))
+    if record is None:
+        return Snapshot(view if job.is_over else view.model_copy(update={"phase": "starting"}), None)
+    trials = record.read.trials()
+    far = so_far(record, name, trials)
+    is_telling = not job.is_over and far.phase not in END_PHASES
+    told = view.model_copy(update=_progress_fields(far) | ({"phase": far.phase} if is_telling else {}))
+    teacher = record.search.teacher()
+    return Snapshot(told, None if teacher is None else points(teacher, trials))
 
 
-def _known(far: Progress) -> dict[str, Any]:
+def _progress_fields(far: Progress) -> dict[str, Any]:
     kept = ("trials", "expected", "stopped", "wall_s", "best")
     return {key: value for key, value in far.to_json().items() if key in kept}
 
 
-def recorded(uri: str, seek: Callable[[], T]) -> T | None:
-    """What `seek` finds in the store; None where it holds nothing of the search yet.
+def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
+    """Return what `seek` finds in the store, or None if that holds nothing of the search yet.
 
     Raises:
         TrackingError: the store cannot be reached.
@@ -178,45 +177,45 @@ def recorded(uri: str, seek: Callable[[], T]) -> T | None:
 
 
 def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
-    """Every candidate that was measured to the end, its costs as shares of the teacher's."""
+    """Every complete candidate, its costs as shares of the teacher's."""
     axes = ["macs", "params", *map(latency_on, teacher.latency_ms)]
     complete = [one for one in trials if one.state == "complete"]
     return {
         "teacher": teacher.top1_validation,
         "axes": axes,
-        "points": [_point(one, teacher, axes) for one in complete],
+        "points": [_point_json(one, teacher, axes) for one in complete],
     }
 
 
-def _point(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
+def _point_json(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, Any]:
     costs = {axis: one.costs[axis] / teacher.costs[axis] for axis in axes if axis in one.costs}
     named = {"run_id": one.run_id, "budget": one.budget, "trial": one.trial, "method": one.method}
     return named | {"top1": one.top1_validation, "costs": costs}
 
 
-class Looks:
-    """The latest look at each search that is watched: one every `EVERY_S` seconds, however many watch it."""
+class Snapshots:
+    """The latest snapshot of each search that is watched: one every `EVERY_S` seconds, for all its watchers."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._latest: dict[str, tuple[float, asyncio.Future[Look]]] = {}
+    def __init__(self, backends: Backends) -> None:
+        self.backends = backends
+        self._latest: dict[str, tuple[float, asyncio.Future[Snapshot]]] = {}
 
-    async def at(self, id: str) -> Look:
-        """The search as it was seen at most `EVERY_S` seconds ago, or is seen now."""
+    async def latest(self, id: str) -> Snapshot:
+        """Return a snapshot of the search that is at most `EVERY_S` seconds old, and take one if needed."""
         now = time.monotonic()
         self._latest = {key: one for key, one in self._latest.items() if now - one[0] < EVERY_S or not one[1].done()}
         if id not in self._latest:
-            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._look, id))
-        return await asyncio.shield(self._latest[id][1])  # one that hangs up ends no look of the others
+            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._take_snapshot, id))
+        return await asyncio.shield(self._latest[id][1])  # a watcher that hangs up must not cancel it for the others
 
-    def _look(self, id: str) -> Look:
-        return look(found(self.place, id), self.place.uri)
+    def _take_snapshot(self, id: str) -> Snapshot:
+        return take_snapshot(find_job(self.backends, id), self.backends.uri)
 
 
-async def events(looks: Looks, id: str) -> AsyncIterator[str]:
-    """A search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
+async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
+    """Yield a search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
 
-    `points` holds those that were not sent before. A store or a cluster that is away for a while is told as `trouble`.
+    `points` holds those that were not sent before. `trouble` reports a store or a cluster that is away for a while.
     """
     view: View | None = None
     sent: set[str] | None = None
@@ -224,21 +223,21 @@ async def events(looks: Looks, id: str) -> AsyncIterator[str]:
     now: View | None
     while True:
         try:
-            seen = await looks.at(id)
-            now, new = seen.view, _unsent(seen.points, sent)
+            seen = await snapshots.latest(id)
+            now, new = seen.view, _new_points(seen.points, sent)
         except Refused:
             return  # its job is gone from the cluster
         except (ClusterError, TrackingError, *FAULTS) as error:
-            now, new = view, {"error": reason(error, looks.place.uri)}
+            now, new = view, {"error": outage_reason(error, snapshots.backends.uri)}
         silent_s = 0.0 if now != view or new else silent_s + EVERY_S
         if now is not None and now != view:
-            yield _event("progress", now.model_dump())
+            yield _format_event("progress", now.model_dump())
         if new:
-            yield _event("trouble" if "error" in new else "points", new)
+            yield _format_event("trouble" if "error" in new else "points", new)
         if "points" in new:
             sent = (sent or set()) | {point["run_id"] for point in new["points"]}
-        if now is not None and now.phase in ENDED:
-            yield _event("end", now.model_dump())
+        if now is not None and now.phase in END_PHASES:
+            yield _format_event("end", now.model_dump())
             return
         if silent_s >= HEARTBEAT_S:
             silent_s = 0.0
@@ -247,18 +246,18 @@ async def events(looks: Looks, id: str) -> AsyncIterator[str]:
         await asyncio.sleep(EVERY_S)
 
 
-def _unsent(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
-    """The points that were not sent yet; at first also where there is none, for the axes."""
+def _new_points(known: Mapping[str, Any] | None, sent: set[str] | None) -> dict[str, Any]:
+    """The points that were not sent yet; the first time also none, since the axes go along."""
     if known is None:
         return {}
     new = [point for point in known["points"] if point["run_id"] not in (sent or ())]
     return {**known, "points": new} if new or sent is None else {}
 
 
-def reason(error: Exception, uri: str) -> str:
-    """Why the cluster or the store cannot be used now, without any password."""
+def outage_reason(error: Exception, uri: str) -> str:
+    """The reason why the cluster or the store cannot be used now, without any password."""
     return masked(str(error)) if isinstance(error, ClusterError | TrackingError) else unwritable(uri, str(error))
 
 
-def _event(kind: str, value: Mapping[str, Any]) -> str:
+def _format_event(kind: str, value: Mapping[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps(value)}\n\n"

@@ -1,4 +1,4 @@
-"""Amounts as a user writes them: `50%` of the teacher, `1.2M` of something, `12ms` or `20m` of time."""
+"""The amounts of a spec as a user writes them: `50%` of the teacher, `1.2M` MACs, `12ms` or `20m` of time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Amount:
         return self.text
 
     def of(self, teacher: int) -> int:
-        """The limit in units, where the teacher costs `teacher`; a share is rounded down."""
+        """The limit in units for a teacher that costs `teacher`; a share is rounded down."""
         if self.units is not None:
             return self.units
         assert self.share is not None
@@ -33,7 +33,7 @@ SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def amount(value: object) -> Amount:
-    """The limit that `value` of a spec says.
+    """Read a limit on a counted cost.
 
     Raises:
         ValueError: it is no amount, not positive, or more than the whole.
@@ -53,10 +53,10 @@ def amount(value: object) -> Amount:
             raise ValueError(
                 f"{text!r} is less than one unit; write {float(100 * number):g}% for a share of the teacher"
             )
-        return Amount(_plain(found[1]) + unit, units=units)
+        return Amount(_shortest(found[1]) + unit, units=units)
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Amount(_plain(found[1]) + unit, share=number / 100)
+    return Amount(_shortest(found[1]) + unit, share=number / 100)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Time:
         return self.text
 
     def of(self, teacher_ms: float) -> float:
-        """The limit in milliseconds, where the teacher takes `teacher_ms`."""
+        """The limit in milliseconds for a teacher that takes `teacher_ms`."""
         if self.ms is not None:
             return self.ms
         assert self.share is not None
@@ -79,7 +79,7 @@ class Time:
 
 
 def latency(value: object) -> Time:
-    """The limit on latency that `value` of a spec says; a number without a unit is in milliseconds.
+    """Read a limit on latency; a number without a unit is in milliseconds.
 
     Raises:
         ValueError: it is no latency, not positive, or more than the teacher's.
@@ -94,14 +94,14 @@ def latency(value: object) -> Time:
     if number <= 0:
         raise ValueError(f"{text!r} is not positive; a limit has to leave something")
     if unit != "%":
-        return Time(_plain(found[1]) + unit, ms=number * MILLISECONDS[unit])
+        return Time(_shortest(found[1]) + unit, ms=number * MILLISECONDS[unit])
     if number > 100:
         raise ValueError(f"{text!r} is more than the teacher itself; write at most 100%")
-    return Time(_plain(found[1]) + unit, share=number / 100)
+    return Time(_shortest(found[1]) + unit, share=number / 100)
 
 
 def drop(value: object) -> float:
-    """The top-1 that may be lost, as a fraction: `0.02` and `2%` are the same.
+    """Read the top-1 that may be lost, as a fraction: `0.02` and `2%` are the same.
 
     Raises:
         ValueError: it is no fraction of 1.
@@ -115,7 +115,7 @@ def drop(value: object) -> float:
 
 
 def seconds(value: object) -> float:
-    """The seconds that `value` of a spec says.
+    """Read a duration in seconds.
 
     Raises:
         ValueError: it is no duration.
@@ -126,6 +126,6 @@ def seconds(value: object) -> float:
     return float(found[1]) * SECONDS[found[2]]
 
 
-def _plain(number: str) -> str:
-    """A number as it is written at its shortest: `50.0` and `50` are the same."""
+def _shortest(number: str) -> str:
+    """The shortest way to write a number: `50.0` and `50` are the same."""
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,18 +1,18 @@
-"""What no single key of a spec can tell: keys that contradict others, looked for before types are checked."""
+"""Contradictions between the keys of a spec, looked for beside the checks of each key's own type."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from search.spec.documents import nearest
+from search.spec.documents import suggestion
 
-LIMITED = ("macs", "macs_expected", "params", "size_bytes", "latency")
-"""The costs a budget may limit; each needs at least one."""
+LIMITABLE = ("macs", "macs_expected", "params", "size_bytes", "latency")
+"""The costs that a budget may limit; each budget limits at least one."""
 
 
 def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator[str]:
-    """What is wrong between the keys of the document `raw`, whose valid methods are `methods`.
+    """Find the contradictions in the document `raw`, whose valid methods are `methods`.
 
     >>> list(contradictions({"recovery": {"workers": 4, "batch_size": 2}}, []))
     ['recovery.workers: 4 are too many for batches of 2 images; give each worker one at least']
@@ -20,14 +20,14 @@ def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator
     devices = raw.get("devices", {"cpu-1": None})
     if devices == {}:
         yield "devices: empty; name at least one device or leave the key out"
-    yield from _devices(devices if isinstance(devices, dict) else {})
-    yield from _budgets(raw.get("budgets"), devices)
+    yield from _device_mistakes(devices if isinstance(devices, dict) else {})
+    yield from _budget_mistakes(raw.get("budgets"), devices)
     recovery = _section(raw, "recovery")
-    yield from _data("data", raw.get("data"))
-    yield from _data("recovery.data", recovery.get("data"))
+    yield from _data_mistakes("data", raw.get("data"))
+    yield from _data_mistakes("recovery.data", recovery.get("data"))
     if recovery.get("data") is not None and recovery.get("labels", True):
         yield "recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too"
-    for reason in _unshareable(recovery, _section(raw, "cluster")):
+    for reason in _worker_mistakes(recovery, _section(raw, "cluster")):
         yield f"recovery.workers: {reason}"
     trials = _number(_section(raw, "search"), "trials", 8)
     if methods and trials is not None and 0 < trials < len(methods) + 1:
@@ -37,31 +37,31 @@ def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator
         )
 
 
-def _devices(devices: Mapping[str, Any]) -> Iterator[str]:
+def _device_mistakes(devices: Mapping[str, Any]) -> Iterator[str]:
     for name, device in devices.items():
         if isinstance(device, dict) and (device.get("runtime") == "profile") != (device.get("file") is not None):
             yield f"devices.{name}: runtime 'profile' and file, its roofline, belong together; give both"
 
 
-def _budgets(budgets: object, devices: object) -> Iterator[str]:
+def _budget_mistakes(budgets: object, devices: object) -> Iterator[str]:
     for index, budget in enumerate(budgets if isinstance(budgets, list) else []):
         if not isinstance(budget, dict):
             continue
         device = budget.get("device")
         if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
-            yield f"budgets.{index}.device: no device {device!r}{nearest(device, list(devices))}"
-        if all(budget.get(cost) is None for cost in LIMITED):
-            yield f"budgets.{index}: limits no cost; give one or several of {', '.join(LIMITED)}"
+            yield f"budgets.{index}.device: no device {device!r}{suggestion(device, list(devices))}"
+        if all(budget.get(cost) is None for cost in LIMITABLE):
+            yield f"budgets.{index}: limits no cost; give one or several of {', '.join(LIMITABLE)}"
 
 
-def _data(place: str, data: object) -> Iterator[str]:
+def _data_mistakes(place: str, data: object) -> Iterator[str]:
     needed = {"imagefolder": "root", "factory": "name"}
     if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
         yield f"{place}.{key}: missing; source {data['source']!r} needs it"
 
 
-def _unshareable(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[str]:
-    """Why the workers that are asked for cannot share a recovery."""
+def _worker_mistakes(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[str]:
+    """Find the reasons why the requested workers cannot share a recovery."""
     workers = _number(recovery, "workers", 1)
     if workers is None or workers < 2:
         return
@@ -80,12 +80,12 @@ def _unshareable(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) -> Ite
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping at `key`, empty where there is something else."""
+    """The mapping at `key`; anything else counts as empty."""
     found = raw.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def _number(section: Mapping[str, Any], key: str, default: float) -> float | None:
-    """The number at `key`, or None where there is something else."""
+    """The number at `key`; anything else counts as None."""
     value = section.get(key, default)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""YAML as a person writes it: a key given twice is a mistake, not a silent choice of the last."""
+"""YAML as a person writes it: a key given twice is a mistake, and the last one does not win silently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
         self.twice: list[str] = []
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """The mapping; the last of two equal keys would win without a word."""
+        """Compose the mapping, and note each key that it repeats."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(text: str) -> tuple[object, list[str]]:
-    """The YAML document in `text`, and the mistakes that only its text shows.
+    """Read the YAML document in `text`, and find the mistakes that only its text shows.
 
     Raises:
         yaml.YAMLError: it is not valid YAML.
@@ -42,10 +42,10 @@ def read(text: str) -> tuple[object, list[str]]:
         loader.dispose()
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """The end of a sentence about an unknown name: what may have been meant.
+def suggestion(key: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known name, or all of them.
 
-    >>> nearest("mac", ["macs", "params"]), nearest("cores", ["macs", "params"])
+    >>> suggestion("mac", ["macs", "params"]), suggestion("cores", ["macs", "params"])
     ("; did you mean 'macs'?", '; expected one of macs, params')
     """
     close = difflib.get_close_matches(key, known, n=1)

@@ -1,4 +1,4 @@
-"""A spec file becomes a `SearchSpec`: it is read once, and all its mistakes are told at once."""
+"""Read a spec file once, as a `SearchSpec`, and report all its mistakes at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from search.base import SpecError
 from search.spec.contradictions import contradictions
-from search.spec.documents import nearest, read
+from search.spec.documents import read, suggestion
 from search.spec.schema import (
     NAME,
     BudgetSpec,
@@ -24,12 +24,12 @@ from search.spec.schema import (
     SearchSettings,
     SearchSpec,
     TrackingSpec,
-    known_methods,
+    read_methods,
 )
 
 
 def load(path: Path) -> SearchSpec:
-    """The spec in the file at `path`.
+    """Read the spec in the file at `path`.
 
     Raises:
         SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
@@ -42,7 +42,7 @@ def load(path: Path) -> SearchSpec:
 
 
 def parse(text: str, *, folder: Path) -> SearchSpec:
-    """The spec in `text`; relative files in it are looked for in `folder`. Raises as `load` does."""
+    """Read the spec in `text`, whose relative files lie in `folder`. Raises as `load` does."""
     try:
         raw, mistakes = read(text)
     except yaml.YAMLError as error:
@@ -54,10 +54,10 @@ def parse(text: str, *, folder: Path) -> SearchSpec:
     try:
         spec = SearchSpec.model_validate({**raw, "text": text, "folder": str(folder)})
     except ValidationError as error:
-        mistakes += [_told(mistake) for mistake in error.errors()]
-    mistakes += contradictions(raw, set(known_methods(raw.get("methods"))[0]))
+        mistakes += [_describe_mistake(mistake) for mistake in error.errors()]
+    mistakes += contradictions(raw, set(read_methods(raw.get("methods"))[0]))
     if mistakes or spec is None:
-        raise SpecError(f"{_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
+        raise SpecError(f"{_mistake_count(mistakes)} in the spec:\n" + "\n".join(f"  - {m}" for m in mistakes))
     return spec
 
 
@@ -74,22 +74,22 @@ def renamed(spec: SearchSpec, name: str) -> SearchSpec:
     return spec.model_copy(update={"name": name})
 
 
-def tracked(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
-    """The same spec with its results in the MLflow store at `uri` and its studies there, where they are given."""
+def with_stores(spec: SearchSpec, uri: str | None, studies: str | None) -> SearchSpec:
+    """The same spec with another MLflow store or another storage of studies; None keeps the spec's own."""
     given = {key: value for key, value in {"uri": uri, "studies": studies}.items() if value is not None}
     return spec.model_copy(update={"tracking": spec.tracking.model_copy(update=given)})
 
 
-def _count(mistakes: list[str]) -> str:
+def _mistake_count(mistakes: list[str]) -> str:
     return "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
 
 
-def _told(mistake: Any) -> str:
-    """One of pydantic's errors as a sentence that says where, what and what instead."""
+def _describe_mistake(mistake: Any) -> str:
+    """Turn one of pydantic's errors into a sentence with the place, the mistake and the expectation."""
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         parent, key = mistake["loc"][:-1], str(mistake["loc"][-1])
-        return f"{place}: unknown key{nearest(key, _keys(parent))}"
+        return f"{place}: unknown key{suggestion(key, _valid_keys(parent))}"
     if mistake["type"] == "missing":
         return f"{place}: missing; it has to be given"
     reason = str(mistake["msg"]).removeprefix("Value error, ")
@@ -97,7 +97,7 @@ def _told(mistake: Any) -> str:
     return f"{place}: {reason}{given}"
 
 
-def _keys(parent: Iterable[object]) -> list[str]:
+def _valid_keys(parent: Iterable[object]) -> list[str]:
     """The valid keys at a place in the spec."""
     sections: dict[str, type[BaseModel]] = {
         "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,

@@ -1,4 +1,4 @@
-"""The spec file: one YAML document, read once, strictly, into frozen models; all its mistakes are told at once."""
+"""Every key of the spec file, as strict and frozen models with their defaults."""
 
 from __future__ import annotations
 
@@ -8,80 +8,81 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from methods import METHODS, named
+from search.base import DEFAULT_STORE, DEFAULT_STUDIES
 from search.limits import TOP1_DROP, Limits, latency_on
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
-from search.spec.documents import nearest
+from search.spec.documents import suggestion
 from search.spec.targets import Target
 from search.trials import Teacher
 
 
-def _unique(values: tuple[Any, ...], what: str) -> None:
+def _refuse_repeats(values: tuple[Any, ...], what: str) -> None:
     twice = sorted({str(v) for v in values if values.count(v) > 1})
     if twice:
         raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
 
 
-def _method(entry: object) -> str:
-    """The name of a method, or `first+second` for a list of methods, which is a chain."""
+def _method_name(entry: object) -> str:
+    """The name of a method, or `first+second` for a chain, which is a list of methods."""
     links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
     known = [name for name in METHODS if name != "uniform"]
     for name in links:
         if name == "uniform":
             raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
         if name not in known:
-            raise ValueError(f"{name!r} is not a method{nearest(name, known)}")
+            raise ValueError(f"{name!r} is not a method{suggestion(name, known)}")
     if isinstance(entry, list) and len(entry) < 2:
         raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
     return named("+".join(links)).name
 
 
-def known_methods(value: object) -> tuple[list[str], list[str]]:
-    """The names of the methods in the list `value`, and what is wrong with its other entries."""
+def read_methods(value: object) -> tuple[list[str], list[str]]:
+    """The names of the methods in the list `value`, and a reason for refusing each other entry."""
     names, refusals = [], []
     for entry in value if isinstance(value, list) else ():
         try:
-            names.append(_method(entry))
+            names.append(_method_name(entry))
         except ValueError as error:
             refusals.append(str(error))
     return names, refusals
 
 
-def _methods(value: object) -> object:
+def _check_methods(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list with at least one method, such as [itpruner, alds, [practise, alds]]")
-    names, refusals = known_methods(value)
+    names, refusals = read_methods(value)
     if refusals:
         raise ValueError("; ".join(refusals))
-    _unique(tuple(names), "method")
+    _refuse_repeats(tuple(names), "method")
     return tuple(names)
 
 
-def _budgets(value: object) -> object:
+def _check_budgets(value: object) -> object:
     if not isinstance(value, list) or not value:
         raise ValueError("expected a list with at least one budget, such as [{name: half, macs: 50%}]")
-    _unique(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
+    _refuse_repeats(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
     return tuple(value)
 
 
-def _alias(value: object) -> object:
+def _check_alias(value: object) -> object:
     if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
         raise ValueError(f"{value!r} is reserved by the model registry; choose another name, such as edge")
     return value
 
 
-def _gpus(value: float) -> float:
+def _check_gpus(value: float) -> float:
     if value > 1 and not value.is_integer():
         raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
     return value
 
 
-def _registered(value: object) -> object:
+def _check_model_name(value: object) -> object:
     if isinstance(value, str) and (not value.strip() or set(value) & set("/:")):
         raise ValueError(f"{value!r} is no name for MLflow; write one that is not empty and has no '/' and no ':'")
     return value
 
 
-def _resources(value: dict[str, float]) -> dict[str, float]:
+def _check_resources(value: dict[str, float]) -> dict[str, float]:
     if taken := sorted(set(value) & {"CPU", "GPU", "memory", "object_store_memory"}):
         raise ValueError(f"{taken[0]!r} is what workers take; name a resource of the node's own, such as board: 1")
     return value
@@ -97,12 +98,12 @@ Drop = Annotated[float, BeforeValidator(drop)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
-Held = Annotated[float, Field(gt=0, strict=False)]
+ResourceAmount = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
 
 
 class ModelSpec(_Strict):
-    """Where the teacher comes from. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
+    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
 
     source: Literal["zoo", "torchvision", "factory", "mlflow"]
     name: str
@@ -111,7 +112,7 @@ class ModelSpec(_Strict):
 
 
 class DataSpec(_Strict):
-    """Where images come from and how they are split. `seed` is the split's own, so it outlives a change of search."""
+    """The source of images and their split. `seed` is the split's own, so it outlives a change of search."""
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
     name: str | None = None
@@ -124,29 +125,29 @@ class DataSpec(_Strict):
 
 
 class DeviceSpec(_Strict):
-    """A device latency is measured on, and the channel multiple it likes.
+    """A device to measure latency on, and the channel multiple it likes.
 
     `resources` are Ray's: they pin the meter to a node that has them, and it holds them alone. `file` is the roofline
-    of a device that is not there; what it predicts is never called measured.
+    of a device that is not there; its predictions are never called measured.
     """
 
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
     threads: Positive = 1
     batch: Positive = 1
     channels: Positive = 8
-    resources: Annotated[dict[str, Held], AfterValidator(_resources)] = {}
+    resources: Annotated[dict[str, ResourceAmount], AfterValidator(_check_resources)] = {}
     file: str | None = None
 
 
 class BudgetSpec(_Strict):
-    """Limits one winner must meet all at once, and the device they are meant for (the first one where none is named).
+    """Limits that one winner must meet all at once, and the device they are meant for (the first one if none is named).
 
     `macs` hold for every input; `macs_expected` are the mean over inputs, which gated models may meet too. `size_bytes`
-    are those of the stored weights, `latency` is the median on the device, and `top1_drop` how much validation top-1
+    are those of the stored weights, `latency` is the median on the device, and `top1_drop` is the validation top-1 that
     may be lost.
     """
 
-    name: Annotated[Name, BeforeValidator(_alias)]
+    name: Annotated[Name, BeforeValidator(_check_alias)]
     device: str | None = None
     macs: Limit | None = None
     macs_expected: Limit | None = None
@@ -159,8 +160,8 @@ class BudgetSpec(_Strict):
 class SearchSettings(_Strict):
     """`trials` per budget; no new round of trials starts once `timeout` seconds have passed.
 
-    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but what it
-    proposes then depends on which trial ended first, so it cannot be repeated.
+    An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but its proposals
+    then depend on which trial ended first, so it cannot be repeated.
     """
 
     trials: Positive = 8
@@ -170,9 +171,9 @@ class SearchSettings(_Strict):
 
 
 class RecoverySpec(_Strict):
-    """How students are trained after the cut; without `labels` they mimic the teacher.
+    """The training of students after the cut; without `labels` they mimic the teacher.
 
-    `images` is how many of the training images they may see. Those of `data`, another source, take their place: any
+    `images` is the number of training images they may see. Those of `data`, another source, take their place: any
     pictures will do for mimicking. As many `workers` share each student's batches.
     """
 
@@ -188,33 +189,33 @@ class RecoverySpec(_Strict):
 class ClusterSpec(_Strict):
     """The Ray cluster: `auto` starts one on this machine; `max_parallel` bounds the workers.
 
-    Work that has told nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
+    Work that reports nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
     """
 
     address: str = "auto"
-    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_gpus)] = 0
+    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_check_gpus)] = 0
     max_parallel: Literal["auto"] | Positive = "auto"
     stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
 
 
 class TrackingSpec(_Strict):
-    """Where results go: an MLflow store, the registered model's name, and Optuna's journal file or database URL."""
+    """The record of results: an MLflow store, the registered model's name, and Optuna's journal file or database."""
 
-    uri: str = "sqlite:///paredown.db"
-    registered_model: Annotated[str | None, BeforeValidator(_registered)] = None
-    studies: str = "paredown.studies"
+    uri: str = DEFAULT_STORE
+    registered_model: Annotated[str | None, BeforeValidator(_check_model_name)] = None
+    studies: str = DEFAULT_STUDIES
 
 
 class SearchSpec(_Strict):
-    """A whole search, as the user asked for it. `folder` is where relative files are looked for."""
+    """A whole search, as the user asked for it. Relative files lie in `folder`."""
 
     name: Name
     model: ModelSpec
     data: DataSpec
     metric: str = "top1"
-    methods: Annotated[tuple[str, ...], BeforeValidator(_methods)]
+    methods: Annotated[tuple[str, ...], BeforeValidator(_check_methods)]
     devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
-    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_budgets)]
+    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_check_budgets)]
     search: SearchSettings = SearchSettings()
     recovery: RecoverySpec = RecoverySpec()
     cluster: ClusterSpec = ClusterSpec()
@@ -229,11 +230,11 @@ class SearchSpec(_Strict):
 
     @property
     def registered_model(self) -> str:
-        """The registered model's name: the search's own unless told otherwise."""
+        """The registered model's name: the search's own unless another is given."""
         return self.tracking.registered_model or self.name
 
     def decisive(self) -> dict[str, Any]:
-        """All that decides what is proposed and what comes of it: not where it runs or is recorded, nor how long.
+        """All values that decide the proposals and their outcomes, but none of the place, the record or the time.
 
         Budgets and devices are by name: a search may be given more of them, as it may be given more trials or time.
         """
@@ -259,7 +260,7 @@ class SearchSpec(_Strict):
         return any(budget.latency is not None for budget in self.budgets)
 
     def targets(self, teacher: Teacher) -> tuple[Target, ...]:
-        """Every budget in absolute units of this teacher; its latency is needed where a budget limits that."""
+        """Every budget in absolute units of this teacher, whose latency is needed only if a budget limits it."""
         return tuple(self._target(budget, teacher) for budget in self.budgets)
 
     def _target(self, budget: BudgetSpec, teacher: Teacher) -> Target:

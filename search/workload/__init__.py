@@ -1,6 +1,6 @@
 """The teacher, the data and the user's own code.
 
-Read `loading` first (a spec becomes a `Workload`), then `teacher`, `sources` (where images come from), `samples`,
+Read `loading` first (a spec becomes a `Workload`), then `teacher`, `sources` (of images), `samples`,
 `splits`, `zoo` and `usercode`.
 """
 

@@ -1,10 +1,10 @@
-"""From a spec to what a search works on: the teacher, the data splits, the metric."""
+"""Load the workload of a spec: the teacher, the data splits and the metric that a search works on."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,48 +17,49 @@ from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
 from search.workload import sources
-from search.workload.samples import Foreign
+from search.workload.samples import ResizedSamples
 from search.workload.splits import Splits, split
 from search.workload.teacher import check_teacher, load_teacher
-from search.workload.usercode import UserMetric, imported, made
+from search.workload.usercode import UserMetric, call_factory, load_function
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a search works on. The test set stays in the driver: workers are given `worker_inputs()` only.
+    """The teacher, data and metric of a search.
 
-    `foreign` are the images of another source, where recovery is to see those instead of the training set.
+    The test set stays in the driver: workers are given `worker_inputs()` only. `recovery_images` are images of another
+    source, given if recovery is to see those instead of the training set.
     """
 
     teacher: nn.Module
     splits: Splits
     metric: Metric
     fingerprint: str
-    foreign: Samples | None = None
+    recovery_images: Samples | None = None
 
     def worker_inputs(self) -> WorkerInputs:
-        """The part of it that workers may see."""
+        """The part of the workload that workers may see."""
         splits = self.splits
-        train = splits.train if self.foreign is None else self.foreign
+        train = splits.train if self.recovery_images is None else self.recovery_images
         return WorkerInputs(self.teacher, train, splits.validation, splits.calibration, self.metric)
 
     @property
     def example(self) -> Tensor:
         """Two calibration images `(2, c, h, w)`."""
-        return _two(self.splits)
+        return _first_and_last(self.splits)
 
 
-def _two(splits: Splits) -> Tensor:
-    """The first calibration image and the last one, which is the first again where there is no other."""
+def _first_and_last(splits: Splits) -> Tensor:
+    """The first and the last calibration image, which are the same if there is only one."""
     return torch.from_numpy(splits.calibration[[0, -1]])
 
 
 def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
-    """The workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
+    """Load the workload of `spec`; a zoo teacher without weights is trained on first use, unless `fit` is false.
 
     Raises:
         WorkloadError: a source, a file, a factory, a shape or the cache folder is wrong.
-        data.DataError: the data cannot be used.
+        DataError: the data cannot be used.
     """
     _check_cache(cache.folder())
     report("data", 0, 1, spec.data.source)
@@ -68,15 +69,13 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
-    check_teacher(teacher, _two(splits), splits.classes)
-    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, imported(spec.metric, spec.folder))
-    other = spec.recovery.data
-    foreign = None if other is None else Foreign(_sets(other, spec.folder)[0], splits.calibration.shape[1:])
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits), foreign)
+    check_teacher(teacher, _first_and_last(splits), splits.classes)
+    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits))
 
 
 def _check_cache(place: Path) -> None:
-    """Writes to the cache folder before anything costs time."""
+    """Write to the cache folder before anything costs time."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
@@ -89,24 +88,32 @@ def _check_cache(place: Path) -> None:
 
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
-    """A hash of the teacher's structure and weights and of the data it is judged by."""
-    digest = hashlib.blake2b(str(teacher).encode(), digest_size=16)
-    for name, value in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(splits.fingerprint.encode())
-    return digest.hexdigest()
+    """Hash the teacher's structure and weights, and the data it is judged by."""
+    state = ((name, _bytes_of(value)) for name, value in teacher.state_dict().items())
+    return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _recovery_images(spec: SearchSpec, splits: Splits) -> Samples | None:
+    """The images of the spec's other source for recovery, in the shape that the teacher takes."""
+    if spec.recovery.data is None:
+        return None
+    images, _ = _read_source(spec.recovery.data, spec.folder)
+    return ResizedSamples(images, splits.calibration.shape[1:])
 
 
 def read_splits(spec: SearchSpec) -> Splits:
-    """The data of `spec`, split. Raises as `load` does."""
+    """Read and split the data of `spec`. Raises as `load` does."""
     settings = spec.data
-    pool, test = _sets(settings, spec.folder)
+    pool, test = _read_source(settings, spec.folder)
     return split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
 
 
-def _sets(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
-    """The images of a source, and its own test set where it has one."""
+def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
+    """Read the images of a source, and its own test set if it has one."""
     root = None if settings.root is None else Path(folder, settings.root).expanduser()
     if settings.source == "digits":
         return sources.digits()
@@ -116,4 +123,4 @@ def _sets(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
         assert root is not None
         return sources.image_folder(root, settings.size)
     assert settings.name is not None
-    return sources.from_factory(made(settings.name, settings.args, folder))
+    return sources.from_factory(call_factory(settings.name, settings.args, folder))

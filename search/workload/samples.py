@@ -22,7 +22,7 @@ class Arrays:
     """Images held in memory: `images` `(n, c, h, w)` of any real type, `labels` `(n,)` int64.
 
     A batch is `(images * scale - mean) / std`, in float32; augmented, it is also shifted by up to `shift` pixels per
-    axis (zeros come in) and mirrored with probability one half where `mirror` is set.
+    axis (zeros come in) and, if `mirror` is set, mirrored with probability one half.
     """
 
     images: np.ndarray
@@ -40,7 +40,7 @@ class Arrays:
         """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
         images = self.images[indices]
         if augment is not None:
-            images = _augmented(images, self.shift, mirror=self.mirror, random=augment)
+            images = _augment(images, self.shift, mirror=self.mirror, random=augment)
         inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
         return inputs, torch.from_numpy(self.labels[indices[part]])
 
@@ -57,13 +57,13 @@ class Pictures:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; a random crop and mirror where augmented."""
+        """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; augmented ones are cropped and mirrored at random."""
         draws = [None if augment is None else augment.random(4) for _ in indices]
         with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(self._read, [self.paths[i] for i in indices[part]], draws[part]))
+            images = list(pool.map(self._read_picture, [self.paths[i] for i in indices[part]], draws[part]))
         return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
-    def _read(self, path: str, draw: np.ndarray | None) -> Tensor:
+    def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
         from PIL import Image
         from torchvision.transforms.v2 import functional as tv
 
@@ -102,8 +102,8 @@ class Subset:
         return self.source.batch(self.indices[indices], augment, part)
 
 
-def _augmented(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
-    """Each image shifted and mirrored by its own draw."""
+def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
+    """Shift and mirror each image by its own draw."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     top, left = random.integers(0, 2 * shift + 1, (2, count))
@@ -127,8 +127,8 @@ class Indexed:
         return len(self.source)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """The pairs of these indices, stacked; raises `DataError` where one is no such pair or holds NaN."""
-        images, labels = zip(*(self._pair(int(index)) for index in indices[part]), strict=True)
+        """The pairs of these indices, stacked; raises `DataError` if one is no such pair or holds NaN."""
+        images, labels = zip(*(self._read_pair(int(index)) for index in indices[part]), strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(
@@ -137,7 +137,7 @@ class Indexed:
             )
         return torch.stack(images), torch.tensor(labels)
 
-    def _pair(self, index: int) -> tuple[Tensor, int]:
+    def _read_pair(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = self.source[index]
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
@@ -155,8 +155,8 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """The images of `source` resized to `shape` `(c, h, w)`; where its channels are others, their mean stands for all.
+class ResizedSamples:
+    """The images of `source` resized to `shape` `(c, h, w)`; their mean stands for all channels if the number differs.
 
     The labels are the source's own and mean nothing to the teacher.
     """

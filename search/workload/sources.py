@@ -1,4 +1,4 @@
-"""Labelled images: the built-in sets, a folder of pictures, or the user's own; split once, by seed."""
+"""Sources of labelled images: the built-in sets, a folder of pictures, or the user's own factory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fashion_mnist(root: Path | None) -> tuple[Samples, Samples]:
     """
     for folder in [root] if root else [Path(name) for name in FASHION_FOLDERS]:
         for place in (folder, folder / "FashionMNIST" / "raw"):
-            if found := _idx_sets(place):
+            if found := _read_idx_sets(place):
                 return found
     raise DataError(
         f"no Fashion-MNIST in {root or ' or '.join(FASHION_FOLDERS)}; expected train-images-idx3-ubyte(.gz) and its "
@@ -42,10 +42,11 @@ def fashion_mnist(root: Path | None) -> tuple[Samples, Samples]:
     )
 
 
-def _idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
+def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     sets: list[Samples] = []
     for prefix, shift in (("train", 2), ("t10k", 0)):
-        images, labels = _idx(folder / f"{prefix}-images-idx3-ubyte"), _idx(folder / f"{prefix}-labels-idx1-ubyte")
+        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte")
+        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte")
         if images is None or labels is None:
             return None
         pixels = images[:, None]
@@ -57,8 +58,8 @@ def _idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     return sets[0], sets[1]
 
 
-def _idx(path: Path) -> np.ndarray | None:
-    """The bytes of an IDX file, plain or gzipped, in their shape; None where there is no such file."""
+def _read_idx(path: Path) -> np.ndarray | None:
+    """Read the bytes of an IDX file, plain or gzipped, in their shape; a missing file gives None."""
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         return None
@@ -78,9 +79,9 @@ def image_folder(root: Path, size: int) -> tuple[Samples, Samples | None]:
         DataError: a class folder holds no picture, or the test set's classes are not the training set's.
     """
     if not (root / "train").is_dir():
-        return _pictures(root, _classes(root), size), None
+        return _find_pictures(root, _classes(root), size), None
     classes = _classes(root / "train")
-    train = _pictures(root / "train", classes, size)
+    train = _find_pictures(root / "train", classes, size)
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if held_out is None:
         return train, None
@@ -90,18 +91,18 @@ def image_folder(root: Path, size: int) -> tuple[Samples, Samples | None]:
             f"{held_out} and {root / 'train'} have different classes ({differing}); expected the same sub-folders in "
             "both; complete them"
         )
-    return train, _pictures(held_out, classes, size)
+    return train, _find_pictures(held_out, classes, size)
 
 
 def _classes(folder: Path) -> dict[str, int]:
-    """The numbers of the classes, which are the sub-folders in the order of their names."""
+    """Number the classes, which are the sub-folders in the order of their names."""
     names = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
     if not names:
         raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
     return {name: number for number, name in enumerate(names)}
 
 
-def _pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures:
+def _find_pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     try:
@@ -114,22 +115,22 @@ def _pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures:
     return Pictures(paths, np.array(labels, dtype=np.int64), size)
 
 
-def from_factory(made: object) -> tuple[Samples, Samples | None]:
-    """What a user's data factory returned, as sample sets.
+def from_factory(returned: object) -> tuple[Samples, Samples | None]:
+    """Turn the return value of a user's data factory into sample sets.
 
-    It returns `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
+    The value is `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
     `images` `(n, c, h, w)` and `labels` `(n,)`.
 
     Raises:
         DataError: it is none of these, or an image or label in it cannot be used.
     """
-    train, test = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    return _samples(train), None if test is None else _samples(test)
+    train, test = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    return _to_samples(train), None if test is None else _to_samples(test)
 
 
-def _samples(source: object) -> Samples:
+def _to_samples(source: object) -> Samples:
     if isinstance(source, dict) and {"images", "labels"} <= source.keys():
-        return _arrays(_array(source["images"]), _array(source["labels"]))
+        return _check_arrays(_to_array(source["images"]), _to_array(source["labels"]))
     is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
         return Indexed(source)
@@ -139,12 +140,12 @@ def _samples(source: object) -> Samples:
     )
 
 
-def _array(values: Any) -> np.ndarray:
-    """The values of an array, or of a tensor wherever it lives."""
+def _to_array(values: Any) -> np.ndarray:
+    """The values of an array, or of a tensor on any device."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
-def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
+def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         raise DataError(
             f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"

@@ -1,21 +1,22 @@
-"""Train, validation, test and calibration images, drawn by a seed."""
+"""Split images once, by a seed: train, validation, test and calibration."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from methods.training import Samples
 from search.base import DataError
+from search.cache import digest
 from search.workload.samples import Arrays, Pictures, Subset
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a search may see, and when: `train` by recovery, `calibration` by scoring, `validation` by decisions.
+    """The images of a search: recovery sees `train`, scoring `calibration`, decisions `validation`.
 
     `test` is read once per registered version. `calibration` is `(n, c, h, w)` float32, a part of train, unaugmented.
     `fingerprint` changes with the split, any of its labels and any of its images held in memory; of images read on
@@ -31,11 +32,11 @@ class Splits:
 
 
 def split(pool: Samples, test: Samples | None, *, validation: float, calibration: int, seed: int) -> Splits:
-    """Splits `pool` by `seed`; where there is no `test` set, one as large as the validation set is taken from it too.
+    """Split `pool` by `seed`; without a `test` set, one as large as the validation set is taken from it too.
 
     Args:
         validation: the share of the pool that becomes the validation set, in (0, 1).
-        calibration: the number of training images scoring may see; all of them where there are fewer.
+        calibration: the number of training images that scoring may see; all of them if there are fewer.
 
     Raises:
         DataError: a split is empty, a label is none of the classes, or a calibration image cannot be used.
@@ -55,12 +56,12 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
             f"training images are {tuple(images.shape[1:])}, test images {tuple(shape)}; expected one shape (c, h, w); "
             "prepare both sets in the same way"
         )
-    labels = _labels(pool)[np.concatenate([rest, validation_part])]
+    labels = _all_labels(pool)[np.concatenate([rest, validation_part])]
     return Splits(
         **parts,
         calibration=images.numpy(),
         classes=_count_classes(labels, test),
-        fingerprint=_digest(images.numpy(), rest, validation_part, labels, *_held(pool)),
+        fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_images_in_memory(pool)),
     )
 
 
@@ -88,20 +89,17 @@ def _count_classes(labels: np.ndarray, test: Samples) -> int:
     return classes
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def _fingerprint(*arrays: np.ndarray) -> str:
+    parts = ((f"{array.dtype}{array.shape}", np.ascontiguousarray(array).data) for array in arrays)
+    return digest(*chain.from_iterable(parts))
 
 
-def _held(samples: Samples) -> list[np.ndarray]:
+def _images_in_memory(samples: Samples) -> list[np.ndarray]:
     return [samples.images] if isinstance(samples, Arrays) else []
 
 
-def _labels(samples: Samples) -> np.ndarray:
-    """Every label of `samples`, without reading an image where the set can tell."""
+def _all_labels(samples: Samples) -> np.ndarray:
+    """Every label of `samples`, read without its images if the set holds labels apart."""
     if isinstance(samples, Arrays | Pictures):
         return samples.labels
     chunks = np.array_split(np.arange(len(samples)), -(-len(samples) // 256))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -14,16 +13,17 @@ from torch import Tensor, nn
 
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
-from search.base import Report, WorkloadError, brief, first_line
+from search.base import Report, WorkloadError, first_line, one_line
 from search.export import exported
 from search.spec import SearchSpec
 from search.spec.schema import ModelSpec
 from search.workload import zoo
 from search.workload.splits import Splits
-from search.workload.usercode import importable, made
+from search.workload.usercode import call_factory, importable
 
 
 def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
+    """Load the teacher of `spec`; a zoo network without weights is trained, or left untrained unless `fit`."""
     model = spec.model
     if model.source == "zoo":
         return _zoo_teacher(spec, splits, report, fit=fit)
@@ -31,12 +31,12 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         return _torchvision_teacher(model, spec.folder)
     if model.source == "mlflow":
         return _mlflow_teacher(model, spec)
-    teacher = made(model.name, model.args, spec.folder)
+    teacher = call_factory(model.name, model.args, spec.folder)
     if not isinstance(teacher, nn.Module):
         raise WorkloadError(
             f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
         )
-    return _loaded(teacher, model.weights, spec.folder)
+    return _load_weights(teacher, model.weights, spec.folder)
 
 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -47,12 +47,12 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         )
     teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
     if model.weights not in (None, "train"):
-        return _loaded(teacher, model.weights, spec.folder)
+        return _load_weights(teacher, model.weights, spec.folder)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
-    key = hashlib.blake2b(f"{model.name} {splits.fingerprint} {asdict(recipe)}".encode(), digest_size=16).hexdigest()
+    key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
     if path.is_file():
-        return _loaded(teacher, str(path), spec.folder)
+        return _load_weights(teacher, str(path), spec.folder)
     if fit:
         fit_teacher(teacher, splits, recipe, report)
         cache.keep(path, lambda place: save_weights(teacher, place))
@@ -60,7 +60,7 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
 
 
 def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
-    """How zoo teachers are trained: 16 epochs of one-cycle SGD, but at least 600 steps."""
+    """The recipe of zoo teachers: 16 epochs of one-cycle SGD, but at least 600 steps."""
     steps = max(600, 16 * images // 128)
     return Recipe(
         steps, learning_rate=0.1, warmup=0.25, precision="bf16" if precision == "bf16" else "fp32",
@@ -69,7 +69,7 @@ def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
 
 
 def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
-    """Trains a teacher in place from scratch, with seed 0."""
+    """Train a teacher in place from scratch, with seed 0."""
     report("training the teacher", 0, recipe.steps, "")
     for step in train(teacher, splits.train, recipe, seed=0):
         report(
@@ -79,7 +79,7 @@ def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Repo
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the state of `model` as a .safetensors file."""
+    """Write the state of `model` as a .safetensors file."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     safetensors.torch.save_file(state, path)
 
@@ -97,10 +97,10 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
         teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
-            f"torchvision could not make {model.name} with weights {model.weights!r}: {brief(error)}; "
+            f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
-    return _loaded(teacher, model.weights if is_file else None, folder)
+    return _load_weights(teacher, model.weights if is_file else None, folder)
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
@@ -111,8 +111,8 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
             teacher = load_model(spec.tracking.uri, model.name)
     except Exception as error:
         raise WorkloadError(
-            f"MLflow cannot load {model.name!r}: {type(error).__name__}: {brief(error)}; expected a model URI such as "
-            f"models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
+            f"MLflow cannot load {model.name!r}: {type(error).__name__}: {one_line(error)}; expected a model URI such "
+            f"as models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
@@ -122,8 +122,8 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
     return teacher
 
 
-def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
-    """`model` with the weights of the file, which is read without unpickling code."""
+def _load_weights(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
+    """Load the weights of the file, if one is given, into `model`, without unpickling code."""
     if weights is None:
         return model
     path = Path(folder, weights).expanduser()
@@ -138,7 +138,7 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
         ) from error
     except Exception as error:
         # torch's own message advises to unpickle the file without protection
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else brief(error)
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise WorkloadError(
             f"cannot read the weights {path}: {reason}; expected a .safetensors file or a .pt file that loads with "
             "weights_only=True; save the model's state_dict()"
@@ -147,14 +147,14 @@ def _loaded(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise WorkloadError(
-            f"the weights {path} do not fit the network: {brief(error)}; expected its state_dict(); "
+            f"the weights {path} do not fit the network: {one_line(error)}; expected its state_dict(); "
             "check model.name, the number of classes and the input channels"
         ) from error
     return model
 
 
 def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
-    """Refuses a network that does not give finite logits, cannot be trained or cannot be exported."""
+    """Refuse a network that does not give finite logits, cannot be trained or cannot be exported."""
     logits = _logits(teacher, images)
     if logits.shape[1] < classes:
         raise WorkloadError(
@@ -178,15 +178,15 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The outputs `(n, classes)` of `model` as it is, in train or eval mode."""
+    """The outputs `(n, classes)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
     try:
         with torch.no_grad():
             logits = model(images)
     except Exception as error:
         raise WorkloadError(
-            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {brief(error)}; expected it to "
-            "accept the data's images; check the input channels and the image size"
+            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {one_line(error)}; expected it "
+            "to accept the data's images; check the input channels and the image size"
         ) from error
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits

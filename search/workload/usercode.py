@@ -1,4 +1,4 @@
-"""The user's own code: factories and metrics imported, and what they bring in remembered for the workers."""
+"""Import the user's own factories and metrics, and remember the modules they bring in for the workers."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from search.base import WorkloadError, brief
+from search.base import WorkloadError, one_line
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class UserMetric:
-    """The user's own metric; what it raises becomes a `WorkloadError` that names it."""
+    """The user's own metric; its exceptions become a `WorkloadError` that names it."""
 
     name: str
     function: Callable[[Tensor, Tensor], float]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """Its value, finite, for logits `(n, classes)` and labels `(n,)`."""
+        """The finite value of the metric for logits `(n, classes)` and labels `(n,)`."""
         try:
             value = float(self.function(logits, labels))
         except Exception as error:
             raise WorkloadError(
-                f"the metric {self.name} raised {type(error).__name__}: {brief(error)}; expected a number to maximise "
-                "for logits (n, classes) and labels (n,); run it by itself to mend it"
+                f"the metric {self.name} raised {type(error).__name__}: {one_line(error)}; expected a number to "
+                "maximise for logits (n, classes) and labels (n,); run it by itself to mend it"
             ) from error
         if not math.isfinite(value):
             raise WorkloadError(f"the metric {self.name} gave {value}; expected a finite number; mend it")
         return value
 
 
-def made(name: str, args: dict[str, Any], folder: str) -> object:
-    """What the user's factory returns."""
-    factory = imported(name, folder)
+def call_factory(name: str, args: dict[str, Any], folder: str) -> object:
+    """Return what the user's factory returns."""
+    factory = load_function(name, folder)
     try:
         with importable(folder):
             return factory(**args)
     except (Exception, SystemExit) as error:
         raise WorkloadError(
-            f"the factory {name} raised {type(error).__name__}: {brief(error)}; expected it to return; "
+            f"the factory {name} raised {type(error).__name__}: {one_line(error)}; expected it to return; "
             "run it by itself to mend it"
         ) from error
 
 
-def imported(name: str, folder: str) -> Callable[..., Any]:
-    """The function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
+def load_function(name: str, folder: str) -> Callable[..., Any]:
+    """Load the function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
 
     A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
     """
@@ -64,31 +64,31 @@ def imported(name: str, folder: str) -> Callable[..., Any]:
     if not source:
         raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn; correct the name")
     with importable(folder):
-        module = _from_file(Path(folder, source)) if source.endswith(".py") else _from_package(source)
-    _brought.add(module.__name__)
+        module = _load_file(Path(folder, source)) if source.endswith(".py") else _load_package(source)
+    _user_module_names.add(module.__name__)
     function = getattr(module, attribute, None)
     if not callable(function):
         raise WorkloadError(f"{source} has no function {attribute!r}; expected one; check the name")
     return function  # type: ignore[no-any-return]
 
 
-_brought: set[str] = set()
-"""The names of the modules that the user's code is, or has imported."""
+_user_module_names: set[str] = set()
+"""The names of the modules of the user's code, and of those it imported."""
 
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """Modules in `folder` can be imported while the context is open; what is imported then is remembered."""
+    """Let modules in `folder` be imported while the context is open, and remember all that are imported then."""
     before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         sys.path.remove(folder)
-        _brought.update(sys.modules.keys() - before)
+        _user_module_names.update(sys.modules.keys() - before)
 
 
-def _from_file(path: Path) -> ModuleType:
+def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise WorkloadError(f"no file {path}; expected a Python file beside the spec; correct the path")
     name = f"paredown_user_{path.stem}"
@@ -98,34 +98,34 @@ def _from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     loader = found.loader
-    _executed(lambda: loader.exec_module(module), str(path))
+    _run_import(lambda: loader.exec_module(module), str(path))
     return module
 
 
-def _from_package(source: str) -> ModuleType:
-    return _executed(lambda: importlib.import_module(source), source)
+def _load_package(source: str) -> ModuleType:
+    return _run_import(lambda: importlib.import_module(source), source)
 
 
-def _executed(load: Callable[[], T], source: str) -> T:
+def _run_import(load: Callable[[], T], source: str) -> T:
     try:
         return load()
     except (Exception, SystemExit) as error:
         raise WorkloadError(
-            f"importing {source} raised {type(error).__name__}: {brief(error)}; expected it to import; "
+            f"importing {source} raised {type(error).__name__}: {one_line(error)}; expected it to import; "
             "run it by itself from the spec's folder to mend it"
         ) from error
 
 
 def user_modules() -> list[ModuleType]:
-    """The modules that the user's factories and metric brought in: workers elsewhere cannot import them by themselves.
+    """The modules that the user's factories and metric brought in, which workers elsewhere cannot import by themselves.
 
-    What is part of Python, installed, or ours is left out: workers have it.
+    Modules of Python, installed ones and ours are left out: workers have them.
     """
-    modules = (sys.modules.get(name) for name in sorted(_brought))
-    return [module for module in modules if module is not None and _is_users(module)]
+    modules = (sys.modules.get(name) for name in sorted(_user_module_names))
+    return [module for module in modules if module is not None and _is_user_code(module)]
 
 
-def _is_users(module: ModuleType) -> bool:
+def _is_user_code(module: ModuleType) -> bool:
     name, file = module.__name__, Path(getattr(module, "__file__", None) or "")
     if not file.is_absolute():  # torch.ops says "_ops.py"
         return False

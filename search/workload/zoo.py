@@ -1,7 +1,7 @@
 """CIFAR-style classifiers for small images: the teachers that need no download.
 
 The residual nets follow He et al. 2015 (arXiv 1512.03385), section 4.2, with a 1x1 convolution instead of zero padding
-where a stage widens; `vgg16-cifar` is the batch-norm VGG-16 with one linear layer; `mobilenet-cifar` is a MobileNetV1
+if a stage widens; `vgg16-cifar` is the batch-norm VGG-16 with one linear layer; `mobilenet-cifar` is a MobileNetV1
 (arXiv 1704.04861) of half its width and fewer strides.
 """
 

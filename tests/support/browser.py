@@ -36,15 +36,15 @@ class Browser:
     session: str
 
     def go(self, url: str) -> None:
-        """Opens a page."""
+        """Open a page."""
         _call("POST", f"{self.session}/url", {"url": url})
 
     def ask(self, script: str) -> Any:
-        """The value of an expression on the page."""
+        """Return the value of an expression on the page."""
         return _call("POST", f"{self.session}/execute/sync", {"script": f"return {script}", "args": []})
 
     def wait(self, script: str, timeout_s: float) -> Any:
-        """The value of an expression, once it is true; the page itself looks, ten times a second."""
+        """Return the value of an expression once it is true; the page itself looks, ten times a second."""
         _call("POST", f"{self.session}/timeouts", {"script": int(1000 * timeout_s)})
         try:
             return _call("POST", f"{self.session}/execute/async", {"script": WAITING % script, "args": []})
@@ -53,22 +53,22 @@ class Browser:
             raise AssertionError(f"{script} is not true after {timeout_s} s; the page says:\n{shown}") from error
 
     def resize(self, width: int, height: int) -> None:
-        """Gives the window another size."""
+        """Give the window another size."""
         _call("POST", f"{self.session}/window/rect", {"width": width, "height": height})
 
     def complaints(self) -> list[str]:
-        """What the browser found wrong with pages since it was last asked: faults of scripts, what a policy forbade."""
+        """Return the browser's complaints since the last call: faults of scripts, and requests against a policy."""
         logged = _call("POST", f"{self.session}/se/log", {"type": "browser"})
         return [entry["message"] for entry in logged if entry["level"] == "SEVERE"]
 
     def picture(self, path: Path) -> None:
-        """Keeps what the window shows."""
+        """Write a picture of the window to a file."""
         path.write_bytes(base64.b64decode(_call("GET", f"{self.session}/screenshot")))
 
 
 @contextmanager
 def browsing(folder: Path, port: int) -> Iterator[Browser]:
-    """A browser with its profile in `folder`, driven through `port`."""
+    """Open a browser with its profile in `folder`, driven through `port`."""
     assert CHROMIUM is not None
     assert DRIVER is not None
     driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

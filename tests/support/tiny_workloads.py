@@ -95,8 +95,8 @@ def lazily():
 """
 
 
-class Told:
-    """A report that remembers what it was told."""
+class StageReport:
+    """A report that remembers the stages it was called with."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -107,7 +107,7 @@ class Told:
 
 @contextmanager
 def users_code(folder: Path) -> Iterator[None]:
-    """Puts `THINGS` into a folder; what was imported from it is forgotten in the end."""
+    """Put `THINGS` into a folder, and forget all imports from it in the end."""
     before, path = set(sys.modules), list(sys.path)
     (folder / "things.py").write_text(THINGS)
     yield
@@ -129,11 +129,11 @@ def spec(folder: Path, model: dict[str, Any], **changes: Any) -> SearchSpec:
 
 
 def load(folder: Path, model: dict[str, Any], **changes: Any) -> Workload:
-    return loading.load(spec(folder, model, **changes), Told())
+    return loading.load(spec(folder, model, **changes), StageReport())
 
 
 def refused(folder: Path, model: dict[str, Any], **changes: Any) -> str:
-    """The message, which has three parts on one line."""
+    """Load a workload that is refused, and return the message, which has three parts on one line."""
     with pytest.raises(WorkloadError) as caught:
         load(folder, model, **changes)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Waiting for something real to happen, for no longer than a busy machine may need."""
+"""Wait for something real to happen, for no longer than a busy machine may need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PATIENCE_S = 240
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
-    """Waits for something to hold, while the process, if one is given, is at work."""
+    """Wait until a condition holds; if a process is given, it must stay at work meanwhile."""
     deadline = time.monotonic() + PATIENCE_S
     while not is_so():
         assert process is None or process.poll() is None, process.communicate()

@@ -22,7 +22,7 @@ from search.driver import loop
 from search.record.progress import progress
 from search.record.searches import find_search
 from search.service import probe, submit
-from search.service.probe import Sought
+from search.service.probe import ProbeRequest
 from search.spec import reading
 from tests.support.searches import SPEC, inline, place, quiet
 from tests.support.waiting import wait_until
@@ -214,28 +214,28 @@ def test_who_follows_a_log_learns_how_the_job_ended_and_can_leave_before(tmp_pat
 
 def test_relative_stores_are_this_folders_and_have_to_be_seen_from_the_head(tmp_path: Path) -> None:
     parsed = reading.parse(SPEC, folder=tmp_path)
-    found = submit.stores(parsed)
+    found = submit.absolute_stores(parsed)
     assert found == submit.Stores(store(tmp_path), str(tmp_path / "paredown.studies"), [tmp_path, tmp_path])
     servers = "https://mlflow.example", "postgresql://studies.example/optuna"
-    assert submit.stores(reading.tracked(parsed, *servers)) == submit.Stores(*servers, [])
+    assert submit.absolute_stores(reading.with_stores(parsed, *servers)) == submit.Stores(*servers, [])
     absolute = "sqlite:////data/paredown.db", "/data/paredown.studies"
-    assert submit.stores(reading.tracked(parsed, *absolute)) == submit.Stores(*absolute, [])
+    assert submit.absolute_stores(reading.with_stores(parsed, *absolute)) == submit.Stores(*absolute, [])
 
-    with submit.mark(tmp_path) as mark:
-        probe.check(Sought("digits", [mark], []), found.uri, found.studies)
+    with submit.marker_file(tmp_path) as mark:
+        probe.check(ProbeRequest("digits", [mark], []), found.uri, found.studies)
     with pytest.raises(SearchError, match="head does not see the folder"):
-        probe.check(Sought("digits", [mark], []), found.uri, found.studies)
+        probe.check(ProbeRequest("digits", [mark], []), found.uri, found.studies)
     with pytest.raises(SearchError, match=r"'teacher.safetensors', which the spec names, is not on"):
-        probe.check(Sought("digits", [], ["teacher.safetensors"]), found.uri, found.studies)
+        probe.check(ProbeRequest("digits", [], ["teacher.safetensors"]), found.uri, found.studies)
 
 
 def test_a_store_whose_files_cannot_be_kept_is_told_before_anything_is_submitted(tmp_path: Path) -> None:
     uri, studies = store(tmp_path), str(tmp_path / "paredown.studies")
     (tmp_path / "paredown.artifacts").touch()  # where a folder is to be
     with pytest.raises(SearchError, match=r"cannot use the MLflow store sqlite:///.*paredown.db: "):
-        probe.check(Sought("digits", [], []), uri, studies)
+        probe.check(ProbeRequest("digits", [], []), uri, studies)
     (tmp_path / "paredown.artifacts").unlink()
-    probe.check(Sought("digits", [], []), uri, studies)
+    probe.check(ProbeRequest("digits", [], []), uri, studies)
     with pytest.raises(SearchError, match="no search 'digits'"):
         progress(uri, "digits")  # what was tried is no search
 
@@ -253,10 +253,12 @@ def test_passwords_are_the_heads_own() -> None:
 
 def test_this_machines_own_servers_are_no_use_to_a_head_elsewhere(tmp_path: Path) -> None:
     parsed = reading.parse(SPEC, folder=tmp_path)
-    own = submit.stores(reading.tracked(parsed, "http://127.0.0.1:5000", None))
+    own = submit.absolute_stores(reading.with_stores(parsed, "http://127.0.0.1:5000", None))
     submit.check_loopback("http://127.0.0.1:8265", own)
     with pytest.raises(SearchError, match=r"tracking.uri is http://127.0.0.1:5000, which is this machine's own"):
         submit.check_loopback("http://203.0.113.7:8265", own)
-    database = submit.stores(reading.tracked(parsed, "https://mlflow.example", "mysql://ada@localhost/studies"))
+    database = submit.absolute_stores(
+        reading.with_stores(parsed, "https://mlflow.example", "mysql://ada@localhost/studies")
+    )
     with pytest.raises(SearchError, match=r"tracking.studies is mysql://ada@localhost/studies"):
         submit.check_loopback("http://203.0.113.7:8265", database)

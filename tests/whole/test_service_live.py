@@ -26,10 +26,10 @@ from search.base import SpecError
 from search.driver.winners import check_model
 from search.record.registry import Registry
 from search.record.store import connect
-from search.service.admission import Rules
+from search.service.admission import AdmissionRules
 from search.service.metadata import NAME, URI
-from search.service.watching import Place
-from search.spec.reading import tracked
+from search.service.watching import Backends
+from search.spec.reading import with_stores
 from tests.support.searches import SPEC, parsed, place
 from tests.support.services import KEY, YAML, quick
 
@@ -68,8 +68,8 @@ def run(url: str, id: str, command: str, **metadata: str) -> None:
 class Done:
     """A search that was submitted and watched to its end: its id and every event."""
 
-    where: Place
-    rules: Rules
+    where: Backends
+    rules: AdmissionRules
     id: str
     events: list[tuple[str, dict]]
 
@@ -77,8 +77,8 @@ class Done:
 @pytest.fixture(scope="module")
 def done(head: str, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("live")
-    where = Place(head, f"sqlite:///{folder}/paredown.db", f"{folder}/paredown.studies")
-    rules = Rules(root=place(folder / "root", teacher))
+    where = Backends(head, f"sqlite:///{folder}/paredown.db", f"{folder}/paredown.studies")
+    rules = AdmissionRules(root=place(folder / "root", teacher))
     with TestClient(quick(where, rules=rules), headers=KEY) as client:
         answer = client.post("/searches", content=SMALL, headers=YAML)
         assert answer.status_code == 202, answer.text
@@ -151,7 +151,7 @@ def test_the_model_of_another_is_refused(done: Done) -> None:
         assert "'production-model', made by hand" in answer.json()["error"]
     assert done.rules.root is not None
     with pytest.raises(SpecError, match="rename the search"):
-        check_model(tracked(parsed(done.rules.root, spec), done.where.uri, None))
+        check_model(with_stores(parsed(done.rules.root, spec), done.where.uri, None))
     shared = f"{spec}\ntracking: {{uri: '{done.where.uri}', registered_model: production-model}}"
     check_model(parsed(done.rules.root, shared))  # as only the operator can say
 
@@ -159,7 +159,7 @@ def test_the_model_of_another_is_refused(done: Done) -> None:
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_it_does_what_its_description_says(done: Done, mode: GenerationMode) -> None:
     """It takes no spec at all, so that none is run by chance; what a schema can say of a spec is not all anyway."""
-    app = quick(done.where, rules=Rules(allowed=()))
+    app = quick(done.where, rules=AdmissionRules(allowed=()))
     described = schemathesis.openapi.from_asgi("/openapi.json", app, headers=KEY)
     operations = [found.ok() for found in described.get_all_operations()]
     assert len(operations) == 7
@@ -177,7 +177,7 @@ def test_it_does_what_its_description_says(done: Done, mode: GenerationMode) -> 
 
 
 def test_what_else_runs_on_the_cluster_is_not_touched(head: str, done: Done, tmp_path: Path) -> None:
-    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", f"{tmp_path}/paredown.studies")
+    where = Backends(head, f"sqlite:///{tmp_path}/paredown.db", f"{tmp_path}/paredown.studies")
     run(head, "other-1", "sleep 600")
     run(head, "x-1", "sleep 600", **{NAME: "x", URI: "sqlite:///elsewhere.db"})
     with TestClient(quick(where), headers=KEY) as client:
@@ -200,7 +200,7 @@ def test_what_else_runs_on_the_cluster_is_not_touched(head: str, done: Done, tmp
 
 def test_a_store_that_cannot_be_read_is_told(head: str, tmp_path: Path) -> None:
     (tmp_path / "paredown.db").write_text("no database")
-    where = Place(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
+    where = Backends(head, f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
     run(head, "lost-1", "true", **{NAME: "lost", URI: where.uri})
     with TestClient(quick(where), headers=KEY) as client:
         for path in ("", "/frontier", "/report"):

@@ -17,11 +17,11 @@ from cluster import ClusterError
 from cluster.head import free_ports
 from cluster.serve import connected, serving
 from search.driver.loop import search
-from search.service.admission import Rules
+from search.service.admission import AdmissionRules
 from search.service.app import Settings, app
-from search.service.guard import Door, digest_of
-from search.service.watching import Place
-from search.spec.reading import tracked
+from search.service.guard import Access, digest_of
+from search.service.watching import Backends
+from search.spec.reading import with_stores
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browsing
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
@@ -47,9 +47,9 @@ def url(tmp_path: Path, teacher: Path) -> Iterator[str]:
     """A service on Ray Serve, for this machine alone, whose store holds a search that was run without it."""
     root = place(tmp_path / "root", teacher)
     uri, studies = f"sqlite:///{tmp_path}/paredown.db", f"{tmp_path}/paredown.studies"
-    search(tracked(parsed(root), uri, studies), inline, quiet)
+    search(with_stores(parsed(root), uri, studies), inline, quiet)
     with connected("auto") as head:
-        build = partial(app, Settings(Place(head, uri, studies), Rules(root=root), links={"Ray": head}))
+        build = partial(app, Settings(Backends(head, uri, studies), AdmissionRules(root=root), links={"Ray": head}))
         with serving(build, name="paredown", host="127.0.0.1", port=free_ports(1)[0]) as found:
             yield found
 
@@ -127,8 +127,8 @@ def _refuses_a_body_without_end(url: str) -> None:
 
 
 def test_the_page_asks_for_the_token(page: Browser, tmp_path: Path) -> None:
-    where = Place("http://127.0.0.1:9", f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
-    service = app(Settings(where, door=Door(digest_of(b"a token of some length"))))
+    where = Backends("http://127.0.0.1:9", f"sqlite:///{tmp_path}/paredown.db", "paredown.studies")
+    service = app(Settings(where, access=Access(digest_of(b"a token of some length"))))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(service, log_level="error"))
     thread = threading.Thread(target=server.run, args=([listening],))

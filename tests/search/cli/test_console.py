@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: every limit beside its value, and no line wider than 100 columns."""
+"""The terminal shows every limit beside its value, and no line wider than 100 columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import results
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is printed, as a terminal of 100 columns shows it."""
+    """The printed text, as a terminal of 100 columns shows it."""
     screen = io.StringIO()
     monkeypatch.setattr(console, "out", Console(file=screen, width=100))
     return screen

@@ -1,4 +1,4 @@
-"""The report as a browser would get it: whole, closed to the network, with every number and no unescaped text."""
+"""The report as a browser gets it: whole, closed to the network, with every number and no unescaped text."""
 
 import json
 import re
@@ -31,7 +31,7 @@ LIMITS = {"half": {"macs": 6_250_000}, "tiny": {"macs": 3_125_000, "params": 108
 
 
 class Page(HTMLParser):
-    """What a document is made of; complains of a tag that closes nothing or stays open."""
+    """The tags, links and texts of a document; no tag of it may close nothing or stay open."""
 
     VOID = frozenset({"meta", "link", "br", "img", "input"})
 

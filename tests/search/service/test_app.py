@@ -1,4 +1,4 @@
-"""Whatever is sent to the service, it answers with a reason and keeps serving; nothing it was not allowed ever runs."""
+"""The service refuses every bad request with a reason, keeps serving, and never runs code that it was not allowed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from starlette.websockets import WebSocketDisconnect
 import cluster.jobs
 from cluster import ClusterError
 from search.base import SearchError
-from search.cli.serve import VARIABLE, _end_alike, _links, serve, token_of
+from search.cli.serve import TOKEN_VARIABLE, _end_on_signals, _page_links, read_token, serve
 from search.service import guard
-from search.service.admission import Rules
+from search.service.admission import AdmissionRules
 from search.service.app import Settings, app
-from search.service.guard import LARGEST_BYTES, MOST_CLIENTS, Buckets, Door
-from search.service.watching import Look, Looks, Place
+from search.service.guard import LARGEST_BYTES, MOST_CLIENTS, Access, Buckets
+from search.service.watching import Backends, Snapshot, Snapshots
 from tests.support.services import KEY, TOKEN, YAML, quick
 
 JSON = {"Content-Type": "application/json"}
 NOWHERE = "http://127.0.0.1:9"
-"""Where no Ray is: what is refused at the door must not need one."""
+"""An address without a Ray: a refusal by the guard must not need one."""
 
 FREE = """
 name: digits
@@ -41,7 +41,7 @@ recovery: {steps: 5, batch_size: 64}
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 
 
-def of(**changes: str) -> str:
+def spec_of(**changes: str) -> str:
     """A spec that names no file, with other text at some of its keys."""
     lines = FREE.strip().splitlines()
     known = {line.partition(":")[0] for line in lines}
@@ -68,9 +68,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(root: Path) -> Iterator[TestClient]:
-    """Of a service that can reach no Ray."""
-    where = Place(NOWHERE, f"sqlite:///{root.parent}/paredown.db", "paredown.studies")
-    with TestClient(quick(where, rules=Rules(root=root))) as made:
+    """A client of a service that can reach no Ray."""
+    where = Backends(NOWHERE, f"sqlite:///{root.parent}/paredown.db", "paredown.studies")
+    with TestClient(quick(where, rules=AdmissionRules(root=root))) as made:
         yield made
 
 
@@ -104,34 +104,34 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
     "a key twice in JSON": (400, '{"name": "a", "name": "b"}', JSON),
     "keys that are no text": (422, "{1: 2, null: 3, 2026-01-02: 4}", {}),
     "a list": (422, "- digits", {}),
-    "an unknown key": (422, of(modle="x"), {}),
-    "an unknown method": (422, of(methods="[alsd]"), {}),
-    "an unknown limit": (422, of(budgets="[{name: half, flops: 50%}]"), {}),
-    "a budget without a limit": (422, of(budgets="[{name: half}]"), {}),
-    "a name with a path": (422, of(name="../digits"), {}),
-    "a name too long for a file": (422, of(name="d" * 101), {}),
-    "a model factory": (403, of(model="{source: factory, name: 'os:system', args: {command: id}}"), {}),
-    "a factory in a file": (403, of(model="{source: factory, name: './model.py:make'}"), {}),
-    "a data factory": (403, of(data="{source: factory, name: 'os:getcwd'}"), {}),
+    "an unknown key": (422, spec_of(modle="x"), {}),
+    "an unknown method": (422, spec_of(methods="[alsd]"), {}),
+    "an unknown limit": (422, spec_of(budgets="[{name: half, flops: 50%}]"), {}),
+    "a budget without a limit": (422, spec_of(budgets="[{name: half}]"), {}),
+    "a name with a path": (422, spec_of(name="../digits"), {}),
+    "a name too long for a file": (422, spec_of(name="d" * 101), {}),
+    "a model factory": (403, spec_of(model="{source: factory, name: 'os:system', args: {command: id}}"), {}),
+    "a factory in a file": (403, spec_of(model="{source: factory, name: './model.py:make'}"), {}),
+    "a data factory": (403, spec_of(data="{source: factory, name: 'os:getcwd'}"), {}),
     "a factory of recovery data": (
-        403, of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
+        403, spec_of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
     ),
-    "a metric": (403, of(metric="os:system"), {}),
-    "a source as a metric": (403, of(metric="zoo"), {}),
-    "a logged model": (403, of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
-    "weights above the root": (403, of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
-    "weights of the system": (403, of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
-    "weights by a link": (403, of(model="{source: zoo, name: resnet8, weights: way-out.safetensors}"), {}),
-    "weights in a pickle": (403, of(model="{source: torchvision, name: resnet18, weights: pickle.pt}"), {}),
-    "weights that are not there": (403, of(model="{source: zoo, name: resnet8, weights: none.safetensors}"), {}),
-    "weights of no path": (403, of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
-    "images elsewhere": (403, of(data="{source: imagefolder, root: ../..}"), {}),
-    "a home": (403, of(data="{source: imagefolder, root: ~/}"), {}),
-    "a roofline elsewhere": (403, of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
-    "another store": (403, of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
-    "another's registered model": (403, of(tracking="{registered_model: production}"), {}),
-    "very many workers": (403, of(cluster="{max_parallel: 100000}"), {}),
-    "another cluster": (403, of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
+    "a metric": (403, spec_of(metric="os:system"), {}),
+    "a source as a metric": (403, spec_of(metric="zoo"), {}),
+    "a logged model": (403, spec_of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
+    "weights above the root": (403, spec_of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
+    "weights of the system": (403, spec_of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
+    "weights by a link": (403, spec_of(model="{source: zoo, name: resnet8, weights: way-out.safetensors}"), {}),
+    "weights in a pickle": (403, spec_of(model="{source: torchvision, name: resnet18, weights: pickle.pt}"), {}),
+    "weights that are not there": (403, spec_of(model="{source: zoo, name: resnet8, weights: none.safetensors}"), {}),
+    "weights of no path": (403, spec_of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
+    "images elsewhere": (403, spec_of(data="{source: imagefolder, root: ../..}"), {}),
+    "a home": (403, spec_of(data="{source: imagefolder, root: ~/}"), {}),
+    "a roofline elsewhere": (403, spec_of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
+    "another store": (403, spec_of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
+    "another's registered model": (403, spec_of(tracking="{registered_model: production}"), {}),
+    "very many workers": (403, spec_of(cluster="{max_parallel: 100000}"), {}),
+    "another cluster": (403, spec_of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
 }  # fmt: skip
 
 
@@ -179,10 +179,10 @@ def test_a_cluster_that_is_away_is_told_and_asked_again(client: TestClient) -> N
 
 
 def test_all_who_watch_a_search_share_one_look() -> None:
-    looks = Looks(Place(NOWHERE, "sqlite:///paredown.db", "paredown.studies"))
+    snapshots = Snapshots(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies"))
 
-    async def watched() -> list[Look | BaseException]:
-        return await asyncio.gather(*(looks.at("digits-1") for _ in range(8)), return_exceptions=True)
+    async def watched() -> list[Snapshot | BaseException]:
+        return await asyncio.gather(*(snapshots.latest("digits-1") for _ in range(8)), return_exceptions=True)
 
     told = asyncio.run(watched())
     assert isinstance(told[0], ClusterError)
@@ -190,7 +190,7 @@ def test_all_who_watch_a_search_share_one_look() -> None:
 
 
 def test_without_a_token_only_this_machine_is_answered(root: Path) -> None:
-    service = app(Settings(Place(NOWHERE, "sqlite:///paredown.db", "paredown.studies")))
+    service = app(Settings(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies")))
     with TestClient(service, base_url="http://localhost:8700") as client:
         assert client.get("/").status_code == 200
         assert client.get("/", headers={"Host": "[::1]:8700"}).status_code == 200
@@ -218,7 +218,9 @@ def test_who_calls_too_often_waits_and_others_do_not() -> None:
 
 
 def test_calls_that_change_something_run_out_first() -> None:
-    service = app(Settings(Place(NOWHERE, "sqlite:///paredown.db", "paredown.studies"), door=Door(None, 1e-9, 25.0)))
+    service = app(
+        Settings(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies"), access=Access(None, 1e-9, 25.0))
+    )
     with TestClient(service, base_url="http://localhost") as client:
         assert [client.delete("/searches/x").status_code for _ in range(3)] == [503, 503, 429]
         answer = client.delete("/searches/x")
@@ -237,7 +239,7 @@ def test_every_answer_keeps_a_browser_in_check(client: TestClient) -> None:
 
 
 def test_the_pages_load_nothing_from_elsewhere(client: TestClient) -> None:
-    for path in guard.OPEN:
+    for path in guard.OPEN_PATHS:
         answer = client.get(path)
         assert answer.status_code == 200, path
         assert "https://" not in answer.text.replace("https://github.com/ray-project", "")
@@ -257,7 +259,7 @@ def test_a_web_socket_is_refused(client: TestClient) -> None:
 def test_a_cluster_that_never_answers_is_away_and_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.jobs, "ANSWER_S", 3)
     silent = socket.create_server(("127.0.0.1", 0))
-    where = Place(f"http://127.0.0.1:{silent.getsockname()[1]}", "sqlite:///paredown.db", "paredown.studies")
+    where = Backends(f"http://127.0.0.1:{silent.getsockname()[1]}", "sqlite:///paredown.db", "paredown.studies")
     with TestClient(quick(where), headers=KEY) as client:
         statuses: list[int] = []
         waiting = threading.Thread(target=lambda: statuses.append(client.get("/searches").status_code))
@@ -272,7 +274,7 @@ def test_a_cluster_that_never_answers_is_away_and_holds_up_nobody_else(monkeypat
 
 
 def test_others_are_not_served_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     for host in ("0.0.0.0", "::", "192.168.1.2", "workstation"):
         with pytest.raises(SearchError, match="there is no token"):
             serve(host=host)
@@ -286,21 +288,21 @@ def test_others_are_not_served_without_a_token(monkeypatch: pytest.MonkeyPatch) 
 
 def test_links_lead_where_the_reader_is() -> None:
     here, there = "http://127.0.0.1:5000", "http://mlflow:5000"
-    assert _links("sqlite:///paredown.db", here, "127.0.0.1") == {"Ray": here}
-    assert _links(there, here, "localhost") == {"MLflow": there, "Ray": here}
-    assert _links(there, here, "0.0.0.0") == {"MLflow": there}
+    assert _page_links("sqlite:///paredown.db", here, "127.0.0.1") == {"Ray": here}
+    assert _page_links(there, here, "localhost") == {"MLflow": there, "Ray": here}
+    assert _page_links(there, here, "0.0.0.0") == {"MLflow": there}
 
 
 def test_a_closed_terminal_ends_it_unless_nohup_says_no() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        _end_alike()
+        _end_on_signals()
         for number in (signal.SIGTERM, signal.SIGHUP):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _end_alike()
+        _end_on_signals()
         signal.raise_signal(signal.SIGHUP)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before, strict=True):
@@ -308,21 +310,21 @@ def test_a_closed_terminal_ends_it_unless_nohup_says_no() -> None:
 
 
 def test_the_token_stays_with_who_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert token_of(None) is None
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert read_token(None) is None
     file = tmp_path / "token"
-    made = token_of(file)
+    made = read_token(file)
     assert made is not None
     assert len(made) > 40
     assert file.stat().st_mode & 0o777 == 0o600
-    assert token_of(file) == made
-    monkeypatch.setenv(VARIABLE, TOKEN)
-    assert token_of(file) == TOKEN.encode()
-    assert VARIABLE not in os.environ  # or every job would have it
+    assert read_token(file) == made
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    assert read_token(file) == TOKEN.encode()
+    assert TOKEN_VARIABLE not in os.environ  # or every job would have it
     file.chmod(0o640)
     with pytest.raises(SearchError, match="0640"):
-        token_of(file)
-    monkeypatch.setenv(VARIABLE, "short")
+        read_token(file)
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
     with pytest.raises(SearchError, match="5 characters") as told:
-        token_of(None)
+        read_token(None)
     assert "short" not in str(told.value)

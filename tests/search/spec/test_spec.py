@@ -1,4 +1,4 @@
-"""The spec: what it accepts, and that all its mistakes are told at once."""
+"""The spec: every accepted form of its keys, and a report of all its mistakes at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own code: what it may import, what it never shadows, and which of its modules workers are sent."""
+"""A user's own code: the modules it may import, those it never shadows, and those that workers are sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from search.spec import reading
 from search.workload import loading
 from search.workload.usercode import user_modules
-from tests.support.tiny_workloads import THINGS, Told, factory, load, refused, spec, users_code
+from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec, users_code
 
 
 @pytest.fixture
@@ -66,5 +66,5 @@ def test_user_modules_may_lie_anywhere_but_are_never_pythons(folder: Path) -> No
         factory(f"{folder}/things.py:network"),
         data={"source": "factory", "name": f"{folder}/things.py:images"},
     )
-    loading.load(root, Told())
+    loading.load(root, StageReport())
     assert not {module.__name__.partition(".")[0] for module in user_modules()} & sys.stdlib_module_names

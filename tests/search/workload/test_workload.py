@@ -1,4 +1,4 @@
-"""The workload: every source of a teacher, every way its weights come, and everything that is refused with a reason."""
+"""The workload: every source of a teacher and of its weights, and a reason for every refusal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from search.base import WorkloadError
 from search.workload import loading, usercode
 from search.workload.teacher import save_weights
 from search.workload.zoo import build
-from tests.support.tiny_workloads import THINGS, Told, factory, load, refused, spec, users_code
+from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec, users_code
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 
 def test_a_zoo_teacher_is_trained_once(folder: Path) -> None:
     asked = spec(folder, {"source": "zoo", "name": "resnet8"}, data=tiny_data(side=4, count=30))
-    untrained = loading.load(asked, Told(), fit=False)
-    first, again = Told(), Told()
+    untrained = loading.load(asked, StageReport(), fit=False)
+    first, again = StageReport(), StageReport()
     trained, cached = loading.load(asked, first), loading.load(asked, again)
     assert "training the teacher" in first.stages
     assert "training the teacher" not in again.stages
@@ -51,9 +51,9 @@ def test_a_zoo_teacher_is_trained_once(folder: Path) -> None:
     assert trained.fingerprint == cached.fingerprint != untrained.fingerprint
     assert evaluate(cached.teacher, cached.splits.train, cached.metric) == 1.0
     # unless it must not be trained: then what is cached is used all the same
-    assert same(loading.load(asked, Told(), fit=False).teacher, trained.teacher)
+    assert same(loading.load(asked, StageReport(), fit=False).teacher, trained.teacher)
     other = spec(folder, {"source": "zoo", "name": "resnet8"}, data=tiny_data(side=4, count=30) | {"seed": 1})
-    assert not same(loading.load(other, Told(), fit=False).teacher, trained.teacher)
+    assert not same(loading.load(other, StageReport(), fit=False).teacher, trained.teacher)
 
 
 def tiny_data(**args: Any) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def test_a_teacher_from_mlflow(folder: Path) -> None:
     before = mlflow.get_tracking_uri()
     (folder / "homemade.py").write_text(textwrap.dedent(THINGS) + "\n\nclass Own(nn.Sequential):\n    pass\n")
     teacher = load(folder, factory()).teacher
-    own = usercode.imported("homemade:Own", str(folder))(*teacher)
+    own = usercode.load_function("homemade:Own", str(folder))(*teacher)
     mlflow.set_tracking_uri(uri)
     try:
         with mlflow.start_run():

@@ -1,4 +1,4 @@
-"""Images of another source: fitted to the teacher's input, and what a recovery without labels is given."""
+"""Images of another source are resized to the teacher's input, and replace the training set in recovery alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from search.spec import reading
 from search.workload import loading
-from search.workload.samples import Arrays, Foreign
+from search.workload.samples import Arrays, ResizedSamples
 
 SPEC = """
 name: other
@@ -33,18 +33,18 @@ def images():
 def test_images_take_the_shape_of_the_teachers_input() -> None:
     images = np.stack([np.full((3, 4, 4), (1.0, 2.0, 6.0)[i]) for i in range(3)])[None].reshape(3, 3, 4, 4)
     source = Arrays(images, np.array([7, 8, 9]))
-    grey, labels = Foreign(source, (1, 8, 6)).batch(np.array([2, 0]))
+    grey, labels = ResizedSamples(source, (1, 8, 6)).batch(np.array([2, 0]))
     assert grey.shape == (2, 1, 8, 6)
     torch.testing.assert_close(grey[:, 0, 0, 0], torch.tensor([6.0, 1.0]))
     assert labels.tolist() == [9, 7]
-    same, _ = Foreign(source, (3, 4, 4)).batch(np.array([1]))
+    same, _ = ResizedSamples(source, (3, 4, 4)).batch(np.array([1]))
     assert torch.equal(same, source.batch(np.array([1]))[0])
-    assert len(Foreign(source, (3, 4, 4))) == 3
+    assert len(ResizedSamples(source, (3, 4, 4))) == 3
 
 
 def test_grey_images_are_repeated_for_every_channel() -> None:
     source = Arrays(np.arange(16.0).reshape(1, 1, 4, 4), np.array([0]))
-    images, _ = Foreign(source, (3, 4, 4)).batch(np.array([0]))
+    images, _ = ResizedSamples(source, (3, 4, 4)).batch(np.array([0]))
     assert images.shape == (1, 3, 4, 4)
     assert torch.equal(images[:, 0], images[:, 2])
 

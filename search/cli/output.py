@@ -1,0 +1,64 @@
+"""Output without a table: JSON for programs, and the one paragraph and exit code with which a failed command ends."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import typer
+
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT
+
+
+def print_json(value: object) -> None:
+    """Print a result for programs, and nothing else, on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+def fail(reason: str, code: int) -> NoReturn:
+    """End the command with one paragraph on standard error."""
+    typer.echo(f"paredown: {reason}", err=True)
+    raise SystemExit(code)
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code for an error that a user can mend, or None for a fault of ours.
+
+    Errors in our own words come first, since the other kinds take seconds to import.
+    """
+    if _is_in_our_words(error):
+        return WRONG_INPUT
+    from methods.base import Infeasible, MethodError
+    from search.driver.compress import CompressionFailed
+    from search.record.store import is_store_fault
+
+    if isinstance(error, Infeasible):
+        return NOTHING_FITS
+    if isinstance(error, CompressionFailed | FloatingPointError) or is_store_fault(error):
+        return FAILED
+    is_file = isinstance(error, OSError) and error.filename is not None
+    return WRONG_INPUT if is_file or isinstance(error, MethodError) else None
+
+
+def reason_for(error: Exception) -> str:
+    """Return the paragraph that tells a user of an error that has an exit code."""
+    if _is_in_our_words(error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
+    from search.base import masked
+    from search.record.store import is_store_fault
+
+    if is_store_fault(error):
+        return (
+            f"the MLflow store failed: {masked(str(error))}; expected one that stays as it is while a search runs; "
+            "every finished trial is kept: mend the store, and the same command goes on"
+        )
+    return str(error)
+
+
+def _is_in_our_words(error: Exception) -> bool:
+    from cluster import ClusterError
+    from search.base import SearchError
+
+    return isinstance(error, SearchError | ClusterError)
