@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from search.trials import Times, Timing
 
 def folder_of(identity: Mapping[str, str], runtime: Runtime) -> Path:
     """Return the folder for the figures of all devices of this identity and runtime."""
-    return cache.folder() / "latency" / _digest(identity, asdict(runtime))
+    return cache.folder() / "latency" / cache.digest([identity, asdict(runtime)])
 
 
 class Readings:
@@ -52,9 +50,4 @@ class Readings:
 
     def _path(self, key: str, *, is_quiet: bool) -> Path:
         search = [] if is_quiet else sorted(self._reference.items())
-        return self._folder / f"{_digest(self._teacher, key, search)}.json"
-
-
-def _digest(*parts: object) -> str:
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return self._folder / f"{cache.digest([self._teacher, key, search])}.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -113,8 +112,7 @@ def _before(plans: Sequence[Plan]) -> Before:
 
 def _path(method: Method, workload: Workload, before: Before) -> Path:
     content = f"{VERSION} {method!r} {workload.fingerprint} {before!r}"
-    key = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    return cache.folder() / "scores" / f"{key}.npz"
+    return cache.folder() / "scores" / f"{cache.digest(content)}.npz"
 
 
 def _read(path: Path) -> Scores | None:

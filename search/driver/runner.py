@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,6 +10,7 @@ from methods import named
 from methods.base import Infeasible
 from methods.pipeline import Outcome, Progress, trial
 from methods.training import Recipe
+from search.cache import digest
 from search.driver.account import Account
 from search.driver.ledger import Ledger
 from search.driver.prepare import Prepared, recipe
@@ -35,8 +34,7 @@ class Planned:
     @property
     def work(self) -> str:
         """A name for the training it asks for: trials that share it are trained once."""
-        text = json.dumps([self.fitted.plan.identity(), asdict(self.how)], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return digest([self.fitted.plan.identity(), asdict(self.how)])
 
 
 class Runner:

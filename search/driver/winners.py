@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 from dataclasses import replace
@@ -14,6 +13,7 @@ from methods import named
 from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report, SpecError, TrackingError
+from search.cache import digest
 from search.frontier import frontier
 from search.limits import latency_on
 from search.record.logged_models import Models
@@ -192,7 +192,7 @@ def _plan(winner: Candidate) -> dict[str, object]:
     text = _json(winner.plan)
     if len(text) <= TAG_BYTES:
         return {"plan": text}
-    return {"plan_digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+    return {"plan_digest": digest(text)}
 
 
 def _device(spec: SearchSpec, result: SearchResult, budget: BudgetResult) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from search.base import TrackingError, masked
+from search.cache import digest
 from search.record.changes import check_unchanged
 from search.record.record import Record
 from search.record.store import FAULTS, artifact, check_store, connect, experiment_of, sqlite_path, unwritable
@@ -47,9 +47,9 @@ def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, 
         if known := parent.data.tags.get("paredown.digest"):
             kept = artifact(client, run_id, f"decisive-{known}.json")
             check_unchanged(name, json.loads(kept), decisive)
-        digest = _digest(decisive)
-        client.log_dict(run_id, dict(decisive), f"decisive-{digest}.json")
-        for key, value in {"spec": spec, "registered_model": model, "digest": digest}.items():
+        fingerprint = digest(decisive)
+        client.log_dict(run_id, dict(decisive), f"decisive-{fingerprint}.json")
+        for key, value in {"spec": spec, "registered_model": model, "digest": fingerprint}.items():
             client.set_tag(run_id, f"paredown.{key}", value)  # the digest last: by then its file is whole
         return Record(client, experiment, client.get_run(run_id))
     except FAULTS as error:
@@ -67,10 +67,6 @@ def _forget(client: MlflowClient, experiment: str, parent: Run) -> None:
     for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"):
         client.delete_run(run.info.run_id)
     client.delete_run(parent.info.run_id)
-
-
-def _digest(decisive: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def find_search(uri: str, name: str) -> Record:
