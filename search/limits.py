@@ -16,7 +16,7 @@ TOP1_DROP = "top1_drop"
 _LATENCY = "latency_ms/"
 
 Costs: TypeAlias = Mapping[str, float]
-"""What a network costs, by name: `AXES`, `size_bytes`, `TOP1_DROP` and a `latency_on` each device. A cost that was not
+"""The costs of a network by name: `AXES`, `size_bytes`, `TOP1_DROP` and a `latency_on` each device. A cost that was not
 measured is missing."""
 
 
@@ -58,7 +58,7 @@ class Limits(dict[str, float]):
         return [cost for cost, limit in self.items() if not costs.get(cost, math.inf) <= limit]
 
     def excess(self, costs: Costs) -> dict[str, float]:
-        """How far each cost lies above its limit, as a share of it: negative where there is room, infinite if missing.
+        """Return each cost's excess over its limit, as a share of it: negative if there is room, infinite if missing.
 
         The loss of top-1 counts as it is, since it may be limited to nothing.
         """

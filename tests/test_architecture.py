@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and Ray's own word on the cluster file."""
+"""The arrows between rooms, read from the source; and Ray's own word on the cluster file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search", "methods", "cluster"}}
-"""What each package may import of ours."""
+"""The packages of ours that each package may import."""
 
 ORDER = {
     "methods": "__init__, pipeline | chain | alds, itpruner, manidp, practise, uniform | protocol | network | training "

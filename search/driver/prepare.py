@@ -79,12 +79,12 @@ def prepare(
     targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
     refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
-    able = [name for name in names if name not in refused]
+    accepted = [name for name in names if name not in refused]
     planner = Planner(workload, found, cluster, report)
-    firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, able)]
+    firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, accepted)]
     planner.score(list({method.name: method for method in firsts}.values()))
     fitter = Fitter(planner, stopwatch, workload.teacher)
-    plans = {target.name: {name: fitter.reachable(name, target) for name in able} for target in targets}
+    plans = {target.name: {name: fitter.reachable(name, target) for name in accepted} for target in targets}
     return Prepared(spec, workload, found, teacher, targets, fitter, refused, plans)
 
 
