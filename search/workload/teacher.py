@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
 from search.archive import ArchiveError
-from search.base import Report, WorkloadError, first_line, one_line
+from search.base import Report, WorkloadError, first_line, masked, one_line
 from search.export import exported
 from search.spec import SearchSpec
 from search.spec.schema import ModelSpec
@@ -115,7 +115,7 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
     except Exception as error:
         raise WorkloadError(
             f"MLflow cannot load {model.name!r}: {type(error).__name__}: {one_line(error)}; expected a model URI such "
-            f"as models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
+            f"as models:/name/1 in the store {masked(spec.tracking.uri)}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
