@@ -39,14 +39,53 @@ class TrackingError(SearchError):
     """The MLflow store cannot be used, or does not hold what was asked for."""
 
 
-def masked(text: str) -> str:
-    """A text without the passwords of the addresses in it, fit to be shown or kept.
+SECRET = (
+    r"(?:password|passwd|passphrase|pwd|pass|secret|token|credentials?|signature|sig|auth|jwt|(?:api|access|account|"
+    r"private|secret|shared|encryption)[_.-]?key)"
+)
+"""The ends of the names of secrets, case aside."""
 
-    >>> masked("postgresql://ada:lovelace@db/studies and http://mlflow:5000?token=abc")
-    'postgresql://ada:***@db/studies and http://mlflow:5000?token=***'
+_KEY = rf"((?:^|[?&;,\s{{'\"]|%3b|%26|%3f)[\w.-]*{SECRET}(?: ?= ?|%3d))"
+_VALUE = r"(?:'[^'\n]*'|\"[^\"\n]*\"|\{[^}\n]*\}|(?:(?!%3b|%26)[^&;\s'\"])+)"
+
+MASKS = (
+    # a password with spaces, unless a port stands in its place
+    (r"//([^:/@\s]*):(?!\d{1,5}(?:[/?#;,)\s]|$))(?:(?!://)[^\n'\"])*@(?=[\w.\[-])", r"//\1:***@"),
+    (r"//([^:/@\s]*):[^\s'\"]+@", r"//\1:***@"),
+    (r"(https?)://[^/@\s'\"]+@", r"\1://***@"),  # a token as user name
+    (r"//(?=[^/@\s'\"]*\d)[^:/@\s'\"]{20,}(:[^/@\s]*)?@", "//***@"),
+    (_KEY + _VALUE, r"\1***"),
+)
+"""What is hidden of a text, in order: each is a pattern and the text in its place."""
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of the addresses in it, fit to be shown or kept.
+
+    >>> masked("postgresql://ada:lovelace@db/studies and mysql://db/x?ssl=1&SSL_Token=abc")
+    'postgresql://ada:***@db/studies and mysql://db/x?ssl=1&SSL_Token=***'
     """
-    text = re.sub(r"//([^:/@\s]*):[^/\s]+@", r"//\1:***@", text)
-    return re.sub(r"([?&](?:password|passwd|secret|token)=)[^&\s'\"]+", r"\1***", text)
+    for secret in _secrets_of(text):
+        text = text.replace(secret, "***")
+    for pattern, hidden in MASKS:
+        text = re.sub(pattern, hidden, text, flags=re.IGNORECASE)
+    return text
+
+
+def _secrets_of(text: str) -> list[str]:
+    """The secrets that SQLAlchemy reads from a text that is one address."""
+    if not re.fullmatch(r"[\w+.-]+://((?!://).)*", text):
+        return []
+    from sqlalchemy.engine import make_url  # takes time to import, and few texts are addresses
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        return []
+    values = [(key, one) for key, value in url.query.items() for one in ([value] if isinstance(value, str) else value)]
+    named = [value for key, value in values if re.search(SECRET + "$", key, re.IGNORECASE)]
+    return sorted((value for value in named if value), key=len, reverse=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -34,16 +34,36 @@ def digest(*parts: object) -> str:
     return found.hexdigest()
 
 
-def keep(path: Path, write: Callable[[Path], None]) -> None:
-    """Write `path` by `write`, whole or not at all: a reader never meets half a file."""
+def keep(path: Path, write: Callable[[Path], None], *, once: bool = False) -> None:
+    """Write `path` by `write`, whole or not at all: a reader never meets half a file.
+
+    Args:
+        path: the file.
+        write: fills the file it is given.
+        once: leaves a file alone that another process has put there meanwhile; it may be in use.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
     os.close(handle)
     try:
         write(Path(name))
-        Path(name).replace(path)
+        if not once:
+            Path(name).replace(path)
+        elif not path.exists():
+            _link(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _link(name: str, path: Path) -> None:
+    """Give the file `name` a second name, unless that is another file's by now."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            Path(name).replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search",
 ORDER = {
     "methods": "__init__, pipeline | chain | alds, itpruner, manidp, practise, uniform | protocol | network | training "
     "| base, hooks",
-    "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier | export "
-    "| trials | units, cache, limits, base, __init__",
+    "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier "
+    "| export, archive | trials | units, cache, limits, base, __init__",
     "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs | devices, token, base",
 }
 """The rooms of each package, folders and single files: one imports those to its right, and none of its own column."""

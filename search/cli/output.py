@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from search.base import FAILED, NOTHING_FITS, WRONG_INPUT
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, masked
 
 
 def print_json(value: object) -> None:
@@ -16,8 +16,8 @@ def print_json(value: object) -> None:
 
 
 def fail(reason: str, code: int) -> NoReturn:
-    """End the command with one paragraph on standard error."""
-    typer.echo(f"paredown: {reason}", err=True)
+    """End the command with one paragraph on standard error, without the secrets of addresses in it."""
+    typer.echo(f"paredown: {masked(reason)}", err=True)
     raise SystemExit(code)
 
 
@@ -46,12 +46,11 @@ def reason_for(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
-    from search.base import masked
     from search.record.store import is_store_fault
 
     if is_store_fault(error):
         return (
-            f"the MLflow store failed: {masked(str(error))}; expected one that stays as it is while a search runs; "
+            f"the MLflow store failed: {error}; expected one that stays as it is while a search runs; "
             "every finished trial is kept: mend the store, and the same command goes on"
         )
     return str(error)

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from cluster import Cluster, InlineCluster, Program, RayCluster, predicted_ms
+from search.archive import load_program
 from search.base import SearchError, SpecError
 from search.devices.device import described, kind_of
 from search.devices.layer_table import layers_of
@@ -204,19 +205,14 @@ def _loaded(model: str, uri: str) -> Model:
 
 
 def _from_pt2(path: Path) -> Model:
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise SearchError(_unreadable(path, "a program that torch.export.save wrote", error)) from error
-    return _exported(program.module(), str(path), {})
+    return _exported(load_program(path, str(path)), str(path), {})
 
 
-def _exported(module: object, name: str, tags: Mapping[str, str]) -> Model:
+def _exported(module: fx.GraphModule, name: str, tags: Mapping[str, str]) -> Model:
     """The model of an exported module; the module itself holds the shape of its inputs."""
-    graph = module.graph if isinstance(module, fx.GraphModule) else fx.Graph()
-    inputs = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) else ()
-    if not isinstance(module, fx.GraphModule) or not shape or not all(isinstance(side, int) for side in shape):
+    if not shape or not all(isinstance(side, int) for side in shape):
         raise SearchError(
             f"{name} does not say what images it takes; expected an exported program with one input of fixed size but "
             "for the batch; export it with torch.export"

@@ -5,10 +5,12 @@ Every step may be cut short by a kill and taken again: what is there already is 
 
 from __future__ import annotations
 
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +21,10 @@ import torch
 from mlflow.entities import LoggedModelStatus
 from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.tracking import MlflowClient
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
+from search.archive import ArchiveError, load_program
 from search.base import WorkloadError, first_line
 from search.export import ExportError, exported, onnx_program, parity
 from search.record.store import connect, holding_signals
@@ -103,10 +106,50 @@ class Models:
         return str(made.model_uri)
 
 
-def load_model(uri: str, name: str) -> object:
-    """The PyTorch model at `name`, such as `models:/x/1`, in the store at `uri`."""
+def load_model(uri: str, name: str) -> fx.GraphModule:
+    """The program at `name`, such as `models:/x/1`, in the store at `uri`; nothing that was stored there is run.
+
+    Raises:
+        ArchiveError: it is no program of torch, or holds more than numbers and arithmetic.
+        MlflowException: there is no such model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = _downloaded(uri, name, folder)
+        if path.suffix != ".pt2":
+            raise ArchiveError(
+                f"{name} was logged with its modules, as a pickle, and reading that runs its code; expected a program "
+                "(serialization_format='pt2'); log it so"
+            )
+        return load_program(path, name)
+
+
+def load_pickled(uri: str, name: str) -> object:
+    """The network at `name` in the store at `uri`, with its modules; reading it runs its maker's code.
+
+    Raises:
+        ArchiveError: it was logged as a program, which has no modules.
+        MlflowException: there is no such model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if _downloaded(uri, name, folder).suffix == ".pt2":
+            raise ArchiveError(
+                f"{name} was logged as an exported graph, which cannot be cut or trained; expected one logged with "
+                "its modules (serialization_format='pickle'); log it so, or use model.source factory with a weights "
+                "file"
+            )
+        return mlflow.pytorch.load_model(name)
+
+
+def _downloaded(uri: str, name: str, folder: str) -> Path:
+    """The file of a stored network below `folder`: a `.pt2` program, or a pickle."""
     connect(uri)
-    return mlflow.pytorch.load_model(name)
+    place = Path(mlflow.artifacts.download_artifacts(name, dst_path=folder))
+    if found := sorted(place.glob("*/model.pt*")):
+        return found[0]
+    raise ArchiveError(
+        f"{name} holds no network of torch; expected a model that mlflow.pytorch logged; name the one stored as "
+        "'model', not as 'onnx'"
+    )
 
 
 def _check_program(run_id: str, student: nn.Module, program: ExportedProgram, images: np.ndarray) -> None:

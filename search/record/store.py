@@ -45,7 +45,7 @@ def check_store(uri: str) -> None:
             raise TrackingError(unwritable(uri, "permission denied"))
     try:
         if path is not None and not path.exists():
-            cache.keep(path, _create)  # MLflow could not go on with one that a kill left half made
+            cache.keep(path, _create, once=True)  # MLflow could not go on with one that a kill left half made
         connect(uri).search_experiments(max_results=1)
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error

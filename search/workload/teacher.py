@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
-from search.base import Report, WorkloadError, first_line, one_line
+from search.archive import ArchiveError
+from search.base import Report, WorkloadError, first_line, masked, one_line
 from search.export import exported
 from search.spec import SearchSpec
 from search.spec.schema import ModelSpec
@@ -104,20 +105,23 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
-    from search.record.logged_models import load_model  # takes seconds to import, and few teachers come from there
+    from search.record.logged_models import load_pickled  # takes seconds to import, and few teachers come from there
 
     try:
         with importable(spec.folder):
-            teacher = load_model(spec.tracking.uri, model.name)
+            teacher = load_pickled(spec.tracking.uri, model.name)
+    except ArchiveError as error:
+        raise WorkloadError(str(error)) from error
     except Exception as error:
         raise WorkloadError(
             f"MLflow cannot load {model.name!r}: {type(error).__name__}: {one_line(error)}; expected a model URI such "
-            f"as models:/name/1 in the store {spec.tracking.uri}; check tracking.uri and the version"
+            f"as models:/name/1 in the store {masked(spec.tracking.uri)}; check tracking.uri and the version"
         ) from error
     if not isinstance(teacher, nn.Module) or isinstance(teacher, torch.fx.GraphModule):
         raise WorkloadError(
-            f"{model.name} was logged as an exported graph, which cannot be cut or trained; expected one logged with "
-            "its modules (serialization_format='pickle'); log it so, or use model.source factory with a weights file"
+            f"{model.name} is a {type(teacher).__name__}, which cannot be cut or trained; expected a torch.nn.Module, "
+            "logged with its modules (serialization_format='pickle'); log it so, or use model.source factory with a "
+            "weights file"
         )
     return teacher
 

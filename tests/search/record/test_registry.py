@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,11 @@ from mlflow.tracking import MlflowClient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from search.archive import ArchiveError
 from search.base import SpecError, TrackingError, WorkloadError
 from search.driver.winners import commit, promote
 from search.limits import Limits
-from search.record.logged_models import Models, load_model
+from search.record.logged_models import Models, load_model, load_pickled
 from search.record.registry import Registry, Version, version_tags
 from search.record.searches import open_search
 from search.record.store import connect
@@ -45,6 +48,16 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.linear(x.flatten(1)))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """An object whose reading makes a file."""
+
+    path: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,24 @@ def test_both_programs_say_what_the_student_says(store: Store) -> None:
 
     client.delete_tag(run_id, "paredown.model_uri")  # as if the driver had died before it wrote that
     assert models.store(run_id, student, IMAGES) == uri
+
+
+def test_a_stored_program_that_somebody_changed_is_refused_and_runs_nothing(store: Store, tmp_path: Path) -> None:
+    uri = store.models.store(store.run(), Net(), IMAGES)
+    place = Path(connect(store.uri).get_logged_model(uri.rpartition("/")[2]).artifact_location.removeprefix("file://"))
+    program = place / "data" / "model.pt2"
+    planted = tmp_path / "planted"
+    with zipfile.ZipFile(program) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(program, "w") as archive:
+        for name, content in records.items():
+            is_inputs = name.endswith("sample_inputs/model.pt")
+            archive.writestr(name, pickle.dumps(Planted(planted)) if is_inputs else content)
+    with pytest.raises(ArchiveError, match=f"cannot read {uri}: its sample inputs are more than tensors; expected"):
+        load_model(store.uri, uri)
+    with pytest.raises(ArchiveError, match=f"{uri} was logged as an exported graph"):
+        load_pickled(store.uri, uri)
+    assert not planted.exists()
 
 
 def test_a_random_student_is_refused_before_anything_is_stored(store: Store) -> None:

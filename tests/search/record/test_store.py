@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from sqlalchemy import Engine, event
 from methods.base import Plan
 from methods.pipeline import Outcome
 from search.base import TrackingError
+from search.record import store
 from search.record.searches import find_begun, find_search, open_search
-from search.record.store import check_store
+from search.record.store import check_store, connect
 from search.trials import Fitted, Proposal
 
 
@@ -122,6 +124,48 @@ def test_a_process_killed_while_it_makes_the_store(tmp_path: Path) -> None:
     process.join()
     assert not Path("paredown.db").exists()
     check_store("sqlite:///paredown.db")
+
+
+def test_who_makes_the_store_last_replaces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first searches in a new folder would destroy each other's records."""
+    create = store._create
+
+    def beside_another(path: Path) -> None:
+        create(path)
+        if not Path("paredown.db").exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "_create", create)
+                check_store("sqlite:///paredown.db")
+            connect("sqlite:///paredown.db").create_experiment("first")
+
+    monkeypatch.setattr(store, "_create", beside_another)
+    check_store("sqlite:///paredown.db")
+    assert connect("sqlite:///paredown.db").get_experiment_by_name("first") is not None
+    assert not [file for file in Path().iterdir() if file.suffix == ".db" and file.name != "paredown.db"]
+
+
+def begin(folder: Path, name: str, delay_s: float) -> None:
+    """Begins a search in a store that there may not be yet, in a process of its own."""
+    os.chdir(folder)
+    time.sleep(delay_s)
+    check_store("sqlite:///paredown.db")
+    open_search("sqlite:///paredown.db", name, decisive={}, spec="", model=name)
+
+
+def test_two_first_searches_at_several_delays_both_end_well(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["search.record.searches"])
+    folders = [tmp_path / str(number) for number in range(3)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        pair = [context.Process(target=begin, args=(folder, f"s{one}", one * number * 0.1)) for one in (0, 1)]
+        for process in pair:
+            process.start()
+        for process in pair:
+            process.join()
+        assert [process.exitcode for process in pair] == [0, 0]
+        uri = f"sqlite:///{folder / 'paredown.db'}"
+        assert {find_begun(uri, name).search.registered_model for name in ("s0", "s1")} == {"s0", "s1"}
 
 
 def test_nothing_reports_home() -> None:
