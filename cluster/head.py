@@ -18,6 +18,9 @@ from cluster.base import ClusterError
 from cluster.token import keep_token
 
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
+OWN_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Has workers run at the priority of the command that starts Ray, where Ray would lower it by 15: beside any other
+process the meter would wait. Only the environment in which a node's Ray starts decides that."""
 METER = "paredown_meter"
 """The resource of which a node has one: its holder alone measures there."""
 START_S, END_S, POLL_S = 300.0, 60.0, 0.2
@@ -51,7 +54,7 @@ def own_head() -> Iterator[tuple[str, str]]:
     command += [f"--temp-dir={folder}", f"--object-store-memory={LOCAL_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     command += [f"--resources={json.dumps({METER: 1})}", *(f"--{name}={port}" for name, port in ports.items())]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = OWN_PRIORITY | {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with Path(folder, "start.log").open("w") as log:
         head = subprocess.Popen(
             command, env=environment | {"PATH": path}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,

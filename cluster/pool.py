@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from operator import length_hint
 from typing import Any
@@ -16,13 +16,13 @@ from ray.util.placement_group import remove_placement_group
 
 from cluster.base import ClusterError, Event, Failed, Item, Step, always
 from cluster.inline import resources_text
-from cluster.workers import Queue, Room, Work, Worker, next_event, stalled, summary
+from cluster.workers import Queue, Room, Work, Worker, count_waiting, next_event, stalled, summary
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PATIENCE_S = 60
-"""Silence after which the log says which workers or groups find no room."""
+"""Silence after which the log says which workers or groups find no room, or are starting."""
 
 
 class Pool:
@@ -200,7 +200,7 @@ class Pool:
     def _wait(self, active: Mapping[Any, Work], starting: Iterable[Any]) -> tuple[Any, bool]:
         """Wait for one of these; return it and True once it is ready, or one that was silent for too long and False.
 
-        Logs when workers find no room, since Ray waits for that in silence.
+        Logs when workers find no room or are starting, since Ray waits for that in silence.
         """
         if not (awaited := [*active, *starting]):
             raise ClusterError(
@@ -218,18 +218,33 @@ class Pool:
             if left_s <= PATIENCE_S:
                 return oldest, False
             rooms = [work.room for work in active.values() if work.room and work.is_waiting]
-            if self._starting or rooms:
-                self._log_lack_of_room(rooms)
+            if rooms:
+                self._log_lack_of_room("groups", len(rooms), rooms[0].needs)
+            elif self._starting:
+                self._log_start()
 
-    def _log_lack_of_room(self, rooms: Sequence[Room]) -> None:
+    def _log_start(self) -> None:
+        """Log the workers that find no room apart from those that have it and start in it."""
+        starting = len(self._starting)
+        if (roomless := min(starting, count_waiting(self._needs))) > 0:
+            self._log_lack_of_room("workers", roomless, self._needs)
+        if starting > roomless:
+            log.warning(
+                "no news for %d s; %d of %d workers are starting: each holds %s and has not answered yet",
+                PATIENCE_S,
+                starting - roomless,
+                self._size,
+                resources_text(self._needs),
+            )
+
+    def _log_lack_of_room(self, kind: str, count: int, needs: Mapping[str, float]) -> None:
         free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        needs = rooms[0].needs if rooms else self._needs
         log.warning(
             "no news for %d s; %d of %d %s have no room yet: each needs %s, free are %s",
             PATIENCE_S,
-            len(rooms) or len(self._starting),
+            count,
             self._size,
-            "groups" if rooms else "workers",
+            kind,
             resources_text(needs),
             resources_text({name: free.get(name, 0) for name in needs}),
         )

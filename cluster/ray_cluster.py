@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
-from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.token import keep_token
@@ -188,6 +188,7 @@ def _connect(address: str) -> None:
     try:
         if address == "auto":
             keep_token()
+            os.environ |= OWN_PRIORITY | os.environ
             store = LOCAL_OBJECT_STORE_BYTES
             ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:

@@ -105,6 +105,24 @@ class Queue:
         self._again.appendleft((index, item, attempt))
 
 
+def count_waiting(needs: Mapping[str, float]) -> int:
+    """Count the requests for exactly `needs` that Ray has no room for now, those of other drivers too.
+
+    Ray calls an actor pending from its creation to its first word, with room or without; only its queues tell the two
+    apart. It writes amounts in ten-thousandths.
+    """
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    wanted = {name: round(amount, 4) for name, amount in needs.items() if amount}
+    state = get_cluster_resource_state(internal_kv_get_gcs_client())  # type: ignore[no-untyped-call]
+    return sum(
+        int(one.count)
+        for one in state.pending_resource_requests
+        if {name: round(amount, 4) for name, amount in one.request.resources_bundle.items()} == wanted
+    )
+
+
 class ProcessLost(Exception):
     """One of the processes that share an item is gone, so the work of the others on it is lost."""
 

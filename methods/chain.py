@@ -13,6 +13,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores
+from methods.names import check_chain
 from methods.network import Profile
 from methods.protocol import Method
 from methods.training import Recipe, Samples
@@ -38,13 +39,7 @@ class Chain:
     links: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        names = [link.name for link in self.links]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"a chain is {names}, expected at least two different methods; name each once")
-        if early := [link.name for link in self.links[:-1] if link.is_last]:
-            raise ValueError(
-                f"a chain is {names}, expected {early[0]!r} at its end: what it saves depends on the input"
-            )
+        check_chain([link.name for link in self.links], [link.name for link in self.links if link.is_last])
 
     @property
     def name(self) -> str:

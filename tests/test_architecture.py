@@ -19,8 +19,8 @@ PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search",
 """The packages of ours that each package may import."""
 
 ORDER = {
-    "methods": "__init__, pipeline | chain | alds, itpruner, manidp, practise, uniform | protocol | network | training "
-    "| base, hooks",
+    "methods": "__init__, pipeline | known | chain | alds, itpruner, manidp, practise, uniform | protocol | network "
+    "| training | base, hooks, names",
     "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier "
     "| export, archive | trials | units, cache, limits, base, __init__",
     "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs | devices, token, base",
@@ -94,10 +94,22 @@ def test_foreign_libraries_have_one_home(library: str) -> None:
     assert all(path.is_relative_to(ROOT / HOME[library]) for path in users), users
 
 
-def test_who_only_looks_at_a_search_waits_for_no_torch() -> None:
-    looks = "import sys, cluster, search.cli, search.cli.console, search.record.progress; print(*sys.modules)"
+HEAVY = {"torch", "torchvision", "onnx", "optuna", "cvxpy"}
+
+
+def loaded_by(names: str) -> set[str]:
+    """The modules that a process has once it has imported these."""
+    looks = f"import sys, {names}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", looks], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert not {"torch", "onnx", "optuna", "cvxpy"} & set(loaded.split())
+    return set(loaded.split())
+
+
+def test_who_only_looks_at_a_search_waits_for_no_torch() -> None:
+    assert not HEAVY & loaded_by("cluster, search.cli, search.cli.console, search.record.progress")
+
+
+def test_who_only_checks_a_spec_waits_for_nothing() -> None:
+    assert not (HEAVY | {"ray", "mlflow", "scipy", "pandas"}) & loaded_by("search.cli.main, search.spec")
 
 
 @pytest.mark.filterwarnings("ignore")

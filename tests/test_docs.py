@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from methods import METHODS
+from methods.names import NAMES
 from methods.network import profile
 from search.base import SpecError
 from search.spec import parse, schema
@@ -218,6 +219,7 @@ def narrowest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         patch.setitem(sys.modules, "methods.narrowest", module)
         found.loader.exec_module(module)
         patch.setitem(METHODS, "narrowest", module.Narrowest())
+        patch.setitem(NAMES, "narrowest", False)
         yield module
 
 

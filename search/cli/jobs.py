@@ -45,6 +45,9 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Run a search as a job on a cluster. The same command resumes one that was stopped."""
+    from search.spec import load
+
+    load(spec)  # a mistake is told at once, not after the imports
     from cluster import Jobs
     from search.service.submit import submit as run
 

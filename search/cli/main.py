@@ -1,4 +1,7 @@
-"""The command `paredown`. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done, but nothing fits some budget."""
+"""The command `paredown`. Exit codes: 0 done, 1 failed, 2 wrong input, 3 done, but nothing fits some budget.
+
+A command reads its spec first and imports what works on it afterwards: that takes seconds, a mistake is told at once.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,12 @@ app = typer.Typer(
 @app.command()
 def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -> None:
     """Say what each method can do for each budget, without training anything."""
-    from search.cli import console
-    from search.driver.preflight import preflight
     from search.spec import load
 
     settings = load(spec)
+    from search.cli import console
+    from search.driver.preflight import preflight
+
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
     print_json(found.to_json()) if as_json else console.show_preflight(found)
@@ -61,8 +65,6 @@ def search(
 ) -> None:
     """Search every budget, record it in MLflow and register the winners. The same command resumes a stopped search."""
     from search.base import masked
-    from search.cli import console
-    from search.driver import loop
     from search.spec import load
     from search.spec.reading import renamed, with_stores
 
@@ -71,6 +73,9 @@ def search(
     settings = with_stores(load(spec), uri, studies)
     if fork is not None:
         settings = renamed(settings, fork)
+    from search.cli import console
+    from search.driver import loop
+
     try:
         with console.bars(hidden=as_json) as report:
             result = loop.search(settings, lambda made: _ray_cluster(made, settings, address), report)
@@ -154,11 +159,12 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress once: one method or chain, one budget, no search. Knobs have their defaults unless told otherwise."""
-    from search.cli import console
-    from search.driver.compress import compress as run
     from search.spec import load
 
-    settings = load(spec)
+    settings, values = load(spec), _parse_knobs(knob or [])
+    from search.cli import console
+    from search.driver.compress import compress as run
+
     with console.bars(hidden=as_json) as report:
         figures = run(
             settings,
@@ -167,7 +173,7 @@ def compress(
             budget=budget,
             out=out,
             report=report,
-            knobs=_parse_knobs(knob or []),
+            knobs=values,
         )
     print_json(figures) if as_json else console.show_figures(figures)
     if figures["exceeded"]:
@@ -206,10 +212,13 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a saved model the way a search does."""
+    from search.spec import load
+
+    settings = None if spec is None else load(spec)
     from search.cli import console
     from search.devices.measure import measure as run
 
-    found = run(model, device, spec=spec, address=address, uri=uri)
+    found = run(model, device, spec=settings, address=address, uri=uri)
     print_json(found) if as_json else console.show_measured(found)
 
 

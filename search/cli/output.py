@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, masked
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked
 
 
 def print_json(value: object) -> None:
@@ -57,7 +57,8 @@ def reason_for(error: Exception) -> str:
 
 
 def _is_in_our_words(error: Exception) -> bool:
+    if isinstance(error, SearchError):
+        return True
     from cluster import ClusterError
-    from search.base import SearchError
 
-    return isinstance(error, SearchError | ClusterError)
+    return isinstance(error, ClusterError)

@@ -24,7 +24,7 @@ from search.devices.meter import Meter, timing_of
 from search.devices.predicted import flat, roofline_of
 from search.export import onnx_program
 from search.limits import latency_on
-from search.spec import SearchSpec, load
+from search.spec import SearchSpec
 from search.spec.schema import DeviceSpec
 from search.trials import Times, Timing
 
@@ -41,7 +41,7 @@ class Model:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def measure(model: str, device: str, *, spec: Path | None, address: str | None, uri: str) -> dict[str, Any]:
+def measure(model: str, device: str, *, spec: SearchSpec | None, address: str | None, uri: str) -> dict[str, Any]:
     """The latency of a saved model on a device, as JSON-ready values.
 
     Args:
@@ -62,17 +62,16 @@ def measure(model: str, device: str, *, spec: Path | None, address: str | None, 
         corrected for drift by it, as a search's own figures are.
 
     Raises:
-        SpecError: there is no such device, or the spec or a roofline is wrong.
+        SpecError: there is no such device, or a roofline is wrong.
         TrackingError: there is no such registered version.
         SearchError: the model cannot be read, or the device cannot run it.
         ClusterError: the device's resources are nowhere.
     """
-    settings = None if spec is None else load(spec)
     saved = _loaded(model, uri)
-    wanted = _device(device, settings, saved.tags)
+    wanted = _device(device, spec, saved.tags)
     known: Mapping[str, str] = {}
     if wanted.runtime == "profile":
-        timing, beside = _predicted(saved, wanted, settings), None
+        timing, beside = _predicted(saved, wanted, spec), None
     else:
         teacher = _teacher(saved.tags, uri)
         known, timing = _measured(saved, teacher or saved, wanted, address)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from methods import METHODS, named
+from methods.names import NAMES, links_of
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES
 from search.limits import TOP1_DROP, Limits, latency_on
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
@@ -25,7 +25,7 @@ def _refuse_repeats(values: tuple[Any, ...], what: str) -> None:
 def _method_name(entry: object) -> str:
     """The name of a method, or `first+second` for a chain, which is a list of methods."""
     links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
-    known = [name for name in METHODS if name != "uniform"]
+    known = [name for name in NAMES if name != "uniform"]
     for name in links:
         if name == "uniform":
             raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
@@ -33,7 +33,7 @@ def _method_name(entry: object) -> str:
             raise ValueError(f"{name!r} is not a method{suggestion(name, known)}")
     if isinstance(entry, list) and len(entry) < 2:
         raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
-    return named("+".join(links)).name
+    return "+".join(links_of("+".join(links)))
 
 
 def read_methods(value: object) -> tuple[list[str], list[str]]:

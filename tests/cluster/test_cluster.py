@@ -16,7 +16,21 @@ import numpy as np
 import pytest
 import ray
 
-from cluster import Cluster, ClusterError, Done, Event, Failed, InlineCluster, RayCluster, Step, Stopped, always, pool
+from cluster import (
+    Cluster,
+    ClusterError,
+    Done,
+    Event,
+    Failed,
+    InlineCluster,
+    RayCluster,
+    Step,
+    Stopped,
+    always,
+    head,
+    pool,
+)
+from tests.support.waiting import wait_until
 
 CONTEXT = np.arange(4.0)
 CPUS = 3
@@ -283,6 +297,42 @@ def test_alone_says_that_it_waits_for_a_device_another_search_holds(
     assert "1 of 1 workers have no room yet: each needs 1 board, free are 0 board" in said[0]
 
 
+class Slow:
+    """Loads on a worker only once a file is there."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+        return loaded_after, (self.file,)
+
+
+def loaded_after(file: Path) -> np.ndarray:
+    wait_until(file.exists)
+    return CONTEXT
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_has_its_room_is_said_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PATIENCE_S", 1)
+    said: list[str] = []
+
+    def release(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        (tmp_path / "go").touch()
+        return False
+
+    pool.log.addFilter(release)
+    made = RayCluster(Slow(tmp_path / "go"), max_parallel=CPUS - WORKERS)
+    try:
+        assert results(made.run(total, [(1,)])) == {0: 6}
+    finally:
+        pool.log.removeFilter(release)
+        made.close()
+    assert said[0] == "no news for 1 s; 1 of 1 workers are starting: each holds 1 CPU and has not answered yet"
+
+
 @pytest.mark.ray
 def test_lost_workers_are_replaced_and_their_items_run_again(ray_cluster: RayCluster, tmp_path: Path) -> None:
     events = list(ray_cluster.run(dying, [(0, str(tmp_path), 0), (1, str(tmp_path), 1), (2, str(tmp_path), 9)]))
@@ -390,14 +440,28 @@ class Unloadable:
 
 
 @pytest.mark.ray
-def test_workers_that_cannot_start_end_the_run_with_the_reason(ray_cluster: RayCluster) -> None:
+def test_workers_that_cannot_start_end_the_run_with_the_reason(
+    ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray_cluster.close()
     ray.shutdown()
+    monkeypatch.delenv("RAY_worker_niceness")
     broken = RayCluster(Unloadable(), max_parallel=1)
     try:
         with pytest.raises(ClusterError, match="a_module_only_the_driver_has"):
             list(broken.run(total, [(1,)]))
         assert results(broken.alone(held, [()]))[0][1] == {"paredown_meter": 1.0}
+        assert results(broken.alone(os.nice, [(0,)])) == {0: os.nice(0)}  # no lower priority than the command's
     finally:
         broken.close()
     assert not ray.is_initialized()
+
+
+def test_a_head_of_our_own_starts_workers_at_the_priority_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "START_COMMAND", "import os; print('niceness', os.environ['RAY_worker_niceness'])")
+    monkeypatch.delenv("RAY_worker_niceness")
+    with pytest.raises(ClusterError, match="niceness 0;"), head.own_head():
+        pass
+    monkeypatch.setenv("RAY_worker_niceness", "5")  # as somebody asked for
+    with pytest.raises(ClusterError, match="niceness 5;"), head.own_head():
+        pass

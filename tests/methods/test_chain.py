@@ -12,6 +12,7 @@ from methods import METHODS, named
 from methods.alds import ALDS
 from methods.base import Budget, Infeasible, Plan, Scores
 from methods.chain import Chain, plan_of, student_of
+from methods.names import NAMES
 from methods.network import Profile, count_macs, count_params, profile
 from methods.protocol import Method, defaults
 from methods.uniform import Uniform
@@ -99,3 +100,7 @@ def test_names_and_knobs() -> None:
     }.items():
         with pytest.raises(ValueError, match=told):
             named(wrong)
+
+
+def test_the_names_that_specs_are_checked_by_are_those_of_the_methods() -> None:
+    assert list(NAMES.items()) == [(name, method.is_last) for name, method in METHODS.items()]

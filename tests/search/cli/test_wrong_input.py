@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from search.limits import Limits
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, Teacher
 from tests.support.commands import Ended, Run, compress, source, write
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,16 @@ def test_wrong_input_ends_in_one_paragraph(
 ) -> None:
     spec = write(tmp_path, **changes)
     assert told in run(*(["check", spec] if command == "check" else compress(spec))).reason(2)
+
+
+@pytest.mark.parametrize("command", ["check", "search", "compress --method alds --budget half --out o", "submit"])
+def test_a_mistake_in_a_spec_is_told_before_anything_heavy_is_imported(tmp_path: Path, command: str) -> None:
+    spec = write(tmp_path, methods=["alsd"])
+    run = f"import sys; sys.argv[1:] = {[*command.split(), str(spec)]}; from search.cli.main import main\n"
+    then = "try: main()\nfinally: print(*{'torch', 'ray', 'mlflow', 'rich.table'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", run + then], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "\n")
+    assert "methods: 'alsd' is not a method; did you mean 'alds'?" in ended.stderr
 
 
 def test_a_budget_below_reach_names_the_least_cost(run: Run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from search.export import exported, onnx_program
 from search.record.logged_models import Models
 from search.record.registry import Registry
 from search.record.store import connect
+from search.spec import load
 from search.spec.schema import DeviceSpec
 from tests.support.networks import NETWORKS
 
@@ -63,7 +64,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def run(model: str, device: str, spec: Path | None = None) -> dict[str, Any]:
-    return measure(model, device, spec=spec, address=None, uri=STORE)
+    return measure(model, device, spec=None if spec is None else load(spec), address=None, uri=STORE)
 
 
 @pytest.mark.parametrize("kind", ["pt2", "folder", "onnx"])
