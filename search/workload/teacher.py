@@ -51,12 +51,14 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
     key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
-    if path.is_file():
-        return _load_weights(teacher, str(path), spec.folder)
-    if fit:
-        fit_teacher(teacher, splits, recipe, report)
-        cache.keep(path, lambda place: save_weights(teacher, place))
-    return teacher
+    if not path.is_file():
+        if not fit:
+            return teacher
+        trained = copy.deepcopy(teacher)
+        fit_teacher(trained, splits, recipe, report)
+        cache.keep(path, lambda place: save_weights(trained, place))
+    # equal weights in the memory layout that training leaves give other sums: every search reads the file
+    return _load_weights(teacher, str(path), spec.folder)
 
 
 def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
@@ -69,13 +71,14 @@ def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
 
 
 def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
-    """Train a teacher in place from scratch, with seed 0."""
+    """Train a teacher in place from scratch, with seed 0; torch's own generator is left as it was."""
     report("training the teacher", 0, recipe.steps, "")
-    for step in train(teacher, splits.train, recipe, seed=0):
-        report(
-            "training the teacher", step, recipe.steps,
-            f"validation top-1 {evaluate(teacher, splits.validation, top1):.4f}",
-        )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        for step in train(teacher, splits.train, recipe, seed=0):
+            report(
+                "training the teacher", step, recipe.steps,
+                f"validation top-1 {evaluate(teacher, splits.validation, top1):.4f}",
+            )  # fmt: skip
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
