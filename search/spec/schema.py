@@ -102,6 +102,10 @@ ResourceAmount = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
 
 
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+"""The endings of files of weights; all but the first may hold pickles."""
+
+
 class ModelSpec(_Strict):
     """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
 

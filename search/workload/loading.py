@@ -89,7 +89,8 @@ def _check_cache(place: Path) -> None:
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
     """Hash the teacher's structure and weights, and the data it is judged by."""
-    state = ((name, _bytes_of(value)) for name, value in teacher.state_dict().items())
+    tensors = {name: value for name, value in teacher.state_dict().items() if isinstance(value, Tensor)}
+    state = ((name, _bytes_of(value)) for name, value in tensors.items())
     return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
 
 
