@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from methods.training import Samples
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
+from search.workload.pictures import Preparation, decode
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Image files read on demand, resized, centre-cropped to `size`, normalised with ImageNet's mean and deviation."""
+    """Image files read on demand and prepared for the network."""
 
     paths: tuple[str, ...]
     labels: np.ndarray
-    size: int
+    prepare: Preparation
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,27 +65,7 @@ class Pictures:
         return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
     def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
-        from PIL import Image
-        from torchvision.transforms.v2 import functional as tv
-
-        try:
-            with Image.open(path) as picture:
-                image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, SyntaxError) as error:
-            raise DataError(
-                f"cannot read the picture {path}: {error}; expected a file such as JPEG or PNG; mend or remove it"
-            ) from error
-        if draw is None:
-            image = tv.center_crop(tv.resize(image, [self.size * 8 // 7], antialias=True), [self.size, self.size])
-        else:
-            height, width = image.shape[-2:]
-            side = max(1, round((0.08 + 0.92 * draw[0]) ** 0.5 * min(height, width)))
-            top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
-            image = tv.resized_crop(image, top, left, side, side, [self.size, self.size], antialias=True)
-            image = tv.horizontal_flip(image) if draw[3] < 0.5 else image
-        pixels = tv.to_dtype(image, torch.float32, scale=True)
-        normalised: Tensor = tv.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        return normalised
+        return self.prepare(torch.from_numpy(decode(path)).permute(2, 0, 1), draw)
 
 
 @dataclass(frozen=True)
