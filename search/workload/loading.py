@@ -19,7 +19,7 @@ from search.spec.schema import DataSpec
 from search.workload import sources
 from search.workload.pictures import check_pictures, preparation
 from search.workload.samples import Pictures, ResizedSamples
-from search.workload.splits import Splits, split
+from search.workload.splits import Splits, check_stable, split
 from search.workload.teacher import check_teacher, load_teacher
 from search.workload.usercode import UserMetric, call_factory, load_function
 
@@ -119,13 +119,14 @@ def read_splits(spec: SearchSpec, report: Report = lambda *_: None) -> Splits:
 
 
 def check_images(samples: Samples, report: Report) -> None:
-    """Read every picture of a folder once; a data set's items are read with their labels, and arrays are at hand.
+    """Read every picture of a folder once, and some items of a data set twice; arrays are at hand.
 
     Raises:
         DataError: one cannot be used.
     """
     if isinstance(samples, Pictures):
         check_pictures(samples.paths, lambda done, total: report("pictures", done, total, ""))
+    check_stable(samples)
 
 
 def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:

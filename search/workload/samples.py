@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +44,7 @@ class Arrays:
         """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
         images = self.images[indices]
         if augment is not None:
-            images = _augment(images, self.shift, mirror=self.mirror, random=augment)
+            images = _augment(images, self.shift, mirror=self.mirror, chance=augment)
         inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
         return inputs, torch.from_numpy(self.labels[indices[part]])
 
@@ -83,14 +86,14 @@ class Subset:
         return self.source.batch(self.indices[indices], augment, part)
 
 
-def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
+def _augment(images: np.ndarray, shift: int, *, mirror: bool, chance: np.random.Generator) -> np.ndarray:
     """Shift and mirror each image by its own draw."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
-    top, left = random.integers(0, 2 * shift + 1, (2, count))
+    top, left = chance.integers(0, 2 * shift + 1, (2, count))
     columns = np.arange(width) + np.zeros((count, 1), dtype=np.int64)
     if mirror:
-        columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+        columns = np.where(chance.random((count, 1)) < 0.5, columns[:, ::-1], columns)
     rows = top[:, None] + np.arange(height)
     picked: np.ndarray = padded.transpose(0, 2, 3, 1)[
         np.arange(count)[:, None, None], rows[:, :, None], (left[:, None] + columns)[:, None, :]
@@ -100,7 +103,11 @@ def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.
 
 @dataclass(frozen=True)
 class Indexed:
-    """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any."""
+    """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any.
+
+    Python's, numpy's and torch's global generators are seeded for each item: by its index, or by a draw for an
+    augmented batch. A data set that augments by chance so gives the same images to each search, and to each look.
+    """
 
     source: Any
 
@@ -109,7 +116,10 @@ class Indexed:
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The pairs of these indices, stacked; raises `DataError` if one is no such pair or holds NaN."""
-        images, labels = zip(*(self._read_pair(int(index)) for index in indices[part]), strict=True)
+        seeds = indices if augment is None else augment.integers(2**32, size=len(indices))
+        with _global_generators_kept():
+            pairs = [self._read_pair(int(i), int(seed)) for i, seed in zip(indices[part], seeds[part], strict=True)]
+        images, labels = zip(*pairs, strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(
@@ -118,7 +128,10 @@ class Indexed:
             )
         return torch.stack(images), torch.tensor(labels)
 
-    def _read_pair(self, index: int) -> tuple[Tensor, int]:
+    def _read_pair(self, index: int, seed: int) -> tuple[Tensor, int]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             image, label = self.source[index]
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
@@ -133,6 +146,18 @@ class Indexed:
                 f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
         return pixels, number
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Leave the global generators as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,10 @@ def from_factory(returned: object) -> tuple[Samples, Samples | None]:
     Raises:
         DataError: it is none of these, or an image or label in it cannot be used.
     """
-    train, test = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    is_list = isinstance(returned, list) and not any(isinstance(one, tuple | list | Tensor) for one in returned)
+    train, test = returned, None
+    if isinstance(returned, tuple | list) and len(returned) == 2 and (is_list or isinstance(returned, tuple)):
+        train, test = returned
     return _to_samples(train), None if test is None else _to_samples(test)
 
 
@@ -201,8 +204,20 @@ def _to_samples(source: object) -> Samples:
 
 
 def _to_array(values: Any) -> np.ndarray:
-    """The values of an array, or of a tensor on any device."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    """The values of an array, of a tensor on any device, or of a list of them, in this machine's byte order."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    try:
+        is_tensors = isinstance(values, list | tuple) and any(isinstance(one, Tensor) for one in values)
+        found = np.stack([_to_array(one) for one in values]) if is_tensors else np.asarray(values)
+    except ValueError as error:
+        raise DataError(
+            f"the data factory gave a list of values of different shapes: {error}; expected one shape for all; "
+            "make arrays of them"
+        ) from error
+    if found.dtype.kind == "f" and found.dtype.itemsize > 8:
+        return found.astype(np.float64)  # torch has no longer ones
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
 def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
@@ -211,7 +226,7 @@ def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
             f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"
             "; return arrays of these shapes"
         )
-    if images.dtype.kind not in "buif" or labels.dtype.kind not in "ui":
+    if images.dtype.kind not in "buif" or labels.dtype.kind not in "bui":
         raise DataError(
             f"the data factory gave images of {images.dtype} and labels of {labels.dtype}; expected real numbers and "
             "integers; convert them"

@@ -173,7 +173,7 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
     if logits.shape[1] < classes:
         raise WorkloadError(
             f"the network has {logits.shape[1]} outputs, but the labels go up to {classes - 1}; "
-            "expected one output per class; check the number of classes"
+            "expected one output per class, and labels that begin at 0; check the number of classes, or renumber"
         )
     if not torch.isfinite(logits).all():
         raise WorkloadError(
