@@ -17,6 +17,7 @@ from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
 from search.workload import sources
+from search.workload.judging import answers, check_metric, warn_of
 from search.workload.pictures import check_pictures, preparation
 from search.workload.samples import Pictures, ResizedSamples
 from search.workload.splits import Splits, check_stable, split
@@ -67,11 +68,16 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     splits = read_splits(spec, report)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
+    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
     check_teacher(teacher, _first_and_last(splits), splits.classes)
-    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
+    logits, labels = answers(teacher, splits.train)
+    if fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
+        warn_of(logits, labels)
+    if isinstance(metric, UserMetric):
+        check_metric(metric, logits, labels)
     return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits, report))
 
 
