@@ -17,6 +17,7 @@ from methods.base import Plan, Scores, Shard
 from methods.chain import AnyMethod, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
+from methods.state import arrays_of, load_arrays
 from methods.training import Metric, Recipe, Samples, evaluate
 
 
@@ -111,7 +112,6 @@ def trial(
     if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
         top1 = evaluate(student, inputs.validation, inputs.metric)
-    state = {name: value.detach().cpu().contiguous().numpy() for name, value in student.state_dict().items()}
     return Outcome(
         top1_surgery=surgery,
         top1_bn=settled,
@@ -120,7 +120,7 @@ def trial(
         params=params,
         size_bytes=size_bytes(student),
         seconds=time.perf_counter() - started,
-        state=state,
+        state=arrays_of(student),
         **(_expected(student, inputs, calibration) if isinstance(student, PerInput) else {}),
     )
 
@@ -139,13 +139,14 @@ def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> d
 
 def size_bytes(model: nn.Module) -> int:
     """Count the bytes of everything in the state of `model`."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in values)
 
 
 def rebuild(teacher: nn.Module, method: AnyMethod, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
     """Rebuild the student of a past trial, in eval mode, from its plan and its state."""
     student = method.apply(teacher, plan)
-    student.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+    load_arrays(student, state)
     return student.eval()
 
 

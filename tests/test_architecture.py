@@ -20,7 +20,7 @@ PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search",
 
 ORDER = {
     "methods": "__init__, pipeline | known | chain | alds, itpruner, manidp, practise, uniform | protocol | network "
-    "| training | base, hooks, names",
+    "| training | base, hooks, names, state",
     "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier "
     "| export, archive | trials | units, cache, limits, base, __init__",
     "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs | devices, token, base",

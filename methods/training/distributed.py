@@ -72,6 +72,8 @@ def average_gradients(model: nn.Module) -> None:
 def align(model: nn.Module) -> None:
     """Give every process the first one's weights and statistics, in place: another processor may round otherwise."""
     for value in model.state_dict().values() if _is_distributed() else ():
+        if not isinstance(value, Tensor):
+            continue
         sent = value.contiguous()
         distributed.broadcast(sent, 0)
         value.copy_(sent)

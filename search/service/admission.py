@@ -19,7 +19,7 @@ from search.base import SpecError
 from search.service.guard import Refused
 from search.spec import SearchSpec, parse
 from search.spec.documents import read
-from search.spec.schema import DataSpec
+from search.spec.schema import WEIGHT_FILES, DataSpec
 
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
@@ -193,7 +193,7 @@ def _named_paths(spec: SearchSpec) -> dict[str, str]:
     found |= {f"devices.{name}.file": device.file for name, device in spec.devices.items()}
     weights = spec.model.weights
     is_enum = spec.model.source == "torchvision" and re.fullmatch(r"\w+(\.\w+)?", weights or "") is not None
-    if weights != "train" and not (is_enum and Path(weights or "").suffix not in (".safetensors", ".pt", ".pth")):
+    if weights != "train" and not (is_enum and Path(weights or "").suffix not in WEIGHT_FILES):
         found["model.weights"] = weights
     return {place: path for place, path in found.items() if path is not None}
 
@@ -212,7 +212,7 @@ def _resolve_inside(path: str, root: Path | None) -> Path:
         raise ValueError("it is no path") from error
     if not found.is_relative_to(root.resolve()):
         raise ValueError("it does not lie in the folder that this service reads from")
-    if found.suffix in (".pt", ".pth"):
+    if found.suffix in WEIGHT_FILES[1:]:
         raise ValueError("over HTTP weights are read from .safetensors files only")
     if not found.exists():
         raise ValueError("there is no such file or folder")

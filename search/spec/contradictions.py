@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -58,6 +59,24 @@ def _data_mistakes(place: str, data: object) -> Iterator[str]:
     needed = {"imagefolder": "root", "factory": "name"}
     if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
         yield f"{place}.{key}: missing; source {data['source']!r} needs it"
+    yield from _preparation_mistakes(place, data if isinstance(data, dict) else {})
+
+
+PREPARATION = ("resize", "crop", "mean", "std", "interpolation")
+
+
+def _preparation_mistakes(place: str, data: Mapping[str, Any]) -> Iterator[str]:
+    """Find keys of preparation that say a thing twice, or to a source that prepares its images itself."""
+    given = [key for key in (*PREPARATION, "preset") if data.get(key) is not None]
+    if given and data.get("source") != "imagefolder":
+        yield f"{place}.{given[0]}: only source 'imagefolder' prepares its pictures; leave it out"
+    elif "preset" in given and (twice := [key for key in ("size", *given) if key != "preset" and key in data]):
+        yield f"{place}.preset: it says {', '.join(twice)} already; leave one of them out"
+    elif "crop" in given and "size" in data:
+        yield f"{place}.crop: it is the same as size, which is given too; leave one of them out"
+    side, crop = _number(data, "resize", math.inf), _number(data, "crop", _number(data, "size", 224) or 1)
+    if side is not None and crop is not None and side < crop:
+        yield f"{place}.resize: {side:g} is less than the {crop:g} pixels that are cropped; give at least as many"
 
 
 def _worker_mistakes(recovery: Mapping[str, Any], cluster: Mapping[str, Any]) -> Iterator[str]:

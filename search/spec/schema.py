@@ -88,6 +88,22 @@ def _check_resources(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _check_channels(value: object) -> tuple[float, ...]:
+    found = [float(one) for one in value if isinstance(one, int | float)] if isinstance(value, list) else []
+    if len(found) != 3 or not isinstance(value, list) or len(value) != 3 or not all(0 <= one < 256 for one in found):
+        raise ValueError("expected three numbers, of red, green and blue in [0, 1], such as [0.5, 0.5, 0.5]")
+    if max(found) > 1:
+        raise ValueError(f"{max(found):g} is above 1; pixels are scaled to [0, 1] first, so divide by 255")
+    return tuple(found)
+
+
+def _check_deviation(value: object) -> tuple[float, ...]:
+    channels = _check_channels(value)
+    if 0 in channels:
+        raise ValueError("0 is no deviation; give three numbers above 0")
+    return channels
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
@@ -100,6 +116,12 @@ Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(gt=0)]
 ResourceAmount = Annotated[float, Field(gt=0, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
+Channels = Annotated[tuple[float, ...], BeforeValidator(_check_channels)]
+Deviation = Annotated[tuple[float, ...], BeforeValidator(_check_deviation)]
+
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+"""The endings of files of weights; all but the first may hold pickles."""
 
 
 class ModelSpec(_Strict):
@@ -111,14 +133,31 @@ class ModelSpec(_Strict):
     args: dict[str, Any] = {}
 
 
+def _is_none(value: object) -> bool:
+    """Whether a key was not given: records older than the key lack it, and equal those that leave it out."""
+    return value is None
+
+
 class DataSpec(_Strict):
-    """The source of images and their split. `seed` is the split's own, so it outlives a change of search."""
+    """The source of images and their split. `seed` is the split's own, so it outlives a change of search.
+
+    A folder's pictures are resized to `resize`, cropped to `crop` (which is `size` by default) and normalised by `mean`
+    and `std`; or all of that is as torchvision prepares images for the weights `preset`.
+    """
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
     name: str | None = None
     root: str | None = None
     args: dict[str, Any] = {}
     size: Positive = 224
+    resize: Annotated[int | None, Field(gt=0, exclude_if=_is_none)] = None
+    crop: Annotated[int | None, Field(gt=0, exclude_if=_is_none)] = None
+    mean: Annotated[Channels | None, Field(exclude_if=_is_none)] = None
+    std: Annotated[Deviation | None, Field(exclude_if=_is_none)] = None
+    interpolation: Annotated[
+        Literal["nearest", "nearest-exact", "bilinear", "bicubic"] | None, Field(exclude_if=_is_none)
+    ] = None
+    preset: Annotated[str | None, Field(exclude_if=_is_none)] = None
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     calibration: Annotated[int, Field(ge=4)] = 512
     seed: Seed = 0

@@ -17,8 +17,10 @@ from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
 from search.workload import sources
-from search.workload.samples import ResizedSamples
-from search.workload.splits import Splits, split
+from search.workload.judging import answers, check_metric, warn_of
+from search.workload.pictures import check_pictures, preparation
+from search.workload.samples import Pictures, ResizedSamples
+from search.workload.splits import Splits, check_stable, split
 from search.workload.teacher import check_teacher, load_teacher
 from search.workload.usercode import UserMetric, call_factory, load_function
 
@@ -63,15 +65,20 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     """
     _check_cache(cache.folder())
     report("data", 0, 1, spec.data.source)
-    splits = read_splits(spec)
+    splits = read_splits(spec, report)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
+    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
     check_teacher(teacher, _first_and_last(splits), splits.classes)
-    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits))
+    logits, labels = answers(teacher, splits.train)
+    if fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
+        warn_of(logits, labels)
+    if isinstance(metric, UserMetric):
+        check_metric(metric, logits, labels)
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits, report))
 
 
 def _check_cache(place: Path) -> None:
@@ -89,7 +96,8 @@ def _check_cache(place: Path) -> None:
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
     """Hash the teacher's structure and weights, and the data it is judged by."""
-    state = ((name, _bytes_of(value)) for name, value in teacher.state_dict().items())
+    tensors = {name: value for name, value in teacher.state_dict().items() if isinstance(value, Tensor)}
+    state = ((name, _bytes_of(value)) for name, value in tensors.items())
     return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
 
 
@@ -97,19 +105,34 @@ def _bytes_of(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _recovery_images(spec: SearchSpec, splits: Splits) -> Samples | None:
+def _recovery_images(spec: SearchSpec, splits: Splits, report: Report) -> Samples | None:
     """The images of the spec's other source for recovery, in the shape that the teacher takes."""
     if spec.recovery.data is None:
         return None
     images, _ = _read_source(spec.recovery.data, spec.folder)
+    check_images(images, report)
     return ResizedSamples(images, splits.calibration.shape[1:])
 
 
-def read_splits(spec: SearchSpec) -> Splits:
+def read_splits(spec: SearchSpec, report: Report = lambda *_: None) -> Splits:
     """Read and split the data of `spec`. Raises as `load` does."""
     settings = spec.data
     pool, test = _read_source(settings, spec.folder)
+    for samples in (pool, test):
+        if samples is not None:
+            check_images(samples, report)
     return split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
+
+
+def check_images(samples: Samples, report: Report) -> None:
+    """Read every picture of a folder once, and some items of a data set twice; arrays are at hand.
+
+    Raises:
+        DataError: one cannot be used.
+    """
+    if isinstance(samples, Pictures):
+        check_pictures(samples.paths, lambda done, total: report("pictures", done, total, ""))
+    check_stable(samples)
 
 
 def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
@@ -121,6 +144,6 @@ def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | No
         return sources.fashion_mnist(root)
     if settings.source == "imagefolder":
         assert root is not None
-        return sources.image_folder(root, settings.size)
+        return sources.image_folder(root, preparation(settings))
     assert settings.name is not None
     return sources.from_factory(call_factory(settings.name, settings.args, folder))

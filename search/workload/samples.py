@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 from methods.training import Samples
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
+from search.workload.pictures import Preparation, decode
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,18 @@ class Arrays:
         """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
         images = self.images[indices]
         if augment is not None:
-            images = _augment(images, self.shift, mirror=self.mirror, random=augment)
+            images = _augment(images, self.shift, mirror=self.mirror, chance=augment)
         inputs = torch.from_numpy(images[part]).float().mul_(self.scale).sub_(self.mean).div_(self.std)
         return inputs, torch.from_numpy(self.labels[indices[part]])
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Image files read on demand, resized, centre-cropped to `size`, normalised with ImageNet's mean and deviation."""
+    """Image files read on demand and prepared for the network."""
 
     paths: tuple[str, ...]
     labels: np.ndarray
-    size: int
+    prepare: Preparation
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,27 +68,7 @@ class Pictures:
         return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
     def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
-        from PIL import Image
-        from torchvision.transforms.v2 import functional as tv
-
-        try:
-            with Image.open(path) as picture:
-                image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, SyntaxError) as error:
-            raise DataError(
-                f"cannot read the picture {path}: {error}; expected a file such as JPEG or PNG; mend or remove it"
-            ) from error
-        if draw is None:
-            image = tv.center_crop(tv.resize(image, [self.size * 8 // 7], antialias=True), [self.size, self.size])
-        else:
-            height, width = image.shape[-2:]
-            side = max(1, round((0.08 + 0.92 * draw[0]) ** 0.5 * min(height, width)))
-            top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
-            image = tv.resized_crop(image, top, left, side, side, [self.size, self.size], antialias=True)
-            image = tv.horizontal_flip(image) if draw[3] < 0.5 else image
-        pixels = tv.to_dtype(image, torch.float32, scale=True)
-        normalised: Tensor = tv.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        return normalised
+        return self.prepare(torch.from_numpy(decode(path)).permute(2, 0, 1), draw)
 
 
 @dataclass(frozen=True)
@@ -102,14 +86,14 @@ class Subset:
         return self.source.batch(self.indices[indices], augment, part)
 
 
-def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.Generator) -> np.ndarray:
+def _augment(images: np.ndarray, shift: int, *, mirror: bool, chance: np.random.Generator) -> np.ndarray:
     """Shift and mirror each image by its own draw."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
-    top, left = random.integers(0, 2 * shift + 1, (2, count))
+    top, left = chance.integers(0, 2 * shift + 1, (2, count))
     columns = np.arange(width) + np.zeros((count, 1), dtype=np.int64)
     if mirror:
-        columns = np.where(random.random((count, 1)) < 0.5, columns[:, ::-1], columns)
+        columns = np.where(chance.random((count, 1)) < 0.5, columns[:, ::-1], columns)
     rows = top[:, None] + np.arange(height)
     picked: np.ndarray = padded.transpose(0, 2, 3, 1)[
         np.arange(count)[:, None, None], rows[:, :, None], (left[:, None] + columns)[:, None, :]
@@ -119,7 +103,11 @@ def _augment(images: np.ndarray, shift: int, *, mirror: bool, random: np.random.
 
 @dataclass(frozen=True)
 class Indexed:
-    """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any."""
+    """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any.
+
+    Python's, numpy's and torch's global generators are seeded for each item: by its index, or by a draw for an
+    augmented batch. A data set that augments by chance so gives the same images to each search, and to each look.
+    """
 
     source: Any
 
@@ -128,7 +116,10 @@ class Indexed:
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The pairs of these indices, stacked; raises `DataError` if one is no such pair or holds NaN."""
-        images, labels = zip(*(self._read_pair(int(index)) for index in indices[part]), strict=True)
+        seeds = indices if augment is None else augment.integers(2**32, size=len(indices))
+        with _global_generators_kept():
+            pairs = [self._read_pair(int(i), int(seed)) for i, seed in zip(indices[part], seeds[part], strict=True)]
+        images, labels = zip(*pairs, strict=True)
         shapes = {tuple(image.shape) for image in images}
         if len(shapes) > 1:
             raise DataError(
@@ -137,7 +128,10 @@ class Indexed:
             )
         return torch.stack(images), torch.tensor(labels)
 
-    def _read_pair(self, index: int) -> tuple[Tensor, int]:
+    def _read_pair(self, index: int, seed: int) -> tuple[Tensor, int]:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             image, label = self.source[index]
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
@@ -152,6 +146,18 @@ class Indexed:
                 f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
         return pixels, number
+
+
+@contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    """Leave the global generators as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 @dataclass(frozen=True)

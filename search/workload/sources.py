@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from methods.training import Samples
 from search.base import DataError
+from search.workload.pictures import Preparation
 from search.workload.samples import Arrays, Indexed, Pictures
 
 
@@ -22,6 +26,11 @@ def digits() -> tuple[Samples, None]:
     images = bunch.images.astype(np.uint8)[:, None]
     return Arrays(images, bunch.target.astype(np.int64), scale=1 / 16, mean=0.305, std=0.376, shift=1), None
 
+
+log = logging.getLogger(__name__)
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""The endings of picture files, as torchvision's."""
 
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
 
@@ -72,47 +81,98 @@ def _read_idx(path: Path) -> np.ndarray | None:
         raise DataError(f"{path} is no whole IDX file: {error}; expected one of bytes; fetch it again") from error
 
 
-def image_folder(root: Path, size: int) -> tuple[Samples, Samples | None]:
-    """Pictures under `root/train/CLASS/` and `root/test/CLASS/` (or `val`), or under `root/CLASS/` with no test set.
+TRAIN, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation", "eval")
+"""The names of folders that hold a set, in lower case; of several held-out sets the first one is read."""
+
+
+def image_folder(root: Path, prepare: Preparation) -> tuple[Samples, Samples | None]:
+    """Pictures under `root/train/CLASS/` and `root/test/CLASS/`, or under `root/CLASS/` with no test set.
+
+    The folders of the sets may have the other names of `TRAIN` and `HELD_OUT`, in either case.
 
     Raises:
         DataError: a class folder holds no picture, or the test set's classes are not the training set's.
     """
-    if not (root / "train").is_dir():
-        return _find_pictures(root, _classes(root), size), None
-    classes = _classes(root / "train")
-    train = _find_pictures(root / "train", classes, size)
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    sets = {name.lower(): root / name for name in _folders(root) if _folders(root / name)}
+    train, held_out = (next((sets[name] for name in names if name in sets), None) for names in (TRAIN, HELD_OUT))
+    if train is None:
+        _refuse_sets(root)
+        return _find_pictures(root, _classes(root), prepare), None
+    classes = _classes(train)
+    pictures = _find_pictures(train, classes, prepare)
+    if unused := [place.name for place in sets.values() if place not in (train, held_out)]:
+        log.warning("%s: %s is not read, beside %s", root, ", ".join(sorted(unused)), train.name)
     if held_out is None:
-        return train, None
+        return pictures, None
     if _classes(held_out) != classes:
         differing = ", ".join(sorted(_classes(held_out).keys() ^ classes.keys()))
         raise DataError(
-            f"{held_out} and {root / 'train'} have different classes ({differing}); expected the same sub-folders in "
-            "both; complete them"
+            f"{held_out} and {train} have different classes ({differing}); expected the same sub-folders in both; "
+            "complete them"
         )
-    return train, _find_pictures(held_out, classes, size)
+    return pictures, _find_pictures(held_out, classes, prepare)
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the sub-folders, in order, without those that programs leave behind."""
+    found = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+    return [name for name in found if not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _refuse_sets(root: Path) -> None:
+    """Refuse folders of sets in the place of classes: they hold the same sub-folders, and no picture of their own."""
+    inside = {name: tuple(_folders(root / name)) for name in _folders(root)}
+    named = [name for name in inside if name.lower() in TRAIN + HELD_OUT]
+    named = [name for name in named if inside[name] or len(named) == len(inside)]
+    alike = [name for name, below in inside.items() if len(below) > 1 and list(inside.values()).count(below) > 1]
+    alike = [name for name in alike if not _pictures_in(root / name)]
+    if sets := named or alike:
+        raise DataError(
+            f"{root} holds {' and '.join(sets)}, which look like sets and not like classes; expected a folder train "
+            "(or training) beside test, testing, val, valid or validation; rename them"
+        )
+    if len(inside) == 1 and (only := next(iter(inside))) and inside[only] and not any(_pictures_in(root / only)):
+        raise DataError(
+            f"{root} holds the one folder {only}, which holds {', '.join(inside[only][:4])} and no picture of its own; "
+            f"expected one sub-folder of pictures per class; set data.root to {root / only}"
+        )
 
 
 def _classes(folder: Path) -> dict[str, int]:
     """Number the classes, which are the sub-folders in the order of their names."""
-    names = sorted(place.name for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+    names = _folders(folder)
     if not names:
         raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
+    if skipped := sorted(place.name for place in folder.iterdir() if place.is_dir() and _is_hidden(place.name)):
+        log.warning("%s: %s is no class and is skipped", folder, ", ".join(skipped))
     return {name: number for number, name in enumerate(names)}
 
 
-def _find_pictures(folder: Path, classes: dict[str, int], size: int) -> Pictures:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    try:
-        found = make_dataset(str(folder), classes, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
+def _find_pictures(folder: Path, classes: dict[str, int], prepare: Preparation) -> Pictures:
+    found = {name: list(_pictures_below(folder / name)) for name in classes}
+    if empty := [name for name, paths in found.items() if not paths]:
         raise DataError(
-            f"pictures are missing in {folder}: {error}; expected some in every class; add them or remove its folder"
-        ) from error
-    paths, labels = zip(*found, strict=True)
-    return Pictures(paths, np.array(labels, dtype=np.int64), size)
+            f"pictures are missing in {folder}: the classes {', '.join(empty)} have none; expected some in every "
+            f"class ({', '.join(ENDINGS)}); add them or remove its folder"
+        )
+    labels = np.repeat(list(classes.values()), [len(paths) for paths in found.values()])
+    return Pictures(tuple(path for paths in found.values() for path in paths), labels.astype(np.int64), prepare)
+
+
+def _pictures_below(folder: Path) -> Iterator[str]:
+    """Yield the pictures of a class in the order in which torchvision finds them, without hidden ones."""
+    for place, _, _ in sorted(os.walk(folder, followlinks=True)):
+        if not any(_is_hidden(part) for part in Path(place).relative_to(folder).parts):
+            yield from _pictures_in(Path(place))
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    names = (place.name for place in folder.iterdir() if place.name.lower().endswith(ENDINGS))
+    return [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
 
 
 def from_factory(returned: object) -> tuple[Samples, Samples | None]:
@@ -124,7 +184,10 @@ def from_factory(returned: object) -> tuple[Samples, Samples | None]:
     Raises:
         DataError: it is none of these, or an image or label in it cannot be used.
     """
-    train, test = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    is_list = isinstance(returned, list) and not any(isinstance(one, tuple | list | Tensor) for one in returned)
+    train, test = returned, None
+    if isinstance(returned, tuple | list) and len(returned) == 2 and (is_list or isinstance(returned, tuple)):
+        train, test = returned
     return _to_samples(train), None if test is None else _to_samples(test)
 
 
@@ -141,8 +204,20 @@ def _to_samples(source: object) -> Samples:
 
 
 def _to_array(values: Any) -> np.ndarray:
-    """The values of an array, or of a tensor on any device."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    """The values of an array, of a tensor on any device, or of a list of them, in this machine's byte order."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    try:
+        is_tensors = isinstance(values, list | tuple) and any(isinstance(one, Tensor) for one in values)
+        found = np.stack([_to_array(one) for one in values]) if is_tensors else np.asarray(values)
+    except ValueError as error:
+        raise DataError(
+            f"the data factory gave a list of values of different shapes: {error}; expected one shape for all; "
+            "make arrays of them"
+        ) from error
+    if found.dtype.kind == "f" and found.dtype.itemsize > 8:
+        return found.astype(np.float64)  # torch has no longer ones
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
 def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
@@ -151,7 +226,7 @@ def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
             f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"
             "; return arrays of these shapes"
         )
-    if images.dtype.kind not in "buif" or labels.dtype.kind not in "ui":
+    if images.dtype.kind not in "buif" or labels.dtype.kind not in "bui":
         raise DataError(
             f"the data factory gave images of {images.dtype} and labels of {labels.dtype}; expected real numbers and "
             "integers; convert them"

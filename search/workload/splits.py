@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import torch
 
 from methods.training import Samples
 from search.base import DataError
 from search.cache import digest
-from search.workload.samples import Arrays, Pictures, Subset
+from search.workload.samples import Arrays, Indexed, Pictures, Subset
+
+log = logging.getLogger(__name__)
+
+MOST_CLASSES = 1_000_000
+"""More classes than any network here has outputs for: a greater label is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
             f"training images are {tuple(images.shape[1:])}, test images {tuple(shape)}; expected one shape (c, h, w); "
             "prepare both sets in the same way"
         )
-    labels = _all_labels(pool)[np.concatenate([rest, validation_part])]
+    found = _all_labels(pool)
+    labels = found[np.concatenate([rest, validation_part])]
     return Splits(
         **parts,
         calibration=images.numpy(),
-        classes=_count_classes(labels, test),
+        classes=_count_classes(found, None if isinstance(test, Subset) else _all_labels(test)),
         fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_images_in_memory(pool)),
     )
 
@@ -74,18 +82,32 @@ def _check_sizes(parts: Mapping[str, Samples], images: int, validation: float) -
             )
 
 
-def _count_classes(labels: np.ndarray, test: Samples) -> int:
-    """One more than the greatest of the train and validation labels; those of a test set in memory must be below it."""
+def _count_classes(labels: np.ndarray, test: np.ndarray | None) -> int:
+    """One more than the greatest label of a pool, which those of the test set must be below.
+
+    A class without images is told, since numbers that begin at 1, or that skip some, are mistakes as a rule.
+    """
     if labels.min() < 0:
         raise DataError(f"a label is {labels.min()}; expected classes counted from 0; renumber the labels")
     classes = int(labels.max()) + 1
-    if isinstance(test, Arrays | Pictures):
-        strange = test.labels[(test.labels < 0) | (test.labels >= classes)]
-        if len(strange):
-            raise DataError(
-                f"the test set has the label {strange[0]}; expected 0 to {classes - 1}, as in training; "
-                "number both sets in the same way"
-            )
+    if classes > MOST_CLASSES:
+        raise DataError(
+            f"a label is {classes - 1}; expected classes counted from 0, and at most {MOST_CLASSES:,} of them; "
+            "renumber the labels"
+        )
+    known = np.unique(labels)
+    strange = sorted(set(() if test is None else np.unique(test).tolist()) - set(known.tolist()))
+    if outside := [label for label in strange if not 0 <= label < classes]:
+        raise DataError(
+            f"the test set has the label {outside[0]}; expected 0 to {classes - 1}, as in training; "
+            "number both sets in the same way"
+        )
+    if strange:
+        log.warning("the test set has the label %s, which no training image has", strange[0])
+    if missing := sorted(set(range(classes)) - set(known.tolist())):
+        named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        hint = "; they seem to begin at 1: subtract 1 if so" if missing == [0] else ""
+        log.warning("no image has the label %s, of labels up to %d%s", named, classes - 1, hint)
     return classes
 
 
@@ -99,8 +121,37 @@ def _images_in_memory(samples: Samples) -> list[np.ndarray]:
 
 
 def _all_labels(samples: Samples) -> np.ndarray:
-    """Every label of `samples`, read without its images if the set holds labels apart."""
+    """Every label of `samples`; a set that does not hold them apart is read whole, which finds what cannot be used."""
     if isinstance(samples, Arrays | Pictures):
         return samples.labels
     chunks = np.array_split(np.arange(len(samples)), -(-len(samples) // 256))
-    return np.concatenate([samples.batch(chunk)[1].numpy() for chunk in chunks])
+    batches = [(images.shape[1:], labels.numpy()) for images, labels in map(samples.batch, chunks)]
+    if len(shapes := {tuple(shape) for shape, _ in batches}) > 1:
+        raise DataError(
+            f"the data set's images have the shapes {' and '.join(map(str, sorted(shapes)))}; "
+            "expected one shape (c, h, w) for all; resize them in the data set"
+        )
+    return np.concatenate([labels for _, labels in batches])
+
+
+def check_stable(samples: Samples) -> None:
+    """Read some items of a user's data set again: with the same seeds they must be equal.
+
+    Raises:
+        DataError: they are not, so no search on them could be resumed.
+    """
+    if not isinstance(samples, Indexed) or len(samples) == 0:
+        return
+    some = np.unique(np.linspace(0, len(samples) - 1, 32).astype(np.int64))
+    (first, labels), (again, others) = samples.batch(some), samples.batch(some)
+    if first.shape != again.shape or not (torch.equal(first, again) and torch.equal(labels, others)):
+        raise DataError(
+            "the data set is not stable: an item read twice gave two different images or labels; expected draws from "
+            "the global generators of random, numpy or torch, which are seeded, or none; draw from these, or leave "
+            "augmentation out"
+        )
+    if not torch.equal(first, samples.batch(some, np.random.default_rng(0))[0]):
+        log.warning(
+            "the data set changes its images by chance: validation and scoring see each changed in one fixed way; "
+            "leave augmentation out to judge by the images themselves"
+        )

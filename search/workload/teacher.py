@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from methods.state import own_memory
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
 from search.archive import ArchiveError
 from search.base import Report, WorkloadError, first_line, masked, one_line
 from search.export import exported
 from search.spec import SearchSpec
-from search.spec.schema import ModelSpec
+from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
+from search.workload.checkpoints import load_weights
 from search.workload.splits import Splits
 from search.workload.usercode import call_factory, importable
 
@@ -29,15 +31,15 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
     if model.source == "zoo":
         return _zoo_teacher(spec, splits, report, fit=fit)
     if model.source == "torchvision":
-        return _torchvision_teacher(model, spec.folder)
+        return _torchvision_teacher(spec, report)
     if model.source == "mlflow":
-        return _mlflow_teacher(model, spec)
+        return unwrapped(_mlflow_teacher(model, spec), report)
     teacher = call_factory(model.name, model.args, spec.folder)
     if not isinstance(teacher, nn.Module):
         raise WorkloadError(
             f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
         )
-    return _load_weights(teacher, model.weights, spec.folder)
+    return _load_weights(unwrapped(teacher, report), spec, report)
 
 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -48,16 +50,26 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         )
     teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
     if model.weights not in (None, "train"):
-        return _load_weights(teacher, model.weights, spec.folder)
+        return _load_weights(teacher, spec, report)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
     key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
-    if path.is_file():
-        return _load_weights(teacher, str(path), spec.folder)
-    if fit:
-        fit_teacher(teacher, splits, recipe, report)
-        cache.keep(path, lambda place: save_weights(teacher, place))
+    if fit and not _is_kept(teacher, path):
+        trained = copy.deepcopy(teacher)
+        fit_teacher(trained, splits, recipe, report)
+        cache.keep(path, lambda place: save_weights(trained, place))
+    # equal weights in the memory layout that training leaves give other sums: every search reads the file
+    _is_kept(teacher, path)
     return teacher
+
+
+def _is_kept(teacher: nn.Module, path: Path) -> bool:
+    """Load a teacher from its file in the cache, unless that is missing or damaged."""
+    try:
+        load_weights(teacher, path)
+    except WorkloadError:
+        return False
+    return True
 
 
 def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
@@ -70,30 +82,32 @@ def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
 
 
 def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
-    """Train a teacher in place from scratch, with seed 0."""
+    """Train a teacher in place from scratch, with seed 0; torch's own generator is left as it was."""
     report("training the teacher", 0, recipe.steps, "")
-    for step in train(teacher, splits.train, recipe, seed=0):
-        report(
-            "training the teacher", step, recipe.steps,
-            f"validation top-1 {evaluate(teacher, splits.validation, top1):.4f}",
-        )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        for step in train(teacher, splits.train, recipe, seed=0):
+            report(
+                "training the teacher", step, recipe.steps,
+                f"validation top-1 {evaluate(teacher, splits.validation, top1):.4f}",
+            )  # fmt: skip
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state of `model` as a .safetensors file."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, path)
+    """Write the tensors of a state as a .safetensors file; one that has two names is written under both."""
+    tensors = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    safetensors.torch.save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, path)
 
 
-def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
+def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
     import torchvision
 
+    model = spec.model
     if model.name not in torchvision.models.list_models(module=torchvision.models):
         raise WorkloadError(
             f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models(); "
             "correct model.name"
         )
-    is_file = model.weights is not None and Path(model.weights).suffix in (".safetensors", ".pt", ".pth")
+    is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
     try:
         teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
@@ -101,7 +115,31 @@ def _torchvision_teacher(model: ModelSpec, folder: str) -> nn.Module:
             f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
-    return _load_weights(teacher, model.weights if is_file else None, folder)
+    return _load_weights(teacher, spec, report) if is_file else teacher
+
+
+def unwrapped(model: nn.Module, report: Report) -> nn.Module:
+    """Take wrappers of training off a network, and its halves of a float to whole ones; a word says so."""
+    notes = []
+    own_memory(model)
+    while (inner := _inside(model)) is not None:
+        notes.append(f"taken out of {type(model).__name__}")
+        model = inner
+    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    if types and torch.float32 not in types:
+        notes.append(f"cast from {' and '.join(sorted(str(one)[6:] for one in types))} to float32")
+        model = model.float()
+    if notes:
+        report("teacher", 1, 1, "; ".join(notes))
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The network that a wrapper holds, if `model` is one."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        return model.module
+    is_compiled = type(model).__name__ == "OptimizedModule"  # its class takes a second to import
+    return getattr(model, "_orig_mod", None) if is_compiled else None
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
@@ -126,34 +164,10 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
     return teacher
 
 
-def _load_weights(model: nn.Module, weights: str | None, folder: str) -> nn.Module:
-    """Load the weights of the file, if one is given, into `model`, without unpickling code."""
-    if weights is None:
-        return model
-    path = Path(folder, weights).expanduser()
-    try:
-        if path.suffix == ".safetensors":
-            state: dict[str, Tensor] = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WorkloadError(
-            f"no weights at {path}; expected a .safetensors or .pt file; correct model.weights"
-        ) from error
-    except Exception as error:
-        # torch's own message advises to unpickle the file without protection
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise WorkloadError(
-            f"cannot read the weights {path}: {reason}; expected a .safetensors file or a .pt file that loads with "
-            "weights_only=True; save the model's state_dict()"
-        ) from error
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise WorkloadError(
-            f"the weights {path} do not fit the network: {one_line(error)}; expected its state_dict(); "
-            "check model.name, the number of classes and the input channels"
-        ) from error
+def _load_weights(model: nn.Module, spec: SearchSpec, report: Report) -> nn.Module:
+    """Load the weights of the spec's file, if one is given, into `model`, without unpickling code."""
+    if spec.model.weights is not None:
+        report("teacher", 1, 1, load_weights(model, Path(spec.folder, spec.model.weights).expanduser()))
     return model
 
 
@@ -163,7 +177,7 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
     if logits.shape[1] < classes:
         raise WorkloadError(
             f"the network has {logits.shape[1]} outputs, but the labels go up to {classes - 1}; "
-            "expected one output per class; check the number of classes"
+            "expected one output per class, and labels that begin at 0; check the number of classes, or renumber"
         )
     if not torch.isfinite(logits).all():
         raise WorkloadError(

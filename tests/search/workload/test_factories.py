@@ -129,3 +129,22 @@ def test_a_set_that_raises_names_the_item() -> None:
     short.__class__ = type("Longer", (Pairs,), {"__len__": lambda self: 8})
     with pytest.raises(DataError, match=r"item [567] of the data set raised IndexError"):
         parted(Indexed(short))
+
+
+def test_lists_and_arrays_of_another_byte_order_are_read() -> None:
+    images, labels = np.arange(16, dtype=np.float32).reshape(4, 1, 2, 2), np.array([0, 1, 2, 0])
+    for made in (
+        {"images": images.astype(">f4"), "labels": labels.astype(">i2")},
+        {"images": images.tolist(), "labels": labels.tolist()},
+        {"images": list(torch.from_numpy(images)), "labels": list(torch.from_numpy(labels))},
+        {"images": images.astype(np.longdouble), "labels": labels.astype(np.uint64)},
+        {"images": images[::-1][::-1], "labels": labels},
+    ):
+        for train, test in (from_factory(made), from_factory([made, made])):
+            inputs, truth = (test or train).batch(np.arange(4))
+            assert torch.equal(inputs, torch.from_numpy(images))
+            assert truth.tolist() == [0, 1, 2, 0]
+    flags, _ = from_factory({"images": images, "labels": labels == 0})
+    assert flags.batch(np.arange(4))[1].tolist() == [1, 0, 0, 1]
+    with pytest.raises(DataError, match=r"a list of values of different shapes: .*; expected one shape for all; make"):
+        from_factory({"images": [np.ones((1, 2, 2)), np.ones((1, 3, 2))], "labels": [0, 1]})

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from search.workload.pictures import Preparation
 from search.workload.samples import Arrays, Pictures, Subset
 from tests.support.numbered import numbered, numbers
 
@@ -82,7 +83,7 @@ def test_a_subset_reads_its_own_positions() -> None:
 def test_augmented_pictures_follow_their_generator(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    samples = Pictures((str(tmp_path / "noise.png"),) * 3, np.zeros(3, dtype=np.int64), 12)
+    samples = Pictures((str(tmp_path / "noise.png"),) * 3, np.zeros(3, dtype=np.int64), Preparation(12))
     first, again, other = (samples.batch(np.arange(3), np.random.default_rng(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

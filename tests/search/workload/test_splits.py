@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.base import DataError
-from search.workload.samples import Arrays
-from search.workload.splits import split
+from search.workload.samples import Arrays, Indexed
+from search.workload.splits import check_stable, split
 from tests.support.numbered import numbered, numbers, parted
 
 
@@ -98,8 +102,71 @@ def test_wrong_labels_and_shapes_are_refused() -> None:
         with pytest.raises(DataError, match=told):
             parted(pool, test)
     assert parted(pool, Arrays(pool.images, np.full(20, 2))).classes == 3
+    huge = Arrays(pool.images, np.where(pool.labels == 1, 10**9, pool.labels))
+    with pytest.raises(
+        DataError, match=r"a label is 1000000000; expected classes counted from 0, and at most 1,000,000"
+    ):
+        parted(huge)
+    gap = Arrays(pool.images, np.where(pool.labels == 1, 4, pool.labels))
+    assert parted(gap, pool).classes == 5
+
     wide = Arrays(np.zeros((4, 1, 1, 2), dtype=np.float32), np.zeros(4, dtype=np.int64))
     with pytest.raises(
         DataError, match=r"training images are \(1, 1, 1\), test images \(1, 1, 2\); expected one shape"
     ):
         parted(pool, wide)
+
+
+def test_classes_without_images_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    pool = numbered(20)
+    assert parted(Arrays(pool.images, pool.labels + 1)).classes == 4
+    assert "no image has the label 0, of labels up to 3; they seem to begin at 1: subtract 1 if so" in caplog.text
+    assert parted(Arrays(pool.images, pool.labels * 2)).classes == 5
+    assert "no image has the label 1, 3, of labels up to 4" in caplog.text
+    parted(Arrays(pool.images, pool.labels * 2), Arrays(pool.images, pool.labels))
+    assert "the test set has the label 1, which no training image has" in caplog.text
+
+
+def test_a_test_set_is_read_whole_before_anything_is_trained() -> None:
+    pool = numbered(20)
+    pairs = [(torch.zeros(1, 1, 1), 0) for _ in range(300)]
+    for bad, told in (
+        ((torch.full((1, 1, 1), torch.nan), 0), "image 299 of the data set holds NaN"),
+        ((torch.zeros(1, 1, 1), 3), "the test set has the label 3"),
+        ((torch.zeros(1, 2, 1), 0), r"have the shapes \(1, 1, 1\) and \(1, 2, 1\)"),
+    ):
+        with pytest.raises(DataError, match=told):
+            parted(pool, Indexed([*pairs[:299], bad]))
+
+
+class Drawing:
+    """Ten images that chance changes: by the global generators, or by one of its own."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        self._draw = draw
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((1, 1, 1), self._draw()), index % 2
+
+
+def test_a_set_that_augments_by_chance_is_the_same_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    for draw in (random.random, np.random.random, lambda: float(torch.rand(()))):
+        caplog.clear()
+        check_stable(Indexed(Drawing(draw)))
+        assert "changes its images by chance: validation and scoring see each changed in one fixed way" in caplog.text
+        before = random.random(), np.random.random(), float(torch.rand(()))
+        assert parted(Indexed(Drawing(draw))).fingerprint == parted(Indexed(Drawing(draw))).fingerprint
+        assert before != (random.random(), np.random.random(), float(torch.rand(())))
+        samples = Indexed(Drawing(draw))
+        one, two, other = (samples.batch(np.arange(3), np.random.default_rng(seed))[0] for seed in (0, 0, 1))
+        assert torch.equal(one, two)
+        assert not torch.equal(one, other)
+    own = np.random.default_rng(0)
+    with pytest.raises(DataError, match="the data set is not stable: an item read twice gave two different images"):
+        check_stable(Indexed(Drawing(own.random)))
+    caplog.clear()
+    check_stable(Indexed([(torch.zeros(1, 1, 1), 0)] * 9))
+    assert not caplog.text

@@ -1,0 +1,71 @@
+"""A first look at the teacher's answers: a metric that is no share is refused, and a teacher that is odd is told."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.training import Samples, top1
+from search.base import WorkloadError
+from search.workload.usercode import UserMetric
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 128
+"""The training images that are looked at."""
+
+
+@torch.no_grad()
+def answers(teacher: nn.Module, train: Samples) -> tuple[Tensor, Tensor]:
+    """Return the logits and labels of the first training images; warn if a second call gives other logits."""
+    images, labels = train.batch(np.arange(min(LOOKED_AT, len(train))))
+    with torch.random.fork_rng(devices=[]):
+        logits, again = teacher(images).float(), teacher(images).float()
+    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-5):
+        log.warning(
+            "the teacher answers the same images differently from call to call in evaluation; expected equal outputs; "
+            "look in its forward for randomness or for state that it changes, since no result can be repeated"
+        )
+    return logits, labels
+
+
+def warn_of(logits: Tensor, labels: Tensor) -> None:
+    """Warn of a teacher that is right no more often than chance, or that answers with probabilities."""
+    right, chance = top1(logits, labels), float(labels.bincount().max()) / len(labels)
+    if right <= chance + (chance * (1 - chance) / len(labels)) ** 0.5:
+        log.warning(
+            "the teacher is right on %.1f %% of %d training images, and the commonest label alone on %.1f %%: no more "
+            "than chance; check model.weights, the order of the classes and the preparation of the images",
+            100 * right, len(labels), 100 * chance,
+        )  # fmt: skip
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(len(logits))):
+        log.warning(
+            "the teacher's outputs are probabilities already: each row sums to 1; expected logits, which training and "
+            "mimicking take the softmax of; return them without the softmax"
+        )
+
+
+def check_metric(metric: UserMetric, logits: Tensor, labels: Tensor) -> None:
+    """Refuse a metric that is no share in [0, 1], or that falls as answers get better.
+
+    It is tried on the teacher's answers, on right and on wrong ones. One that raises is told at its first use, since a
+    few images may lack classes that it needs.
+
+    Raises:
+        WorkloadError: it is none; the message has its values.
+    """
+    right = 10 * nn.functional.one_hot(labels, logits.shape[1]).float()
+    try:
+        found, best, worst = (metric(given, labels) for given in (logits, right, right.roll(1, 1)))
+    except WorkloadError:
+        return
+    if 0 <= found <= 1 and 0 <= best <= 1 and worst <= best:
+        return
+    raise WorkloadError(
+        f"the metric {metric.name} gave {found:.3g} for the teacher, {best:.3g} for right answers and {worst:.3g} for wrong "
+        "ones; expected a share from 0 to 1 that is larger for better answers, since it is maximised and shown in "
+        "percent; return a fraction in place of a percentage, and 1 / (1 + loss) in place of a loss"
+    )
