@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
@@ -24,3 +25,9 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             kept.enter_context(handle)
         yield
+
+
+def only_input(inputs: tuple[object, ...], named: Mapping[str, object]) -> Tensor | None:
+    """Return the one tensor that a module was called with, by position or by keyword; None for any other call."""
+    given = (*inputs, *named.values())
+    return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None

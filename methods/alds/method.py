@@ -94,7 +94,12 @@ class ALDS:
         if unknown:
             return f"skip names {', '.join(unknown)}, expected layers of the network; correct the names"
         if not self._eligible(profile):
-            return "no layer is left to decompose, expected a Conv2d that is not depthwise or a Linear; skip fewer"
+            whole = [f"{layer.name}: {layer.whole}" for layer in profile.layers if layer.whole][:3]
+            reasons = f" ({'; '.join(whole)})" if whole else ""
+            advice = "skip fewer" if self.skip else "try another method"
+            return (
+                f"no layer is left to decompose{reasons}, expected a Conv2d that is not depthwise or a Linear; {advice}"
+            )
         return None
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
@@ -168,7 +173,7 @@ class ALDS:
         try:
             chosen, loss, bound = solve(list(table.values()), left, str(knobs["measure"]))
         except Infeasible:
-            raise ranks_out_of_reach(self.name, table, profile, budget, fixed) from None
+            raise ranks_out_of_reach(table, profile, budget, fixed, skips=bool(self.skip)) from None
         pairs = [(layer, option) for layer, option in zip(table, chosen, strict=True) if option.rank]
         return Plan(
             method=self.name,
@@ -177,7 +182,7 @@ class ALDS:
             choices={"measure": knobs["measure"], "layers": [option.to_json(layer.name) for layer, option in pairs]},
             loss=loss,
             bound=bound,
-            notes=_notes(scores),
+            notes=_notes(scores, profile),
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
@@ -211,11 +216,11 @@ class ALDS:
     recover = recover_student
 
     def _eligible(self, profile: Profile) -> list[Layer]:
-        """Layers to decompose: all but depthwise convolutions and what the user protects."""
+        """Layers to decompose: all but depthwise convolutions, what the user protects, and what must stay whole."""
         kept = {layer.name for layer in profile.layers if layer.groups > 1 and layer.weight_shape[1] == 1} | {
             *self.skip
         }
-        return [layer for layer in profile.layers if layer.name not in kept]
+        return [layer for layer in profile.layers if layer.name not in kept and layer.whole is None]
 
     def _tasks(self, profile: Profile) -> list[tuple[tuple[str, int, int], float]]:
         """Every (layer, slices, scheme) with its seconds, in the network's order; ties are settled by this order."""
@@ -293,9 +298,10 @@ def _weight(model: nn.Module, name: str) -> Tensor | None:
     return module.weight
 
 
-def _notes(scores: Scores) -> tuple[str, ...]:
+def _notes(scores: Scores, profile: Profile) -> tuple[str, ...]:
     """The note on layers that stay because the network uses their weights in other ways too."""
-    dense = sorted({key.split("|")[0] for key, curve in scores.items() if curve.shape[1] == 0})
+    whole = {layer.name for layer in profile.layers if layer.whole is not None}
+    dense = sorted(whole | {key.split("|")[0] for key, curve in scores.items() if curve.shape[1] == 0})
     if not dense:
         return ()
     reasons = "a subclass, a shared, parametrized or directly read weight, or uneven 'same' padding"

@@ -6,7 +6,7 @@ A row holds the inputs of one output position: a patch of a convolution's map, o
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from methods.alds.spectra import numeric_padding
 from methods.base import ScoreError
-from methods.hooks import hooked
+from methods.hooks import hooked, only_input
 
 IMAGES, BATCH = 256, 32
 """Calibration images read, and the number at a time."""
@@ -50,15 +50,18 @@ def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> 
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = input_rows(layer, inputs[0], len(images)).transpose(0, 1)
+    def add(name: str, layer: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+        if (given := only_input(inputs, named)) is None:
+            return
+        rows = input_rows(layer, given, len(images)).transpose(0, 1)
         product = rows.mT @ rows
         sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] += rows.shape[1]
 
-    with hooked(layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()):
+    hooks = (layer.register_forward_pre_hook(partial(add, name), with_kwargs=True) for name, layer in layers.items())
+    with hooked(hooks):
         for batch in torch.split(images, BATCH):
-            network(batch)
+            network(batch.clone())
     for name in names:
         _check(name, sums.get(name))
     return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}

@@ -64,8 +64,9 @@ def _unit_cost(layer: Layer, slices: int, scheme: int) -> tuple[int, int]:
     encoder = channels * prod(size for size, is_owned in zip(kernel, owns, strict=True) if is_owned)
     decoder = slices * outputs * prod(size for size, is_owned in zip(kernel, owns, strict=True) if not is_owned)
     positions = layer.macs // prod(layer.weight_shape)
+    maps = positions // prod(layer.out_hw)
     sides = zip(layer.in_hw, layer.out_hw, owns, strict=True)
-    encoded = prod(after if is_owned else before for before, after, is_owned in sides) if scheme else positions
+    encoded = maps * prod(after if is_owned else before for before, after, is_owned in sides) if scheme else positions
     return encoder * encoded + decoder * positions, encoder + decoder
 
 
@@ -145,11 +146,17 @@ def _least_largest(table: Sequence[Sequence[Option]], left: Mapping[str, int]) -
 
 
 def ranks_out_of_reach(
-    method: str, table: Mapping[Layer, Sequence[Option]], profile: Profile, budget: Budget, fixed: Mapping[str, int]
+    table: Mapping[Layer, Sequence[Option]],
+    profile: Profile,
+    budget: Budget,
+    fixed: Mapping[str, int],
+    *,
+    skips: bool,
 ) -> Infeasible:
     """Build the error for a budget that no options meet: it names the layers that would still cost most.
 
-    `fixed` holds, by cost, the share of the layers outside `table` and of all that belongs to no layer.
+    `fixed` holds, by cost, the share of the layers outside `table` and of all that belongs to no layer. `skips` says
+    whether the user protects layers.
     """
     least, why = {}, {}
     for cost in UNITS:
@@ -158,5 +165,8 @@ def ranks_out_of_reach(
         largest = sorted(floors, key=lambda name: -floors[name])[:5]
         least[cost] = sum(floors.values())
         why[cost] = "most of it in " + ", ".join(f"{name} {floors[name]:,}" for name in largest)
-    advice = "raise it, skip fewer layers or try another method"
-    return out_of_reach(method, budget, profile, least, why=why, advice=advice)
+        whole = [f"{layer.name}: {layer.whole}" for layer in profile.layers if layer.whole]
+        if whole:
+            why[cost] += f"; {len(whole)} layers are kept whole ({'; '.join(whole[:3])})"
+    advice = "raise it, skip fewer layers or try another method" if skips else "raise it or try another method"
+    return out_of_reach("alds", budget, profile, least, why=why, advice=advice)

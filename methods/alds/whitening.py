@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
 from methods.alds.spectra import fold, paired
-from methods.hooks import hooked
+from methods.hooks import hooked, only_input
 from methods.training import recalibrate
 
 FITTED = ("white", "refit")
@@ -111,18 +111,19 @@ def fit_in_order(
     def keep(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         targets[name].append(output_rows(layer, outputs, len(images)).float())
 
-    def refit(name: str, pair: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if len(targets[name]) == 1:
+    def refit(name: str, pair: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+        if len(targets[name]) == 1 and (given := only_input(inputs, named)) is not None:
             layer, (slices, rank) = teacher.get_submodule(name), choices[name]
-            rows = input_rows(layer, inputs[0], len(images))
+            rows = input_rows(layer, given, len(images))
             weight, second = _transported(layer, rows, targets[name].pop().double())
             left, right = fitted_factors(weight, second, slices=slices, rank=rank, measure="refit")
             pair.load_state_dict(paired(layer, left, right, scheme=0).state_dict())
 
     for name in choices:
         teacher.get_submodule(name).register_forward_hook(partial(keep, name))
-    teacher(images)
-    with hooked(student.get_submodule(name).register_forward_pre_hook(partial(refit, name)) for name in choices):
+    teacher(images.clone())
+    pairs = ((name, student.get_submodule(name)) for name in choices)
+    with hooked(pair.register_forward_pre_hook(partial(refit, name), with_kwargs=True) for name, pair in pairs):
         recalibrate(student, images, batch_size=len(images))
 
 

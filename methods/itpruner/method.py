@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Range, ScoreError, Scores, Shard
-from methods.hooks import hooked
+from methods.hooks import hooked, only_input
 from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
 from methods.itpruner.path import Path, build_path, price_bound, share
@@ -69,7 +69,11 @@ class ITPruner:
         """`None`, or the reason why this network cannot be handled."""
         groups = _prunable(profile)
         if not groups:
-            return "no channel group of this network may be cut"
+            reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
+            return (
+                f"itpruner needs a channel group that can be cut, but every one is fixed ({reasons}); try alds, or "
+                "rewrite the forward"
+            )
         unread = [group.name for group in groups if not any(member.axis == "in" for member in group.members)]
         return f"no convolution or linear layer reads channel group {unread[0]!r}" if unread else None
 
@@ -102,7 +106,7 @@ class ITPruner:
         model = copy.deepcopy(teacher).eval()
         cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with _reading(model, readouts) as grams, torch.no_grad(), cudnn:
-            model(calibration[start:stop])
+            model(calibration[start:stop].clone())
         for name, *_ in readouts:
             if name not in grams:
                 raise ScoreError(
@@ -113,6 +117,12 @@ class ITPruner:
                     f"the activation of channel group {name!r} is not finite in batch {batch}; "
                     "expected finite values: check the teacher and the calibration set"
                 )
+        samples = {name: len(gram) for name, gram in grams.items()}
+        if odd := [name for name, count in samples.items() if count != next(iter(samples.values()))]:
+            raise ScoreError(
+                f"channel group {odd[0]!r} is read for {samples[odd[0]]} maps of {stop - start} images, others for "
+                f"{next(iter(samples.values()))}, but ITPruner compares groups map by map; try uniform or alds"
+            )
         joint = hsic([grams[name] for name, *_ in readouts]).cpu().numpy()
         return {"batch": np.array(batch), "batches": np.array(batches), "hsic": joint}
 
@@ -266,16 +276,17 @@ def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str
     """Collect each group's centred Gram matrix where it is read first, and let go of the activation at once."""
     grams: dict[str, Tensor] = {}
 
-    def reader(name: str, start: int, length: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name not in grams:
+    def reader(name: str, start: int, length: int) -> Callable[..., None]:
+        def read(module: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
+            given = only_input(inputs, named)
+            if given is not None and name not in grams:
                 axis = 1 if isinstance(module, nn.Conv2d) else -1
-                grams[name] = centred_gram(inputs[0].narrow(axis, start, length))
+                grams[name] = centred_gram(given.narrow(axis, start, length))
 
         return read
 
     hooks = (
-        model.get_submodule(module).register_forward_pre_hook(reader(name, start, length))
+        model.get_submodule(module).register_forward_pre_hook(reader(name, start, length), with_kwargs=True)
         for name, places in readouts
         for module, start, length in places
     )

@@ -140,6 +140,7 @@ class _Finder:
         self.skipped: dict[str, str] = {}
         self.masked: dict[fx.Node, int] = {}
         self.gates = 0
+        self.images = next((_shape(node)[:1] for node in graph.nodes if node.op == "placeholder"), ())
         self.convs = [node for node in graph.nodes if self._conv(node)]
         self.before_weights = _reaching(node for node in graph.nodes if self._is(node, nn.Conv2d | nn.Linear))
 
@@ -189,6 +190,7 @@ class _Finder:
         gate = self._hidden(conv) * (conv.in_channels + conv.out_channels)
         reasons = {
             "it is called more than once": self._is_repeated(node),
+            "it runs on several maps of an image": _shape(node)[:1] != self.images,
             "it is the stem": node is self.convs[0],
             "it is depthwise and its input has no mask": 1 < conv.groups == conv.in_channels,
             "its channels only leave in whole groups": 1 < conv.groups < conv.in_channels,

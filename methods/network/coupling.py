@@ -1,8 +1,6 @@
-"""The channels of a network that must go together: torch-pruning's dependency graph, checked by really cutting.
+"""The channels of a network that must go together: torch-pruning's dependency graph, as far as our cut can slice it.
 
-The graph is guessed from a trace and can be wrong about reshapes, attention and unknown modules without saying so. So a
-group counts as prunable only if our cut can slice every part of it, and if the network after a trial cut agrees with
-the whole network once nothing reads the channels that left.
+The graph is guessed from a trace, so `methods.network.proof` tries its groups by really cutting them.
 """
 
 from __future__ import annotations
@@ -10,38 +8,41 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_pruning import DependencyGraph
 
-from methods.network.cut import PER_CHANNEL, axis_length, cut_to, entries, kept_channels
+from methods.network.cut import PER_CHANNEL, axis_length
 from methods.network.groups import ChannelGroup, Member
 
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of torch-pruning's tracer, or of a network whose channels were cut wrongly."""
 
 
-def find_groups(model: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
+def find_groups(
+    model: nn.Module, example: Tensor, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> tuple[ChannelGroup, ...]:
     """Find the channel groups of `model` (left untouched), in the order of the layers they are named after.
 
     Every convolution and linear layer that the network's output depends on produces one group, with a reason in
     `fixed` where its channels cannot be cut. The channels of the network's input are in none. `example` is
-    `(n, c, h, w)`; one input of it is used.
+    `(n, c, h, w)`; one input of it is used. `elsewhere` says by name why layers must keep their parameters.
 
     Source: torch-pruning's dependency graph (DepGraph: Fang et al., CVPR 2023).
     Differs: a grouped convolution couples its inputs to its outputs and loses whole convolution groups.
     """
     model = copy.deepcopy(model).eval()
     drafts = _drafts(model, example[:1])
-    groups = [draft.finish() for draft in drafts]
-    proved = _proved(model, [group for group in groups if group.fixed is None], example[:1])
-    reason = "the network without these channels differs from one in which nothing reads them"
-    return tuple(g if g.fixed or g.name in proved else replace(g, fixed=reason) for g in groups)
+    for draft in drafts:
+        for member in draft.members:
+            if reason := elsewhere.get(member.module):
+                draft.fix(f"{member.module} cannot be cut: {reason}")
+    return tuple(draft.finish() for draft in drafts)
 
 
 @dataclass
@@ -76,7 +77,7 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
     names = {module: name for name, module in traced.named_modules()}
     try:
         graph = _trace(traced, example)
-    except _FAILURES as error:
+    except FAILURES as error:
         reason = f"torch-pruning cannot trace this network ({type(error).__name__}: {error})"
         return [_Draft(name, m.weight.shape[0], fixed=reason) for m, name in names.items() if _is_producer(m)]
     owners: dict[tuple[str, str, int], _Draft] = {}
@@ -103,7 +104,7 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
 def _trace(model: nn.Module, example: Tensor) -> Any:
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DependencyGraph().build_dependency(model, (example,), verbose=False)
+        return DependencyGraph().build_dependency(model, (example.clone(),), verbose=False)
 
 
 def _with_depthwise(model: nn.Module) -> nn.Module:
@@ -212,38 +213,3 @@ def _segment(index: list[_Index], width: int) -> tuple[int, int] | None:
     start, columns = index[0].idx, len(index) // width
     run = [(start + entry, entry // columns) for entry in range(width * columns)]
     return (start, columns) if index == run else None
-
-
-def _proved(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> set[str]:
-    """Return the names of the groups that pass the trial cut: tried all at once, then by halves where that fails."""
-    if not groups or _passes(model, groups, example):
-        return {group.name for group in groups}
-    middle = len(groups) // 2
-    if middle == 0:
-        return set()
-    return _proved(model, groups[:middle], example) | _proved(model, groups[middle:], example)
-
-
-def _passes(model: nn.Module, groups: Sequence[ChannelGroup], example: Tensor) -> bool:
-    """Whether half of every group can go: the cut network must match the one whose readers ignore that half.
-
-    A wrong coupling changes the output about as much as the cut does, rounding (TF32 included) far less.
-    """
-    halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in groups}
-    kept = kept_channels(model, groups, halves, "l1")
-    ignoring = copy.deepcopy(model)
-    with torch.no_grad():
-        try:
-            found = cut_to(model, groups, kept)(example)
-        except _FAILURES:
-            return False
-        for group in groups:
-            gone = np.setdiff1d(np.arange(group.width), kept[group.name])
-            for member in group.members:
-                if member.axis == "in":
-                    weight = ignoring.get_submodule(member.module).weight
-                    assert isinstance(weight, Tensor)
-                    weight[:, torch.from_numpy(entries(member, gone))] = 0
-        expected, whole = ignoring(example), model(example)
-    slack = 1e-2 * (expected - whole).abs().max() + 1e-6 * whole.abs().max()
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= slack)

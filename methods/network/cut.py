@@ -33,9 +33,14 @@ def cut(
     return cut_to(model, groups, kept_channels(model, groups, widths, criterion))
 
 
-def cut_to(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """Copy `model` so that each group holds only its `kept` channels, given as rising indices by group name."""
-    student = copy.deepcopy(model)
+def cut_to(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray], *, shares: bool = False
+) -> nn.Module:
+    """Copy `model` so that each group holds only its `kept` channels, given as rising indices by group name.
+
+    A copy that `shares` has the model's own parameters where nothing was cut from them: quick to make, to be read only.
+    """
+    student = copy.deepcopy(model, {id(one): one for one in model.parameters()} if shares else None)
     masks: dict[str, dict[str, np.ndarray]] = {}
     for group in groups:
         if group.name not in kept or len(kept[group.name]) == group.width:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from methods.base import Budget, Infeasible
-from methods.network.profile import Profile
+from methods.network.rows import Profile
 
 UNITS: Mapping[str, str] = MappingProxyType({"macs": "MACs", "params": "params"})
 """The costs that a budget may limit, and their names in messages."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from methods.base import Budget, Infeasible, grid_step
 from methods.network.groups import ChannelGroup, Member
-from methods.network.profile import Profile
 from methods.network.reach import out_of_reach
+from methods.network.rows import Profile
 
 
 @dataclass(frozen=True)

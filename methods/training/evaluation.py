@@ -26,7 +26,7 @@ def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None
         norm.train()
     device = next(model.parameters()).device
     for batch in torch.tensor_split(images, -(-len(images) // batch_size)):
-        model(batch.to(device))
+        model(batch.to(device, copy=True))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

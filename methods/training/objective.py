@@ -53,7 +53,7 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
 
     hooks = (module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name)
     with hooked(hooks), torch.no_grad():
-        model(images)
+        model(images.clone())
     classifier = classifier_name(model)
     for name, is_map, has_weights in reversed(calls):
         if is_map:
@@ -72,7 +72,9 @@ def tapped(model: nn.Module, tap: str | None, classifier: str) -> Iterator[list[
     seen: list[Tensor] = []
     if tap is None:
         module = model.get_submodule(classifier)
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs, named: seen.append((*inputs, *named.values())[0]), with_kwargs=True
+        )
     else:
         handle = model.get_submodule(tap).register_forward_hook(lambda _, __, output: seen.append(output))
     with handle:
@@ -87,7 +89,7 @@ def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) ->
         target = None
         if teacher is not None and (recipe.distill > 0 or not recipe.labels):
             with torch.no_grad():
-                target = distributed.joined(teacher(images), len(labels))
+                target = distributed.joined(teacher(images.clone()), len(labels))
         return instance_losses(distributed.joined(model(images), len(labels)), labels, target, recipe).mean()
 
     def from_features(images: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) ->
             taps.append(last_map(teacher, images[:1]))
         classifier = classifier_name(teacher)
         with torch.no_grad(), tapped(teacher, taps[0], classifier) as wanted:
-            target = teacher(images)
+            target = teacher(images.clone())
         with tapped(model, taps[0], classifier) as given:
             output = model(images)
         is_whole = type(model.get_submodule(classifier)) is type(teacher.get_submodule(classifier))

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from cluster import Cluster, Done, Failed
+from cluster import Cluster, ClusterError, Done, Failed, Item
 from methods import METHODS, named
-from methods.base import Budget, KnobValue, Plan, ScoreError, Scores
+from methods.base import Budget, KnobValue, MethodError, Plan, ScoreError, Scores
 from methods.chain import plan_of, student_of
 from methods.network import Profile, profile
 from methods.pipeline import Before, score
 from methods.protocol import Method
 from search import cache
-from search.base import Report
+from search.base import Report, SearchError, one_line
 from search.workload import Workload
+
+_log = logging.getLogger(__name__)
 
 VERSION = 2
 """Raised whenever a method's scores change meaning, so that cached ones are made anew."""
@@ -35,7 +38,7 @@ class Planner:
         self._cluster = cluster
         self._report = report
         self._profiles: dict[Before, Profile] = {(): found}
-        self._scores: dict[tuple[str, Before], Scores] = {}
+        self._scores: dict[tuple[str, Before], Scores | MethodError] = {}
         self._spent = {"scoring_shards": 0.0, "scoring_s": 0.0}
 
     @property
@@ -48,33 +51,37 @@ class Planner:
         taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
         return taken
 
-    def score(self, methods: Sequence[Method], plans: Sequence[Plan] = ()) -> None:
-        """Scores the student that `plans` lead to with every one of `methods`, all their shards at once.
+    def score(self, methods: Sequence[Method], plans: Sequence[Plan] = ()) -> dict[str, str]:
+        """Score the student that `plans` lead to with every one of `methods`, all their shards at once.
 
-        Raises:
-            ScoreError: a shard raised; the message is its own.
+        Returns:
+            By name, why a method cannot score it: a verb of it raised. The others are scored all the same.
         """
         before = _before(plans)
         missing = [method for method in methods if (method.name, before) not in self._scores]
-        found = self._found(missing, self._profile(plans, before), before)
-        self._scores |= {(name, before): values for name, values in found.items()}
+        if missing:
+            found = self._found(missing, self._profile(plans, before), before)
+            self._scores |= {(name, before): values for name, values in found.items()}
+        kept = {method.name: self._scores[method.name, before] for method in methods}
+        return {name: str(error) for name, error in kept.items() if isinstance(error, MethodError)}
 
     def plan(self, name: str, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The plan of a method or a chain for a budget.
 
         Raises:
             Infeasible: no plan fits.
-            ScoreError: a link of a chain could not be scored.
+            MethodError: the method, or a link of a chain, cannot be scored or planned.
         """
-        try:
+        with refusing(name, "planning"):
             return plan_of(named(name), self._scored, budget, knobs)
-        except LinAlgError as error:  # of a link's surgery, which runs here
-            raise ScoreError(f"{name} could not be planned: {error}; expected finite weights; try it alone") from error
 
     def _scored(self, method: Method, plans: Sequence[Plan]) -> tuple[Scores, Profile]:
         self.score([method], plans)
         before = _before(plans)
-        return self._scores[method.name, before], self._profiles[before]
+        found = self._scores[method.name, before]
+        if isinstance(found, MethodError):
+            raise found
+        return found, self._profiles[before]
 
     def _profile(self, plans: Sequence[Plan], before: Before) -> Profile:
         if before not in self._profiles:
@@ -84,26 +91,86 @@ class Planner:
             self._profiles[before] = profile(student, self._workload.example)
         return self._profiles[before]
 
-    def _found(self, methods: Sequence[Method], profile: Profile, before: Before) -> dict[str, Scores]:
-        """The scores of each method, by name. Those in the cache cost nothing."""
+    def _found(self, methods: Sequence[Method], profile: Profile, before: Before) -> dict[str, Scores | MethodError]:
+        """Find the scores of each method, or its refusal, by name. Those in the cache cost nothing."""
         paths = {method.name: _path(method, self._workload, before) for method in methods}
-        found = {name: kept for name, path in paths.items() if (kept := _read(path)) is not None}
-        missing = [method for method in methods if method.name not in found]
+        found: dict[str, Scores | MethodError] = {
+            name: kept for name, path in paths.items() if (kept := _read(path)) is not None
+        }
         calibration = torch.from_numpy(self._workload.splits.calibration.copy())
-        items = [(method, shard, 0, before) for method in missing for shard in method.shards(profile, calibration)]
-        partials: dict[str, list[Scores]] = {method.name: [] for method in missing}
-        for event in self._cluster.run(score, items):
+        items: list[Item] = []
+        for method in methods:
+            if method.name not in found:
+                with _noting(found, method.name, "scoring"):
+                    items += [(method, shard, 0, before) for shard in method.shards(profile, calibration)]
+        missing = [method for method in methods if method.name not in found]
+        partials = self._run(items, found)
+        for method in missing:
+            if method.name not in found:
+                with _noting(found, method.name, "merging its scores"):
+                    merged = method.merge(partials.get(method.name, []), profile)
+                    found[method.name] = merged
+                    _write(paths[method.name], merged)
+        return found
+
+    def _run(self, items: Sequence[Item], refusals: dict[str, Scores | MethodError]) -> dict[str, list[Scores]]:
+        """Score all `items`, except those of a method that failed meanwhile: it is added to `refusals`."""
+        taken: list[Item] = []
+        partials: dict[str, list[Scores]] = {}
+
+        def wanted() -> Iterator[Item]:
+            for item in items:
+                if item[0].name not in refusals:
+                    taken.append(item)
+                    yield item
+
+        for event in self._cluster.run(score, wanted()):
+            name = taken[event.index][0].name
             if isinstance(event, Failed):
-                raise ScoreError(f"scoring for {items[event.index][0].name} failed: {event.error}")
+                _log.debug("scoring for %s failed: %s", name, event.trace)
+                refusals.setdefault(name, _refusal(name, "scoring", event.error))
             if isinstance(event, Done):
                 self._spent["scoring_shards"] += 1
                 self._spent["scoring_s"] += event.seconds
-                partials[items[event.index][0].name].append(event.value)
-                self._report("scoring", sum(map(len, partials.values())), len(items), items[event.index][0].name)
-        for method in missing:
-            found[method.name] = method.merge(partials[method.name], profile)
-            _write(paths[method.name], found[method.name])
-        return found
+                partials.setdefault(name, []).append(event.value)
+                self._report("scoring", sum(map(len, partials.values())), len(items), name)
+        return partials
+
+
+@contextmanager
+def refusing(method: str, doing: str) -> Iterator[None]:
+    """Turn any error of a method's own code into that method's refusal, since the others can still be searched.
+
+    Raises:
+        MethodError: the block raised; the message says what.
+    """
+    try:
+        yield
+    except (MethodError, ClusterError, SearchError, OSError):
+        raise
+    except Exception as error:
+        _log.debug("%s failed in %s", method, doing, exc_info=True)
+        raise _refusal(method, doing, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+@contextmanager
+def _noting(refusals: dict[str, Scores | MethodError], method: str, doing: str) -> Iterator[None]:
+    """Add a method to `refusals` where the block raises an error of its code."""
+    try:
+        with refusing(method, doing):
+            yield
+    except MethodError as error:
+        refusals[method] = error
+
+
+def _refusal(method: str, doing: str, error: str) -> ScoreError:
+    """Build the refusal of a method whose code raised: its own message where it raised on purpose."""
+    for kind in ("ScoreError", "Unsupported"):
+        if error.startswith(f"{kind}: "):
+            return ScoreError(f"{method}: {error.removeprefix(f'{kind}: ')}")
+    return ScoreError(
+        f"{method} cannot handle this network: {doing} failed: {error}; expected it to end; try another method"
+    )
 
 
 def _before(plans: Sequence[Plan]) -> Before:

@@ -9,15 +9,16 @@ from typing import Any
 
 from cluster import Cluster
 from methods import named
-from methods.base import KnobValue, Plan
+from methods.base import KnobValue, MethodError, Plan
 from methods.chain import AnyMethod, Chain
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
+from methods.protocol import Method
 from methods.training import Recipe, evaluate
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import Fitter
-from search.driver.planner import Planner
+from search.driver.planner import Planner, refusing
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
@@ -78,14 +79,34 @@ def prepare(
     teacher = replace(known, latency_ms=latency_ms) if known else _teacher(workload, found, latency_ms)
     targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
-    refused = {name: why for name in names if (why := named(name).accepts(found)) is not None}
-    accepted = [name for name in names if name not in refused]
     planner = Planner(workload, found, cluster, report)
-    firsts = [method.links[0] if isinstance(method, Chain) else method for method in map(named, accepted)]
-    planner.score(list({method.name: method for method in firsts}.values()))
+    refused = _refused(names, found, planner)
+    accepted = [name for name in names if name not in refused]
     fitter = Fitter(planner, stopwatch, workload.teacher)
     plans = {target.name: {name: fitter.reachable(name, target) for name in accepted} for target in targets}
     return Prepared(spec, workload, found, teacher, targets, fitter, refused, plans)
+
+
+def _refused(names: Sequence[str], found: Profile, planner: Planner) -> dict[str, str]:
+    """Score the teacher with every method that accepts it; return why each other one, by name, cannot handle it."""
+    refused = {name: why for name in names if (why := _obstacle(name, found)) is not None}
+    firsts = {name: _first(name) for name in names if name not in refused}
+    failed = planner.score(list({method.name: method for method in firsts.values()}.values()))
+    return refused | {name: failed[first.name] for name, first in firsts.items() if first.name in failed}
+
+
+def _first(name: str) -> Method:
+    """Return the method that looks at the teacher: the first link of a chain."""
+    method = named(name)
+    return method.links[0] if isinstance(method, Chain) else method
+
+
+def _obstacle(name: str, found: Profile) -> str | None:
+    try:
+        with refusing(name, "looking at the profile"):
+            return named(name).accepts(found)
+    except MethodError as error:
+        return str(error)
 
 
 def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from torch import nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from methods import named
-from methods.base import Budget, Infeasible, KnobValue, Plan, ScoreError
+from methods.base import Budget, Infeasible, KnobValue, Plan
 from methods.pipeline import size_bytes
-from search.driver.planner import Planner
+from search.driver.planner import Planner, refusing
 from search.spec.targets import Target
 from search.units import size
 
@@ -104,11 +103,13 @@ class SizedPlans:
 
 
 def built(plan: Plan, teacher: nn.Module) -> nn.Module:
-    """Return the student of a plan, on the CPU, before its weights are fitted to anything."""
-    try:
+    """Return the student of a plan, on the CPU, before its weights are fitted to anything.
+
+    Raises:
+        MethodError: the surgery raised.
+    """
+    with refusing(plan.method, "building a student"):
         return named(plan.method).apply(teacher.cpu(), plan)
-    except LinAlgError as error:
-        raise ScoreError(f"{plan.method} could not be built: {error}; expected finite weights; try another") from error
 
 
 def _parameter_bytes(model: nn.Module) -> float:

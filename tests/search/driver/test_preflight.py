@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from cluster import Cluster, Event, InlineCluster, Item, always
+from methods import METHODS
+from methods.protocol import Method
 from search.driver.preflight import preflight
 from search.spec import reading
 from search.workload import Workload
@@ -97,6 +99,45 @@ def test_a_chain_that_cannot_be_planned_is_told_and_spares_the_others(
     assert told is not None
     assert "infinity" in told
     assert {one.method: one.refusal for one in found.methods}["practise+alds"] is not None
+
+
+VERBS = ("accepts", "shards", "score", "merge", "allocate")
+
+
+class Broken:
+    """The baseline, named after the one of its verbs that raises an error of no kind of ours."""
+
+    is_last = False
+    knobs = METHODS["uniform"].knobs
+
+    def __init__(self, verb: str) -> None:
+        self.name = verb
+
+    def __getattr__(self, verb: str) -> Any:
+        return self._raise if verb == self.name else getattr(METHODS["uniform"], verb)
+
+    def _raise(self, *_: object) -> None:
+        raise ZeroDivisionError(f"{self.name} divides by zero")
+
+    def shards(self, *_: object) -> list[tuple[int]]:
+        return self._raise() or [] if self.name == "shards" else [(0,), (1,)]
+
+
+def test_a_method_that_crashes_is_refused_and_spares_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
+    for verb in VERBS:
+        monkeypatch.setitem(METHODS, verb, cast(Method, Broken(verb)))
+    text = SPEC.replace("manidp, practise, [practise, alds]", f"itpruner, {', '.join(VERBS)}, [score, alds]")
+    found = preflight(reading.parse(text.replace("resnet14", "resnet8"), folder=tmp_path), inline, lambda *_: None)
+    refusals = {one.method: one.refusal for one in found.methods}
+    for verb in VERBS:
+        assert f"ZeroDivisionError: {verb} divides by zero" in str(refusals[verb])
+    assert refusals["score+alds"] == refusals["score"]
+    assert refusals["itpruner"] is refusals["uniform"] is None
+    assert found.budgets[0].reasons["itpruner"] is None
+    assert found.budgets[0].reasons["uniform"] is None
 
 
 @dataclass

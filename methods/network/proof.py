@@ -1,0 +1,122 @@
+"""The trial cut: a channel group may only be cut where a cut network does what its rows say, in outputs and in costs.
+
+The graph of `methods.network.coupling` is guessed from a trace. It can be wrong about reshapes, attention and unknown
+modules without saying so, and it cannot see sizes that the network's own code computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.network.counting import count_params, counted
+from methods.network.coupling import FAILURES
+from methods.network.cut import cut_to, entries, kept_channels
+from methods.network.groups import ChannelGroup
+from methods.network.rows import Profile
+from methods.network.widths import WidthCost, width_costs
+
+
+def proved(model: nn.Module, found: Profile, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """Return the groups of `found`, those fixed that fail a trial cut of `model` (in eval mode), with the reason.
+
+    Half of every group goes at once, then of every second one, and so on: any two groups are told apart in one of the
+    trials, so that a size which the network's code derives from another shows. `example` is `(n, c, h, w)`.
+    """
+    costs, groups = width_costs(found)
+    reasons: dict[str, str] = {}
+    trial = _Trial(model, example[:1], groups, costs)
+    while left := [group for group in groups if group.name not in reasons]:
+        fresh: dict[str, str] = {}
+        for part in _parts(left):
+            fresh |= trial.faults([group for group in part if group.name not in fresh])
+        if not fresh:
+            break
+        reasons |= fresh
+    return tuple(replace(g, fixed=reasons[g.name]) if g.name in reasons else g for g in found.groups)
+
+
+def _parts(groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
+    """Yield all groups, then for each binary digit of their places those where it is 1."""
+    yield list(groups)
+    for digit in range((len(groups) - 1).bit_length()):
+        yield [group for place, group in enumerate(groups) if place >> digit & 1]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Cuts half of some `groups` of `model` and compares."""
+
+    model: nn.Module
+    example: Tensor
+    groups: Sequence[ChannelGroup]
+    costs: dict[str, WidthCost]
+
+    def faults(self, part: Sequence[ChannelGroup]) -> dict[str, str]:
+        """Return by name why groups of `part` cannot be cut: tried all at once, then by halves where that fails."""
+        reason = self._fault(part) if part else None
+        if reason is None:
+            return {}
+        middle = len(part) // 2
+        halves = self.faults(part[:middle]) | self.faults(part[middle:]) if middle else {}
+        return halves or {part[0].name: reason}
+
+    def _fault(self, part: Sequence[ChannelGroup]) -> str | None:
+        """Say why half of every group of `part` cannot go.
+
+        The cut network must cost what its widths say, and match the one whose readers ignore that half. A wrong
+        coupling changes the output about as much as the cut does, rounding (TF32 included) far less.
+        """
+        kept = {group.name: self._kept[group.name] for group in part}
+        student = cut_to(self.model, part, kept, shares=True)
+        try:
+            found, macs = counted(student, self.example)
+        except FAILURES as error:
+            return f"the network does not run without these channels ({type(error).__name__})"
+        vector = np.array([len(kept.get(group.name, range(group.width))) for group in self.groups])
+        for cost, actual in (("macs", macs), ("params", count_params(student))):
+            if (planned := self.costs[cost](vector)) != actual:
+                return (
+                    f"without these channels the network needs {actual:,} {cost}, but its layers alone {planned:,}: "
+                    "another step of its forward shrinks with them"
+                )
+        whole, expected = self._whole, self._ignoring(part, kept)
+        slack = 1e-2 * (expected - whole).abs().max() + 1e-6 * whole.abs().max()
+        if found.shape == expected.shape and bool((found - expected).abs().max() <= slack):
+            return None
+        return "the network without these channels differs from one in which nothing reads them"
+
+    @cached_property
+    def _kept(self) -> dict[str, np.ndarray]:
+        """Half of the channels of every group."""
+        halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in self.groups}
+        return kept_channels(self.model, self.groups, halves, "l1")
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        with torch.no_grad():
+            return cast(Tensor, self.model(self.example.clone()))
+
+    @torch.no_grad()
+    def _ignoring(self, part: Sequence[ChannelGroup], kept: dict[str, np.ndarray]) -> Tensor:
+        """Return the output where nothing reads the channels that are not `kept`; the weights are restored."""
+        before: list[tuple[Tensor, Tensor, Tensor]] = []
+        for group in part:
+            gone = np.setdiff1d(np.arange(group.width), kept[group.name])
+            for member in group.members:
+                if member.axis == "in":
+                    weight = self.model.get_submodule(member.module).weight
+                    assert isinstance(weight, Tensor)
+                    columns = torch.from_numpy(entries(member, gone)).to(weight.device)
+                    before.append((weight, columns, weight[:, columns].clone()))
+                    weight[:, columns] = 0
+        output = self.model(self.example.clone())
+        for weight, columns, values in reversed(before):
+            weight[:, columns] = values
+        return cast(Tensor, output)

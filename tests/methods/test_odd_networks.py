@@ -1,0 +1,56 @@
+"""Networks of unusual forwards: each method meets the budget as counted, or refuses with the layer and the reason."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from methods import METHODS
+from methods.base import Budget, Infeasible, Plan, ScoreError
+from methods.network import count_macs, count_params, profile
+from methods.protocol import Method, defaults
+from tests.support.odd_networks import ODD, seeded
+
+NO_BLOCK = "no module of the network keeps the shape"
+REFUSED = {
+    ("practise", "keyword"): NO_BLOCK,
+    ("practise", "flipped"): NO_BLOCK,
+    ("practise", "attentive"): NO_BLOCK,
+    ("practise", "tied"): NO_BLOCK,
+    ("manidp", "flipped"): "inner: it runs on several maps of an image",
+    ("manidp", "attentive"): "manidp gates ungrouped convolutions",
+}
+"""The refusals that are right, and a part of each message; every other pair meets its budget."""
+
+
+@pytest.mark.parametrize(("method", "network"), list(itertools.product(METHODS, ODD)))
+def test_a_budget_is_met_as_counted_or_refused_with_a_reason(method: str, network: str) -> None:
+    teacher = seeded(ODD[network])
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    before = images.clone()
+    plan = planned(METHODS[method], teacher, images)
+    if isinstance(plan, str) or (method, network) in REFUSED:
+        assert re.search(REFUSED.get((method, network), "^$"), str(plan)), plan
+        return
+    student = METHODS[method].apply(teacher, plan, images)
+    METHODS[method].settle(student, plan, images)
+    assert (count_macs(student, images), count_params(student)) == (plan.macs, plan.params)
+    assert student(images.clone()).isfinite().all()
+    assert torch.equal(images, before)
+
+
+def planned(method: Method, teacher: nn.Module, images: Tensor) -> Plan | str:
+    """Plan for 90 % of the MACs, as a search does, or say why there is no plan."""
+    found = profile(teacher, images)
+    assert sum(layer.macs for layer in found.layers) <= found.macs
+    if refusal := method.accepts(found):
+        return refusal
+    try:
+        scores = method.merge([method.score(one, teacher, images, 0) for one in method.shards(found, images)], found)
+        return method.allocate(scores, found, Budget("90%", macs=int(0.9 * found.macs)), defaults(method))
+    except (Infeasible, ScoreError) as error:
+        return str(error)
