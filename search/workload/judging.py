@@ -65,7 +65,7 @@ def check_metric(metric: UserMetric, logits: Tensor, labels: Tensor) -> None:
     if 0 <= found <= 1 and 0 <= best <= 1 and worst <= best:
         return
     raise WorkloadError(
-        f"the metric {metric.name} gave {found:.3g} for the teacher, {best:.3g} for right answers and {worst:.3g} for wrong "
-        "ones; expected a share from 0 to 1 that is larger for better answers, since it is maximised and shown in "
-        "percent; return a fraction in place of a percentage, and 1 / (1 + loss) in place of a loss"
+        f"the metric {metric.name} gave {found:.3g} for the teacher, {best:.3g} for right answers and {worst:.3g} for "
+        "wrong ones; expected a share from 0 to 1 that is larger for better answers, since it is maximised and shown "
+        "in percent; return a fraction in place of a percentage, and 1 / (1 + loss) in place of a loss"
     )
