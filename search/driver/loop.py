@@ -77,7 +77,7 @@ def search(
             if has_run:
                 record.search.add(wall_s=account.lap())
             result = record.read.result()
-            path.write_text(html(result))
+            path.write_text(html(result), encoding="utf-8")
             record.search.finish(path)
         except BaseException as error:
             record.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
