@@ -95,7 +95,7 @@ def _wait_for_dashboard(head: subprocess.Popen[bytes], port: int, log: Path) -> 
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
         time.sleep(POLL_S)
-    lines = log.read_text().strip().splitlines()
+    lines = log.read_text(errors="replace").strip().splitlines()
     raise ClusterError(
         f"Ray did not start: {lines[-1] if lines else 'it said nothing'}; expected its dashboard to answer within "
         f"{START_S:g} s; see {log}"

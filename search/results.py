@@ -82,14 +82,15 @@ class SearchResult:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The costs a frontier is drawn over here: counted ones, and the latency on each device the teacher ran on.
+        """The costs a frontier is drawn over here: counted ones, and the latency on each device that timed a candidate.
 
         Expected MACs are one where a model is gated or a budget limits them.
         """
         is_gated = any(candidate.macs_expected is not None for candidate in self.candidates)
         is_asked = any("macs_expected" in budget.limits for budget in self.budgets)
         counted = AXES if is_gated or is_asked else tuple(axis for axis in AXES if axis != "macs_expected")
-        return counted + tuple(map(latency_on, self.teacher.latency_ms))
+        timed = {device for candidate in self.candidates for device in candidate.timings}
+        return counted + tuple(latency_on(device) for device in self.teacher.latency_ms if device in timed)
 
     def complete(self) -> list[Candidate]:
         """The candidates that were measured to the end."""

@@ -31,7 +31,7 @@ def roofline(path: Path) -> Roofline:
         ValueError: the file cannot be read or is wrong; every mistake is named.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the roofline {path}: {error}; expected a YAML file; check the path") from error
     keys = [field.name for field in fields(Roofline)]

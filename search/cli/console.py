@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from search.base import Report
+from search.cli.output import SUBSTITUTES
 from search.frontier import volume
 from search.limits import latencies_in, latency_on
 from search.report import costs
@@ -87,11 +88,19 @@ GATED = {
 """The further figures of a gated model, each with its name in the table."""
 
 
+ASCII_RULES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+def _rules() -> box.Box:
+    """Return the rules of a table: the one below its head, as the output can show it."""
+    return ASCII_RULES if out.options.ascii_only else box.SIMPLE_HEAD
+
+
 def show_result(result: SearchResult, report: Path | None) -> None:
     """Print the winners, each limit beside its measured value, the cost of the search and how to load the models."""
     columns = _shown_costs(result)
     title = f"{result.name}: the best network for every budget"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, leading=1)
+    table = Table(title=title, title_justify="left", box=_rules(), leading=1)
     for heading in ("budget", "method", "val.", "test", *(costs.name(cost, result.devices) for cost in columns)):
         is_name = heading in ("budget", "method")
         table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
@@ -143,9 +152,10 @@ def _top1_cell(result: SearchResult, budget: BudgetResult, drop: CostRow) -> str
 
 def _limit_text(row: CostRow, text: str, sign: str = "≤") -> str:
     """Write a limit: green if it is met, else red, and without colour if nothing was measured."""
+    start = SUBSTITUTES[sign] if out.options.ascii_only else f"{sign} "  # as wide, so that the table is too
     if row.value is None:
-        return f"{sign} {text}"
-    return f"[{'green' if row.is_inside else 'red'}]{sign} {text}[/]"
+        return f"{start}{text}"
+    return f"[{'green' if row.is_inside else 'red'}]{start}{text}[/]"
 
 
 def _show_effort(result: SearchResult) -> None:
@@ -175,7 +185,7 @@ def _show_effort(result: SearchResult) -> None:
 def show_preflight(found: Preflight) -> None:
     """Print each method's least costs, the budgets in its reach, why others are not, and the expected minutes."""
     title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=_rules())
     timed = latencies_in(cost for one in found.methods for cost in one.least)
     latencies = [f"{costs.name(cost, {})}, predicted" for cost in timed]
     for heading in ("method", *(f"least {what}" for what in ("MACs", "params", *latencies))):
@@ -249,7 +259,7 @@ def show_measured(found: Mapping[str, Any]) -> None:
     where = f" on {found['host']}" if found["host"] else ""
     device = f"{found['device']} ({found['runtime']}, threads: {found['threads']}, batch: {found['batch']}{where})"
     out.print(f"{found['model']}: {kind} on {device}", highlight=False, markup=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=_rules())
     table.add_column("")
     for heading in ("fastest", "median", "95 %"):
         table.add_column(heading, justify="right")

@@ -18,7 +18,7 @@ import typer
 from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS
 from search.cli import jobs, serve
 from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
-from search.cli.output import exit_code, fail, print_json, reason_for
+from search.cli.output import degrade_output, exit_code, fail, print_json, reason_for
 from search.service.metadata import RESUME_VARIABLE
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def frontier(
     if html is not None:
         from search.report.html import html as page
 
-        html.write_text(page(result))
+        html.write_text(page(result), encoding="utf-8")
     if as_json:
         print_json(result.to_json())
     else:
@@ -258,6 +258,7 @@ def _fail_without_winners(result: SearchResult) -> None:
 
 def main() -> NoReturn:
     """Run the command line; an error that a user can mend ends it in one paragraph and no traceback."""
+    degrade_output()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(standalone_mode=True)

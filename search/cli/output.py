@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import sys
 from typing import NoReturn
 
 import typer
 
 from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked
+
+SUBSTITUTES = {"≤": "<=", "≥": ">=", "±": "+-", "·": "-", "—": "-", "…": "...", "µ": "u"}
+"""The signs we write, for a terminal or a pipe that cannot show them."""
+
+
+def degrade_output() -> None:
+    """Have standard output and error write signs that their encoding lacks as near ones, or else as escapes.
+
+    Python would end the command there, with a traceback, after hours of search too.
+    """
+    codecs.register_error("paredown", _near_signs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="paredown")
+
+
+def _near_signs(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    escaped = (SUBSTITUTES.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in lacking)
+    return "".join(escaped), error.end
 
 
 def print_json(value: object) -> None:

@@ -92,8 +92,8 @@ def compress(
     }
     costs = costs_of(outcome, latency_ms, top1_drop=figures["top1_drop"])
     figures["exceeded"] = prepared.target(budget).limits.exceeded(costs)
-    (out / "plan.json").write_text(json.dumps(fitted.plan.to_json(), indent=2))
-    (out / "figures.json").write_text(json.dumps(figures, indent=2))
+    (out / "plan.json").write_text(json.dumps(fitted.plan.to_json(), indent=2), encoding="utf-8")
+    (out / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     save_weights(student, out / "student.safetensors")
     torch.export.save(exported(student, workload.example), out / "student.pt2")
     return figures
@@ -154,7 +154,7 @@ def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Pat
     """Run the trial of a plan; the trace of a failure is written to `out`."""
     for event in cluster.run(trial, [(named(plan.method), plan, how, spec.search.seed)]):
         if isinstance(event, Failed):
-            (out / "failure.txt").write_text(event.trace)
+            (out / "failure.txt").write_text(event.trace, encoding="utf-8")
             raise CompressionFailed(
                 f"{plan.method} failed: {event.error}; expected a compressed network; "
                 f"see {out / 'failure.txt'} for where it happened"

@@ -22,7 +22,7 @@ from search.driver.ledger import Ledger
 from search.driver.prepare import Prepared, prepare, rung
 from search.driver.runner import Runner
 from search.driver.study import FULL, BudgetStudy, Start, Storage, Strategy, storage
-from search.driver.winners import check_model, register
+from search.driver.winners import check_model, register, time_registered
 from search.record.lease import locked
 from search.record.record import Record
 from search.record.searches import open_search
@@ -77,7 +77,7 @@ def search(
             if has_run:
                 record.search.add(wall_s=account.lap())
             result = record.read.result()
-            path.write_text(html(result))
+            path.write_text(html(result), encoding="utf-8")
             record.search.finish(path)
         except BaseException as error:
             record.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
@@ -116,7 +116,7 @@ def _run(
 ) -> bool:
     """Do everything that needs workers; return whether any trial was run."""
     record.search.enter("scoring")
-    prepared = prepare(spec, workload, cluster, report, known=record.search.teacher())
+    prepared = prepare(spec, workload, cluster, report, known=record.search.teacher(), timed=spec.times_all())
     _write(prepared, record)
     studies = _studies(prepared, record, studies_at, strategy)
     by_budget = {study.budget: study for study in studies}
@@ -136,6 +136,9 @@ def _run(
     propose(prepared, studies, runner, ledger, strategy)
     importance = {study.budget: study.importance() for study in studies}
     record.search.write_importance({name: importance[name] for name in prepared.first_plans if name in importance})
+    if not spec.times_all() and time_registered(record, prepared.fitter.stopwatch):
+        account.owe()
+        account.write(prepared.fitter)
     if (ended := len(ledger.results)) < trials:
         log.warning(
             "time is up after %d of %d trials (search.timeout); the same command goes on from there", ended, trials
@@ -146,7 +149,8 @@ def _run(
 def _write(prepared: Prepared, record: Record) -> None:
     """Record what is known before any trial, and warn of every method that cannot meet a budget."""
     record.search.write_limits({target.name: target.limits for target in prepared.targets})
-    record.search.write_devices(prepared.fitter.stopwatch.described())
+    if prepared.spec.times_all():  # else the device is looked at when something is timed on it
+        record.search.write_devices(prepared.fitter.stopwatch.described())
     record.search.write_teacher(prepared.teacher)
     unreachable = {
         budget: {**prepared.refused, **{method: why for method, why in found.items() if isinstance(why, str)}}

@@ -121,12 +121,16 @@ def _minutes(prepared: Prepared) -> float:
     finally:
         torch.set_num_threads(threads)
     trials = prepared.spec.search.trials * len(prepared.spec.budgets)
-    work = trials * (settings.steps * step + 8 * look + EXPORT_S) / (os.cpu_count() or 1)
+    exports = trials if prepared.spec.times_all() else len(prepared.spec.budgets)
+    work = (trials * (settings.steps * step + 8 * look) + exports * EXPORT_S) / (os.cpu_count() or 1)
     return (work + _timing_seconds(prepared)) / 60
 
 
 def _timing_seconds(prepared: Prepared) -> float:
-    """Return the seconds all trials wait for devices: a student is timed once on each, twice if that is limited."""
+    """Return the seconds all trials wait for devices: a student is timed once on each, twice if that is limited.
+
+    Where not every student is timed, the winners are.
+    """
     sessions = 0.0
     for name, device in prepared.spec.devices.items():
         if device.runtime == "profile":
@@ -134,7 +138,7 @@ def _timing_seconds(prepared: Prepared) -> float:
         teacher_ms = prepared.teacher.latency_ms.get(name, {}).get("p50", 0.0)
         limited = sum(one.device == name and one.latency_ms is not None for one in prepared.targets)
         sessions += (len(prepared.targets) + limited) * max(SESSION_S, CALLS * teacher_ms / 1e3)
-    return prepared.spec.search.trials * sessions
+    return sessions * (prepared.spec.search.trials if prepared.spec.times_all() else 1)
 
 
 def _seconds(workload: Workload, settings: RecoverySpec) -> tuple[float, float]:

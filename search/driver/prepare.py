@@ -70,19 +70,19 @@ def prepare(
     Args:
         only: the methods to look at; all that compete where it is None.
         known: the teacher's figures where they are on record: limits stay what they were when the search began.
-        timed: whether the teacher's latency is measured; budgets that limit latency need it.
+        timed: whether the teacher's latency is measured, and every student's; budgets that limit latency need it.
     """
     found = profile(workload.teacher, workload.example)
     reference = None if known is None else known.latency_ms
     stopwatch = Stopwatch(spec.devices, Path(spec.folder), workload, cluster, report, reference=reference)
-    latency_ms = stopwatch.teacher() if timed else {}
+    latency_ms = stopwatch.teacher() if timed else (reference or {})
     teacher = replace(known, latency_ms=latency_ms) if known else _teacher(workload, found, latency_ms)
     targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
     planner = Planner(workload, found, cluster, report)
     refused = _refused(names, found, planner)
     accepted = [name for name in names if name not in refused]
-    fitter = Fitter(planner, stopwatch, workload.teacher)
+    fitter = Fitter(planner, stopwatch, workload.teacher, times_all=timed)
     plans = {target.name: {name: fitter.reachable(name, target) for name in accepted} for target in targets}
     return Prepared(spec, workload, found, teacher, targets, fitter, refused, plans)
 

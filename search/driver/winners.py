@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from methods.pipeline import rebuild
 from methods.training import evaluate
 from search.base import Report, SpecError, TrackingError
 from search.cache import digest
+from search.devices.device import LatencyError
+from search.devices.stopwatch import Stopwatch
 from search.frontier import frontier
 from search.limits import latency_on
 from search.record.logged_models import Models
@@ -25,6 +28,8 @@ from search.results import BudgetResult, SearchResult
 from search.spec import SearchSpec
 from search.trials import Candidate
 from search.workload import Workload
+
+log = logging.getLogger(__name__)
 
 IMAGES = 16
 """Calibration images on which a stored program is compared with its student."""
@@ -47,6 +52,31 @@ def check_model(spec: SearchSpec) -> None:
         Registry(connect(uri), spec.registered_model).check_made_by(spec.name)
     except FAULTS as error:
         raise TrackingError(unwritable(uri, str(error))) from error
+
+
+def time_registered(record: Record, stopwatch: Stopwatch) -> bool:
+    """Time the teacher and every student to be registered that was not timed yet; return whether there was one.
+
+    A search that nobody asked for latency does this once, at the end. So a device that cannot run the teacher costs it
+    the latencies alone.
+    """
+    result = record.read.result()
+    trained, members = _trained(result), set(_members(result))
+    untimed = [one for one in result.candidates if trained[one.run_id] in members and not one.timings]
+    plans = [record.read.plan(one.run_id) for one in untimed]
+    if not untimed:
+        return False
+    try:
+        latency_ms = stopwatch.teacher()
+        rows = stopwatch.time([(named(plan.method), plan) for plan in plans], stopwatch.devices)
+    except LatencyError as error:
+        log.warning("no latency is measured: %s", error)
+        return False
+    record.search.write_devices(stopwatch.described())
+    record.search.write_teacher(replace(result.teacher, latency_ms=latency_ms))
+    for one, row in zip(untimed, rows, strict=True):
+        record.trials.write_timings(one.run_id, row)
+    return True
 
 
 def register(spec: SearchSpec, workload: Workload, record: Record, report: Report) -> None:
@@ -111,15 +141,20 @@ def _store(workload: Workload, record: Record, result: SearchResult, report: Rep
     if models.stored(record.search.run_id) is None:
         report("storing models", 0, 1, "the teacher")
         models.store(record.search.run_id, workload.teacher.cpu(), images)
-    trained = _trained(result)
-    winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
-    members = list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
+    members = _members(result)
     uris: dict[str, str] = {}
     for done, run_id in enumerate(members):
         report("storing models", done, len(members), "")
         uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, record, run_id), images)
     report("storing models", len(members), len(members), "")
     return uris
+
+
+def _members(result: SearchResult) -> list[str]:
+    """The runs, each once, that trained what is stored: the winners and every member of a frontier."""
+    trained = _trained(result)
+    winners = [one.winner.run_id for one in result.budgets if one.winner is not None]
+    return list(dict.fromkeys(trained[run_id] for run_id in [*winners, *_frontier_runs(result)]))
 
 
 def _trained(result: SearchResult) -> dict[str, str]:

@@ -43,11 +43,17 @@ def teacher_of(figures: Mapping[str, float]) -> Teacher:
 def of_fitted(fitted: Fitted) -> dict[str, float]:
     """The metrics of a trial's run that are known before it is trained."""
     costs = {key: float(value) for key in COUNTS if (value := getattr(fitted.plan, key, None)) is not None}
-    for device, timing in fitted.timings.items():
-        costs |= _flat("latency_ms", {device: timing.latency_ms})
-        costs |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
-        costs |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
-    return costs | {"latency_rounds": fitted.rounds}
+    return costs | of_timings(fitted.timings) | {"latency_rounds": fitted.rounds}
+
+
+def of_timings(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """The metrics of a trial's run that hold its timings by device."""
+    found: dict[str, float] = {}
+    for device, timing in timings.items():
+        found |= _flat("latency_ms", {device: timing.latency_ms})
+        found |= _flat("teacher_latency_ms", {device: timing.teacher_latency_ms})
+        found |= {} if timing.noise is None else {f"noise/{device}": timing.noise}
+    return found
 
 
 def candidate_of(

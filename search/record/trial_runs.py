@@ -15,9 +15,9 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, RunData, RunTag
 from mlflow.tracking import MlflowClient
 
-from search.record.entries import FIGURES, candidate_of_run, metrics_of, now_ms, of_fitted, prefixed
+from search.record.entries import FIGURES, candidate_of_run, metrics_of, now_ms, of_fitted, of_timings, prefixed
 from search.record.store import child_runs
-from search.trials import Candidate, Fitted, Proposal, State
+from search.trials import Candidate, Fitted, Proposal, State, Timing
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.pipeline import Outcome
@@ -105,6 +105,10 @@ class TrialRuns:
         """Ends a trial's run as `failed` or `infeasible`, saying why; the trial."""
         spent = {"seconds": device_s, "device_s": device_s}
         return self._end(run_id, state, spent, {"paredown.error": error[:5000]})
+
+    def write_timings(self, run_id: str, timings: Mapping[str, Timing]) -> None:
+        """Records the timings of a trial that ended without any."""
+        self._client.log_batch(run_id, metrics_of(of_timings(timings), now_ms()))
 
     def remove_unfinished(self) -> None:
         """Remove the runs of trials that a killed driver never ended, and close those it was just ending."""

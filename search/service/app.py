@@ -179,7 +179,7 @@ def _submit_spec(spec: SearchSpec, backends: Backends) -> Submitted:
     check_model(with_stores(spec, backends.uri, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{spec.name}.yaml")
-        path.write_text(spec.text)
+        path.write_text(spec.text, encoding="utf-8")
         job = submit(
             watching.jobs_at(backends.jobs), path, uri=backends.uri, studies=backends.studies, again=RESUME_HINT
         )

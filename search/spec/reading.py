@@ -35,7 +35,7 @@ def load(path: Path) -> SearchSpec:
         SpecError: the file cannot be read or is wrong; every mistake is listed, with the nearest valid key.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read the spec {path}: {error}; expected a YAML file; check the path") from error
     return parse(text, folder=path.resolve().parent)

@@ -200,13 +200,15 @@ class SearchSettings(_Strict):
     """`trials` per budget; no new round of trials starts once `timeout` seconds have passed.
 
     An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but its proposals
-    then depend on which trial ended first, so it cannot be repeated.
+    then depend on which trial ended first, so it cannot be repeated. With `timing: auto` students are timed in the
+    search only where a budget limits latency or the spec names a device; else what is registered is, at the end.
     """
 
     trials: Positive = 8
     timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
     seed: Seed = 0
     asynchronous: bool = False
+    timing: Literal["auto", "all"] = "auto"
 
 
 class RecoverySpec(_Strict):
@@ -281,7 +283,7 @@ class SearchSpec(_Strict):
             mode="json",
             exclude={
                 **dict.fromkeys(("cluster", "tracking", "budgets", "name"), True),
-                "search": {"trials", "timeout"},
+                "search": {"trials", "timeout", "timing"},
                 "recovery": {"workers"},
             },
         )
@@ -297,6 +299,11 @@ class SearchSpec(_Strict):
     def needs_latency(self) -> bool:
         """Whether some budget limits latency."""
         return any(budget.latency is not None for budget in self.budgets)
+
+    def times_all(self) -> bool:
+        """Whether every student is timed: the spec says so, limits latency, or names a device."""
+        is_named = "devices" in self.model_fields_set or any(budget.device is not None for budget in self.budgets)
+        return self.search.timing == "all" or self.needs_latency() or is_named
 
     def targets(self, teacher: Teacher) -> tuple[Target, ...]:
         """Every budget in absolute units of this teacher, whose latency is needed only if a budget limits it."""

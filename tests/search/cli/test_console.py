@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from search.cli import console
+from search.cli import console, output
 from search.results import BudgetReach, MethodReach, Preflight
 from tests.support import results
 
@@ -29,6 +30,23 @@ def rows(screen: io.StringIO) -> dict[str, list[list[str]]]:
     blocks = re.split(r"\n *\n", screen.getvalue())
     tables = [[re.split(r" {2,}", line.strip()) for line in block.splitlines()] for block in blocks]
     return {cells[0][0]: cells for cells in tables if cells}
+
+
+def test_a_terminal_of_ascii_shows_the_same_in_its_own_signs(
+    monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO
+) -> None:
+    console.show_result(results.search(), Path("größe.html"))
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    output.degrade_output()
+    monkeypatch.setattr(console, "out", Console(file=screen, width=100))
+    console.show_result(results.search(), Path("größe.html"))
+    screen.seek(0)
+    shown, usual = screen.read(), terminal.getvalue()
+    assert "<=50.0 %" in shown
+    assert "Report: gr\\xf6\\xdfe.html" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert shown.splitlines()[7:20] == usual.replace("≤ ", "<=").replace("≥ ", ">=").splitlines()[7:20]
 
 
 def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> None:

@@ -9,12 +9,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search.devices.device import LatencyError
+from search.devices.stopwatch import Stopwatch
 from search.driver import loop
 from search.driver.study import storage
 from search.record.changes import SpecChanged
 from search.record.record import Record
 from search.record.searches import find_search
 from search.results import SearchResult
+from search.spec import SearchSpec
 from search.spec.reading import renamed
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
@@ -62,6 +65,56 @@ def test_budgets_and_trials_added_to_a_finished_search_reuse_every_score(here: P
             assert edge.limits.excess(one.costs)["size_bytes"] <= 0
     with pytest.raises(SpecChanged, match=r"budgets.edge: .*, now gone"):
         search(here, SHORT)
+
+
+def unnamed(folder: Path, text: str = SPEC) -> SearchSpec:
+    """The spec as if its device were the one of a spec that names none."""
+    spec = parsed(folder, text)
+    spec.model_fields_set.discard("devices")
+    return spec
+
+
+def test_latency_that_nobody_asked_for_is_that_of_what_is_registered(here: Path) -> None:
+    spec = unnamed(here, SPEC.replace("trials: 3", "trials: 6"))
+    result = loop.search(spec, inline, quiet)
+    (best,) = (budget.winner for budget in result.budgets)
+    assert best is not None
+    found = result.to_json()
+    members = {point["run_id"] for axis in found["frontier"].values() for point in axis} | {best.run_id}
+    timed = {one.run_id for one in result.candidates if one.timings}
+    assert members - {None} <= timed < {one.run_id for one in result.candidates}
+    assert result.teacher.latency_ms["rock"]["p50"] > best.latency_ms["rock"]["p50"] > 0
+    assert found["budgets"][0]["winner"]["latency_ms"] == best.latency_ms
+    version = record().registry.version_of(best.run_id, "half")
+    assert version is not None
+    assert float(version.tags["latency_ms/rock/p50"]) == best.latency_ms["rock"]["p50"]
+    assert loop.search(spec, inline, quiet) == result  # nothing is left to time
+
+
+def test_a_search_that_timed_every_student_goes_on_without(here: Path) -> None:
+    first = search(here, SHORT)
+    assert all(one.timings for one in first.candidates)
+    more = loop.search(unnamed(here, SHORT.replace("trials: 2", "trials: 4")), inline, quiet)
+    assert list(more.candidates[:2]) == list(first.candidates)
+    assert more.teacher.latency_ms == first.teacher.latency_ms
+    assert more.devices == first.devices
+    assert more.budgets[0].winner is not None
+    assert more.budgets[0].winner.timings
+    assert "latency_ms/rock" in more.axes
+
+
+def test_a_device_that_nobody_named_and_that_cannot_run_the_teacher_costs_its_latency_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: object) -> None:
+        raise LatencyError("rock cannot run it")
+
+    monkeypatch.setattr(Stopwatch, "teacher", refuse)
+    result = loop.search(unnamed(here, SHORT), inline, quiet)
+    assert "rock cannot run it" in caplog.text
+    assert result.budgets[0].model_uri == "models:/digits@half"
+    assert result.axes == ("macs", "params")
+    assert result.to_json()["budgets"][0]["winner"]["latency_ms"] == {}
 
 
 def test_a_plan_and_recipe_are_trained_once(here: Path) -> None:

@@ -229,6 +229,20 @@ def test_keys_given_twice_are_told_with_their_lines_and_the_other_mistakes() -> 
     assert spec(merged).devices["server"].channels == 4
 
 
+def test_students_are_timed_where_a_spec_asks_for_latency() -> None:
+    half = {"name": "half", "macs": "50%"}
+    plain = {key: value for key, value in yaml.safe_load(GOOD).items() if key != "devices"} | {"budgets": [half]}
+    assert not spec(yaml.safe_dump(plain)).times_all()
+    for more in (
+        {"devices": {"cpu-1": {}}},
+        {"budgets": [half | {"device": "cpu-1"}]},
+        {"budgets": [half | {"latency": "50%"}]},
+        {"search": {"timing": "all"}},
+    ):
+        assert spec(yaml.safe_dump(plain | more)).times_all()
+    assert spec(GOOD.replace("trials: 4", "trials: 4, timing: all")).decisive() == spec().decisive()
+
+
 def test_a_search_goes_on_with_more_trials_or_time() -> None:
     assert spec(GOOD.replace("trials: 4, timeout: 2m", "trials: 9, timeout: 3h")).decisive() == spec().decisive()
     assert spec(GOOD.replace("trials: 4", "trials: 4, seed: 1")).decisive() != spec().decisive()
