@@ -27,7 +27,7 @@ from methods.base import Choice, Knob, KnobValue, Range
 from methods.chain import AnyMethod
 from methods.protocol import defaults
 from search.base import SearchError, masked
-from search.record.store import check_sqlite, sqlite_address, sqlite_path, without_sql
+from search.record.store import HELD_S, check_sqlite, sqlite_address, sqlite_path, without_sql
 from search.trials import Proposal, trial_seed
 
 log = logging.getLogger(__name__)
@@ -280,7 +280,9 @@ def storage(location: str) -> Storage:
     if "://" in location:
         path = sqlite_path(location)
         try:
-            return RDBStorage(location if path is None else sqlite_address(path))
+            if path is None:
+                return RDBStorage(location)
+            return RDBStorage(sqlite_address(path), engine_kwargs={"connect_args": {"timeout": HELD_S}})
         except (SQLAlchemyError, ImportError) as error:
             reason = masked(textwrap.shorten(without_sql(str(error)), 300))
             raise SearchError(

@@ -43,7 +43,7 @@ def reroot(database: Path) -> None:
     if not database.is_file():
         return
     try:
-        with closing(sqlite3.connect(f"file:{pathname2url(str(database))}?mode=rw", uri=True, timeout=30)) as opened:
+        with closing(sqlite3.connect(f"file:{pathname2url(str(database))}?mode=rw", uri=True, timeout=20)) as opened:
             found = opened.execute("SELECT artifact_location FROM experiments").fetchall()
             for old, new in _moved(database, (location for (location,) in found)).items():
                 with opened:

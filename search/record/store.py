@@ -10,6 +10,7 @@ import signal
 import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -23,14 +24,20 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+from cluster.reach import REACH_S, answers
 from search import cache
 from search.base import TrackingError, masked
 from search.record.moved import local_path, reroot
+
+log = logging.getLogger(__name__)
 
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 PATIENCE = {RETRIES: "5", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """The patience of MLflow's client with a server that is gone: about a minute, so that the server may restart. Its own
 defaults take four, and Ctrl-C has to wait for as long. Set these variables yourself to decide otherwise."""
+
+HELD_S, TELL_S = 120.0, 5.0
+"""Seconds to wait for an SQLite database that somebody else holds, and until that is said. MLflow waits for 20."""
 
 FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 """The errors of a store that cannot be used: a server, a database, a file, a driver that is not installed."""
@@ -43,6 +50,11 @@ def check_store(uri: str) -> None:
         TrackingError: it cannot.
     """
     check_sqlite("tracking.uri", uri)
+    if not answers(uri):
+        reason = f"nobody answered within {REACH_S:g} s"
+        raise TrackingError(
+            masked(f"no MLflow server at {uri}: {reason}; expected one that runs; correct tracking.uri")
+        )
     path = sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,12 +175,33 @@ class _Client(MlflowClient):
 
 
 def _wholly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call, with signals held back; it waits while somebody else holds an SQLite database."""
+
     @wraps(call)
     def held(*args: Any, **kwargs: Any) -> Any:
-        with holding_signals():
-            return call(*args, **kwargs)
+        started = time.monotonic()
+        with _telling_of_a_wait():
+            while True:
+                try:
+                    with holding_signals():
+                        return call(*args, **kwargs)
+                except FAULTS as error:
+                    if "database is locked" not in str(error) or time.monotonic() - started > HELD_S:
+                        raise
 
     return held
+
+
+@contextmanager
+def _telling_of_a_wait() -> Iterator[None]:
+    """Say so once if the block takes long."""
+    timer = threading.Timer(TELL_S, log.warning, ("waiting for the MLflow store, up to %g s if it is held", HELD_S))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def artifact(client: MlflowClient, run_id: str, name: str) -> bytes:
