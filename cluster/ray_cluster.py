@@ -20,6 +20,7 @@ from cluster.groups import Coordinator, Group
 from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
+from cluster.reach import check_cluster
 from cluster.token import keep_token
 from cluster.workers import summary
 
@@ -183,6 +184,7 @@ def _node_text(resources: Mapping[str, float]) -> str:
 
 def _connect(address: str) -> None:
     """Connect this process, with Ray's usage reports off."""
+    check_cluster(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.base import ClusterError
 from cluster.head import own_head
+from cluster.reach import check_cluster
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ def connected(address: str) -> Iterator[str]:
         dashboard: str | None = None
         if address == "auto":
             address, dashboard = opened.enter_context(own_head())
+        else:
+            check_cluster(address)
         try:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, OSError, ValueError) as error:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
@@ -19,9 +17,6 @@ from search.cli.output import fail, print_json
 if TYPE_CHECKING:
     from cluster import Job
     from search.record.progress import Progress
-
-REACH_S = 3
-"""Seconds that a store on a server may take to answer, before `status` does without it."""
 
 JobId = Annotated[str, typer.Argument(help="The job, as submit and list name it.", show_default=False)]
 Dashboard = Annotated[str, typer.Option(help="The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")]
@@ -150,6 +145,7 @@ def _winner_text(winner: Mapping[str, Any]) -> str:
 
 def _find_progress(job: Job, uri: str | None) -> Progress | str:
     """Return the progress of the job's search by its record, or the reason why it is not known here."""
+    from cluster.reach import answers
     from search.base import TrackingError
     from search.record.progress import progress
     from search.record.store import sqlite_path
@@ -160,22 +156,9 @@ def _find_progress(job: Job, uri: str | None) -> Progress | str:
         return "this job is no search"
     if (path := sqlite_path(place)) is not None and not path.is_file():
         return f"its store {place} is a file of the head's; ask there, or give the search an MLflow server"
-    if not _answers(place):
+    if not answers(place):
         return f"its store {place} does not answer from here"
     try:
         return progress(place, name)
     except TrackingError as error:
         return str(error) if job.is_over else f"nothing is on record yet: {error}"
-
-
-def _answers(uri: str) -> bool:
-    """Whether a server listens at the store's address; MLflow itself would try for minutes."""
-    place = urlsplit(uri)
-    port = place.port or {"http": 80, "https": 443}.get(place.scheme)
-    if place.hostname is None or port is None:
-        return True  # a file, or a server at a port that its own driver knows
-    try:
-        socket.create_connection((place.hostname, port), timeout=REACH_S).close()
-    except OSError:
-        return False
-    return True

@@ -44,6 +44,7 @@ def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -
     from search.cli import console
     from search.driver.preflight import preflight
 
+    _check_cluster(settings, address)
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
     print_json(found.to_json()) if as_json else console.show_preflight(found)
@@ -76,6 +77,7 @@ def search(
     from search.cli import console
     from search.driver import loop
 
+    _check_cluster(settings, address)
     try:
         with console.bars(hidden=as_json) as report:
             result = loop.search(settings, lambda made: _ray_cluster(made, settings, address), report)
@@ -109,6 +111,13 @@ def _ray_cluster(workload: Workload, settings: SearchSpec, address: str | None) 
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return found
+
+
+def _check_cluster(settings: SearchSpec, address: str | None) -> None:
+    """Refuse a cluster that nobody answers for, before a teacher is trained or a search is taken."""
+    from cluster.reach import check_cluster
+
+    check_cluster(address or settings.cluster.address)
 
 
 def _inline_or_ray(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
@@ -165,6 +174,7 @@ def compress(
     from search.cli import console
     from search.driver.compress import compress as run
 
+    _check_cluster(settings, address)
     with console.bars(hidden=as_json) as report:
         figures = run(
             settings,

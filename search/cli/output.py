@@ -71,12 +71,12 @@ def reason_for(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
-    from search.record.store import is_store_fault
+    from search.record.store import is_store_fault, without_sql
 
     if is_store_fault(error):
         return (
-            f"the MLflow store failed: {error}; expected one that stays as it is while a search runs; "
-            "every finished trial is kept: mend the store, and the same command goes on"
+            f"the MLflow store failed: {without_sql(str(error))}; expected one that stays as it is while a search "
+            "runs; every finished trial is kept: mend the store, and the same command goes on"
         )
     return str(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import textwrap
 import warnings
 from collections.abc import Container, Mapping, Sequence
@@ -17,6 +19,7 @@ from optuna.pruners import BasePruner, NopPruner, PercentilePruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import get_lock_file
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,7 +27,10 @@ from methods.base import Choice, Knob, KnobValue, Range
 from methods.chain import AnyMethod
 from methods.protocol import defaults
 from search.base import SearchError, masked
+from search.record.store import HELD_S, check_sqlite, sqlite_address, sqlite_path, without_sql
 from search.trials import Proposal, trial_seed
+
+log = logging.getLogger(__name__)
 
 Storage: TypeAlias = BaseStorage
 
@@ -264,17 +270,58 @@ def _fits(trial: FrozenTrial) -> bool:
 
 
 def storage(location: str) -> Storage:
-    """Optuna's storage at a database URL, or in a journal file at that path."""
+    """Optuna's storage at a database URL, or in a journal file at that path.
+
+    Raises:
+        SearchError: the database cannot be opened, or a line of the file is none of a journal's.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_sqlite("tracking.studies", location)
     if "://" in location:
+        path = sqlite_path(location)
         try:
-            return RDBStorage(location)
+            if path is None:
+                return RDBStorage(location)
+            return RDBStorage(sqlite_address(path), engine_kwargs={"connect_args": {"timeout": HELD_S}})
         except (SQLAlchemyError, ImportError) as error:
+            reason = masked(textwrap.shorten(without_sql(str(error)), 300))
             raise SearchError(
-                f"cannot use tracking.studies: {masked(textwrap.shorten(str(error), 300))}; expected a database URL "
-                "that SQLAlchemy can open, or a file name; correct it, or leave it out"
+                f"cannot use tracking.studies: {reason}; expected a database URL that SQLAlchemy can open, or a file "
+                "name; correct it, or leave it out"
             ) from error
     path = Path(location)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=5)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    backend = JournalFileBackend(str(path), lock_obj=lock)
+    with get_lock_file(lock):  # under it, a line without an end is no other driver's that is just being written
+        _mend_journal(path)
+    return JournalStorage(backend)
+
+
+def _mend_journal(path: Path) -> None:
+    """Cut off the last line of a journal if a kill or a full disk tore it: nothing was told of it.
+
+    Raises:
+        SearchError: another line is none of a journal's.
+    """
+    whole = 0
+    with path.open("rb+") as journal:
+        for number, line in enumerate(journal, 1):
+            is_torn = not line.endswith(b"\n")
+            if is_torn and line.startswith(b"{"):
+                log.warning("the last line of %s, %d, is torn and is cut off", path, number)
+                journal.truncate(whole)
+                return
+            if is_torn or not _is_entry(line):
+                raise SearchError(
+                    f"line {number} of tracking.studies {path} is {line[:60]!r}; expected a journal of Optuna's, whose "
+                    "lines are JSON; move the file away: the same command goes on from MLflow without it"
+                )
+            whole += len(line)
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

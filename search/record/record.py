@@ -31,8 +31,12 @@ class Record:
         self.read = Reader(client, experiment, self.search.run_id, self.registry)
 
     def resume(self) -> None:
-        """Clear up after a killed driver: trials that never ended run again, so their runs are removed."""
+        """Clear up after a killed driver: trials that never ended run again, so their runs are removed.
+
+        Trials that ended and were deleted by hand come back.
+        """
         self.search.reopen()
+        self.trials.restore_deleted()
         self.trials.remove_unfinished()
 
     def halt(self, status: Literal["KILLED", "FAILED"]) -> None:

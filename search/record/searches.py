@@ -15,7 +15,16 @@ from search.base import TrackingError, masked
 from search.cache import digest
 from search.record.changes import check_unchanged
 from search.record.record import Record
-from search.record.store import FAULTS, artifact, check_store, connect, experiment_of, sqlite_path, unwritable
+from search.record.store import (
+    FAULTS,
+    artifact,
+    check_store,
+    connect,
+    experiment_of,
+    known_experiment,
+    sqlite_path,
+    unwritable,
+)
 
 
 def open_search(uri: str, name: str, *, decisive: Mapping[str, Any], spec: str, model: str) -> Record:
@@ -90,7 +99,7 @@ def find_begun(uri: str, name: str) -> Record:
         raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
     check_store(uri)
     client = connect(uri)
-    found = client.get_experiment_by_name(name)
+    found = known_experiment(client, uri, name)
     parents = client.search_runs([found.experiment_id], "tags.`paredown.started` != ''") if found else []
     if not found or not parents:
         others = {experiment.name for experiment in client.search_experiments()} - {"Default", name}

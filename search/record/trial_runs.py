@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
-from mlflow.entities import Metric, Param, RunData, RunTag
+from mlflow.entities import Metric, Param, RunData, RunTag, ViewType
 from mlflow.tracking import MlflowClient
 
 from search.record.entries import FIGURES, candidate_of_run, metrics_of, now_ms, of_fitted, of_timings, prefixed
@@ -21,6 +22,8 @@ from search.trials import Candidate, Fitted, Proposal, State, Timing
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.pipeline import Outcome
+
+log = logging.getLogger(__name__)
 
 WAIT_MS = 60_000
 """Milliseconds that figures of a running trial wait to be written, at its rungs: every write costs the driver."""
@@ -109,6 +112,13 @@ class TrialRuns:
     def write_timings(self, run_id: str, timings: Mapping[str, Timing]) -> None:
         """Records the timings of a trial that ended without any."""
         self._client.log_batch(run_id, metrics_of(of_timings(timings), now_ms()))
+
+    def restore_deleted(self) -> None:
+        """Restore the runs of trials that ended and were deleted by hand: nothing else deletes those."""
+        ended = f"tags.`mlflow.parentRunId` = '{self._parent}' and tags.`paredown.state` != ''"
+        for run in self._client.search_runs([self._experiment], ended, ViewType.DELETED_ONLY):
+            log.warning("the run %s of a trial was deleted by hand; it is restored", run.info.run_name)
+            self._client.restore_run(run.info.run_id)
 
     def remove_unfinished(self) -> None:
         """Remove the runs of trials that a killed driver never ended, and close those it was just ending."""

@@ -144,6 +144,33 @@ def test_a_database_that_cannot_be_opened_is_told() -> None:
         storage("foo://bar")
 
 
+def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "studies"
+    study(path).ask()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":4,"wor')
+    assert study(path).asked == 1
+    assert path.read_bytes()[: len(whole)] == whole
+    assert b'"wor{' not in path.read_bytes()
+
+
+@pytest.mark.parametrize("line", ["not JSON\n", "[1]\n", "root:x:0", '{"op_code":4,"wor{"op_code":4}\n'])
+def test_another_line_that_is_none_is_told(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "studies"
+    study(path).ask()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines) + line)
+    with pytest.raises(SearchError, match=rf"line {len(lines) + 1} of .*; expected a journal .*goes on from MLflow"):
+        study(path)
+    assert path.read_text() == "".join(lines) + line
+
+
+@pytest.mark.parametrize("place", ["sqlite://", "sqlite:///."])
+def test_studies_that_are_no_file_are_refused(place: str) -> None:
+    with pytest.raises(SearchError, match=r"tracking\.studies is sqlite:.*, which is no file"):
+        storage(place)
+
+
 def test_what_is_behind_two_thirds_of_told_trials_is_given_up(tmp_path: Path) -> None:
     made = study(tmp_path / "s")
     curves = [[0.2, 0.6], [0.4, 0.8], [0.3, 0.7]]

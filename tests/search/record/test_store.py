@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from sqlalchemy import Engine, event
 
 from methods.base import Plan
@@ -152,10 +153,11 @@ def begin(folder: Path, name: str, delay_s: float) -> None:
     open_search("sqlite:///paredown.db", name, decisive={}, spec="", model=name)
 
 
+@pytest.mark.slow
 def test_two_first_searches_at_several_delays_both_end_well(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["search.record.searches"])
-    folders = [tmp_path / str(number) for number in range(3)]
+    folders = [tmp_path / str(number) for number in range(2)]
     for number, folder in enumerate(folders):
         folder.mkdir()
         pair = [context.Process(target=begin, args=(folder, f"s{one}", one * number * 0.1)) for one in (0, 1)]
@@ -166,6 +168,36 @@ def test_two_first_searches_at_several_delays_both_end_well(tmp_path: Path) -> N
         assert [process.exitcode for process in pair] == [0, 0]
         uri = f"sqlite:///{folder / 'paredown.db'}"
         assert {find_begun(uri, name).search.registered_model for name in ("s0", "s1")} == {"s0", "s1"}
+
+
+def test_a_database_that_somebody_holds_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "TELL_S", 0.01)
+    tries: list[int] = []
+
+    def call() -> str:
+        tries.append(len(tries))
+        time.sleep(0.05)
+        if len(tries) < 3:
+            raise MlflowException("(sqlite3.OperationalError) database is locked")
+        return "done"
+
+    assert store._wholly(call)() == "done"
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for the MLflow store, up to 120 s if it is held"
+    ]
+    monkeypatch.setattr(store, "HELD_S", 0.0)
+    tries.clear()
+    with pytest.raises(MlflowException, match="locked"):
+        store._wholly(call)()
+
+
+def test_a_server_that_nobody_answers_for_is_refused_at_once() -> None:
+    for uri in ("http://127.0.0.1:1", "http://", "http://ada:secret@127.0.0.1:1"):
+        with pytest.raises(TrackingError, match=r"no MLflow server at .*: nobody answered within 3 s") as caught:
+            check_store(uri)
+        assert "secret" not in str(caught.value)
 
 
 def test_nothing_reports_home() -> None:
