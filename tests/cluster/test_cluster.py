@@ -324,7 +324,8 @@ def test_a_worker_that_has_its_room_is_said_to_start(tmp_path: Path, monkeypatch
         return False
 
     pool.log.addFilter(release)
-    made = RayCluster(Slow(tmp_path / "go"), max_parallel=CPUS - WORKERS)
+    by_value = [sys.modules[__name__], sys.modules[wait_until.__module__]]
+    made = RayCluster(Slow(tmp_path / "go"), max_parallel=CPUS - WORKERS, by_value=by_value)
     try:
         assert results(made.run(total, [(1,)])) == {0: 6}
     finally:

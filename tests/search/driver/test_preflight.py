@@ -12,6 +12,7 @@ import pytest
 
 from cluster import Cluster, Event, InlineCluster, Item, always
 from methods import METHODS
+from methods.names import NAMES
 from methods.protocol import Method
 from search.driver.preflight import preflight
 from search.spec import reading
@@ -129,6 +130,7 @@ def test_a_method_that_crashes_is_refused_and_spares_the_others(
     monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
     for verb in VERBS:
         monkeypatch.setitem(METHODS, verb, cast(Method, Broken(verb)))
+        monkeypatch.setitem(NAMES, verb, False)
     text = SPEC.replace("manidp, practise, [practise, alds]", f"itpruner, {', '.join(VERBS)}, [score, alds]")
     found = preflight(reading.parse(text.replace("resnet14", "resnet8"), folder=tmp_path), inline, lambda *_: None)
     refusals = {one.method: one.refusal for one in found.methods}
