@@ -36,8 +36,9 @@ PATIENCE = {RETRIES: "5", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "2", "MLFLOW_HTT
 """The patience of MLflow's client with a server that is gone: about a minute, so that the server may restart. Its own
 defaults take four, and Ctrl-C has to wait for as long. Set these variables yourself to decide otherwise."""
 
-HELD_S, TELL_S = 120.0, 5.0
-"""Seconds to wait for an SQLite database that somebody else holds, and until that is said. MLflow waits for 20."""
+HELD_S, TELL_S, AGAIN_S = 120.0, 5.0, 0.2
+"""Seconds to wait for an SQLite database that somebody else holds, until that is said, and between two tries of ours.
+MLflow's own try waits for 20."""
 
 FAULTS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 """The errors of a store that cannot be used: a server, a database, a file, a driver that is not installed."""
@@ -188,6 +189,7 @@ def _wholly(call: Callable[..., Any]) -> Callable[..., Any]:
                 except FAULTS as error:
                     if "database is locked" not in str(error) or time.monotonic() - started > HELD_S:
                         raise
+                time.sleep(AGAIN_S)  # SQLite refuses at once where waiting cannot help
 
     return held
 
