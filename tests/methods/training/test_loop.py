@@ -81,6 +81,26 @@ def test_progress_is_told_with_the_model_fit_to_be_evaluated() -> None:
     assert not model.training
 
 
+class Sliced(nn.Conv2d):
+    """A strided 1x1 convolution as one of stride 1 on every other pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, ::2, ::2].contiguous(), self.weight)
+
+
+def test_a_narrow_strided_projection_trains_as_it_should() -> None:
+    """Maps of 6 channels, channels last, had torch write out of bounds here: a crash, or wrong gradients."""
+    torch.manual_seed(0)
+    model = network(6)[:3].append(nn.Conv2d(6, 16, 1, stride=2, bias=False)).append(nn.Flatten())
+    model.append(nn.Linear(64, 3))
+    other = copy.deepcopy(model)
+    other[3] = Sliced(6, 16, 1, bias=False)
+    other[3].load_state_dict(model[3].state_dict())
+    for one in (model, other):
+        trained(one, replace(RECIPE, steps=5))
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", range(1, 13))
 def test_any_number_of_steps_trains(steps: int) -> None:
     model = network()
