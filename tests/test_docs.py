@@ -39,7 +39,7 @@ BASE = {
 """The spec that pieces of one are tried in."""
 
 SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
-    "top level": (schema.SearchSpec, BASE),
+    "top level": (schema.SearchSpec, {key: value for key, value in BASE.items() if key != "methods"}),
     "`model`": (schema.ModelSpec, BASE["model"]),
     "`data`": (schema.DataSpec, BASE["data"]),
     "`devices`": (schema.DeviceSpec, {}),

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked, printable
 
 SUBSTITUTES = {"≤": "<=", "≥": ">=", "±": "+-", "·": "-", "—": "-", "…": "...", "µ": "u"}
 """The signs we write, for a terminal or a pipe that cannot show them."""
@@ -42,7 +42,7 @@ def print_json(value: object) -> None:
 
 def fail(reason: str, code: int) -> NoReturn:
     """End the command with one paragraph on standard error, without the secrets of addresses in it."""
-    typer.echo(f"paredown: {masked(reason)}", err=True)
+    typer.echo(f"paredown: {printable(masked(reason))}", err=True)
     raise SystemExit(code)
 
 
