@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "top level": (schema.SearchSpec, {key: value for key, value in BASE.items() if key != "methods"}),
     "`model`": (schema.ModelSpec, BASE["model"]),
     "`data`": (schema.DataSpec, BASE["data"]),
+    "`metric`": (schema.MetricSpec, {"function": "./scores.py:loss"}),
     "`devices`": (schema.DeviceSpec, {}),
     "`budgets`": (schema.BudgetSpec, {"name": "half"}),
     "`search`": (schema.SearchSettings, {}),

@@ -47,7 +47,7 @@ def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -
     _check_cluster(settings, address)
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
-    print_json(found.to_json()) if as_json else console.show_preflight(found)
+    print_json(found.to_json()) if as_json else console.show_preflight(found, settings.metric.scale)
     unreachable = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if unreachable:
         fail(f"no method reaches {', '.join(unreachable)}; raise the limits to what is reachable", NOTHING_FITS)

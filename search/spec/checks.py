@@ -15,8 +15,8 @@ from search.spec.documents import is_odd, quoted, suggestion
 LONGEST_TEXT = 4096
 """The characters of a path, which no system takes more of."""
 
-MOST_BUDGETS, MOST_GPUS, MOST_ARGUMENT = 100, 1024, 1_000_000
-"""Budgets of a spec, GPUs of a worker, and classes or channels that torchvision is asked for."""
+MOST_BUDGETS, MOST_GPUS, MOST_ARGUMENT, MOST_METRIC = 100, 1024, 1_000_000, 1e12
+"""Budgets of a spec, GPUs of a worker, classes or channels that torchvision is asked for, a metric's value."""
 
 OF_RAY = {"CPU", "GPU", "memory", "object_store_memory"}
 """The resources that Ray counts by itself; those with a colon it names itself too."""
@@ -158,6 +158,18 @@ def check_channels(value: object) -> tuple[float, ...]:
 
 def _is_pixel(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 256
+
+
+def check_range(value: object) -> tuple[float, float]:
+    """Two numbers, the first of which is the lower. Raises a ValueError."""
+    found = [float(one) for one in value if _is_number(one)] if isinstance(value, list) else []
+    if len(found) != 2 or not isinstance(value, list) or len(value) != 2 or not found[0] < found[1]:
+        raise ValueError("expected its lowest and its highest value, two numbers such as [0, 100]")
+    return found[0], found[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST_METRIC
 
 
 def check_deviation(value: object) -> tuple[float, ...]:

@@ -32,8 +32,7 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
     recovery = _section(raw, "recovery")
     yield from _model_mistakes(_section(raw, "model"))
     yield from _data_mistakes("data", _section(raw, "data"))
-    if raw.get("metric") != "top1":
-        yield from _function_mistakes("metric", raw.get("metric"))
+    yield from _metric_mistakes(raw.get("metric"))
     yield from _data_mistakes("recovery.data", _section(recovery, "data"))
     for key in ("validation", "calibration", "seed"):
         if _is_given(_section(recovery, "data"), key):
@@ -86,6 +85,14 @@ USED_BY = {
 """The sources that use a key of a section; every other key is used by all."""
 
 PREPARATION = ("size", "resize", "crop", "mean", "std", "interpolation", "preset")
+
+
+def _metric_mistakes(metric: object) -> Iterator[str]:
+    own = metric.get("function") if isinstance(metric, dict) else metric
+    if own != "top1":
+        yield from _function_mistakes("metric", own)
+    elif isinstance(metric, dict) and len(metric) > 1:
+        yield "metric: top1 has a name, a direction and a range of its own; write metric: top1"
 
 
 def _model_mistakes(model: Mapping[str, Any]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from search.spec.schema import (
     ClusterSpec,
     DataSpec,
     DeviceSpec,
+    MetricSpec,
     ModelSpec,
     RecoverySpec,
     SearchSettings,
@@ -122,7 +123,7 @@ def _describe_mistake(mistake: Any) -> str:
 def _valid_keys(parent: Iterable[object]) -> list[str]:
     """The valid keys at a place in the spec."""
     sections: dict[str, type[BaseModel]] = {
-        "model": ModelSpec, "data": DataSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
+        "model": ModelSpec, "data": DataSpec, "metric": MetricSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
         "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
     }  # fmt: skip
     section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)

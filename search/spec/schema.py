@@ -20,12 +20,14 @@ from search.spec.checks import (
     check_gpus,
     check_methods,
     check_model_name,
+    check_range,
     check_resources,
     check_store,
     check_text,
 )
 from search.spec.targets import Target
 from search.trials import Teacher
+from search.units import Scale
 
 
 class _Strict(BaseModel):
@@ -92,6 +94,39 @@ class DataSpec(_Strict):
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     calibration: Annotated[int, Field(ge=4, le=1_000_000)] = 512
     seed: Seed = 0
+
+
+class MetricSpec(_Strict):
+    """The user's own measure of what is better, of values in `range`: a share from 0 to 1 unless given."""
+
+    function: Text
+    name: Annotated[Text | None, Field(max_length=40)] = None
+    direction: Literal["maximize", "minimize"] = "maximize"
+    range: Annotated[tuple[float, float], BeforeValidator(check_range)] | None = None
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether this is ours."""
+        return self.function == "top1"
+
+    @property
+    def scale(self) -> Scale:
+        """How its values are called and shown."""
+        low, high = self.range or (0.0, 1.0)
+        worst, best = (low, high) if self.direction == "maximize" else (high, low)
+        own = "top-1" if self.is_top1 else self.function.rpartition(":")[2]
+        return Scale(self.name or own, worst, best)
+
+
+def _read_metric(value: object) -> object:
+    """A metric that is a name alone is that function."""
+    return MetricSpec(function=check_text(value)) if isinstance(value, str) else value
+
+
+def _metric_json(metric: MetricSpec) -> object:
+    """What decides of a metric: its name in tables does not, and a plain one is its function, as before it had more."""
+    is_plain = metric.direction == "maximize" and metric.range is None
+    return metric.function if is_plain else metric.model_dump(mode="json", exclude={"name"})
 
 
 class DeviceSpec(_Strict):
@@ -184,7 +219,9 @@ class SearchSpec(_Strict):
     name: Name
     model: ModelSpec
     data: DataSpec
-    metric: Text = "top1"
+    metric: Annotated[MetricSpec, BeforeValidator(_read_metric), PlainSerializer(_metric_json, when_used="json")] = (
+        MetricSpec(function="top1")
+    )
     methods: Annotated[tuple[str, ...], BeforeValidator(check_methods)] = EVERY_METHOD
     devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
     budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(check_budgets)]

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from search.cli import console, output
+from search.limits import Limits
 from search.results import BudgetReach, MethodReach, Preflight
+from search.units import Scale
 from tests.support import results
 
 
@@ -94,6 +96,24 @@ def test_only_the_first_device_is_shown_where_no_budget_limits_latency(terminal:
     table = terminal.getvalue().split("17 trials")[0]
     assert "cpu-1" in table
     assert "nano" not in table
+
+
+def test_a_loss_is_shown_as_one(terminal: io.StringIO) -> None:
+    loss = Scale("loss", worst=2.0, best=0.0)
+    console.show_result(replace(results.search(), metric=loss), None)
+    found = rows(terminal)
+    assert found["half"][0][2:4] == ["0.086", "0.098"]
+    assert found["edge"][1][1] == "≤ 0.096"
+    assert "val. and test are loss." in " ".join(terminal.getvalue().split())
+    console.show_figures(FIGURES | loss.described)
+    console.show_preflight(
+        Preflight("digits", 1000, 78, 9, (), (BudgetReach("a", Limits(top1_drop=0.02), {}),), 1), loss
+    )
+    text = terminal.getvalue()
+    assert "0.09 (teacher 0.056)" in text
+    assert "0.034, limit 0.04" in text
+    assert "a: loss lost ≤ 0.04" in text
+    assert "top-1" not in text
 
 
 FIGURES: dict[str, Any] = {

@@ -16,6 +16,7 @@ from search.record.changes import SpecChanged, changes, check_unchanged
 from search.spec import SearchSpec, load, parse
 from search.spec.amounts import Amount, drop, latency
 from search.trials import Teacher
+from search.units import Scale
 
 GOOD = """
 name: digits
@@ -217,6 +218,27 @@ def test_a_spec_that_names_no_methods_has_them_all_and_a_chain() -> None:
     every = ("itpruner", "manidp", "practise", "alds", "practise+alds")
     assert spec(GOOD.replace("methods: [itpruner, alds]", "").replace("trials: 4", "trials: 6")).methods == every
     assert "search.trials: 4 is too few for 5 methods" in mistakes(GOOD.replace("methods: [itpruner, alds]", ""))
+
+
+def test_a_metric_has_a_direction_and_a_range() -> None:
+    loss = spec(GOOD + "metric: {function: './a.py:loss', direction: minimize, range: [0, 2.5]}")
+    assert loss.metric.scale == Scale("loss", worst=2.5, best=0)
+    renamed = spec(GOOD + "metric: {function: './a.py:loss', name: CE, direction: minimize, range: [0, 2.5]}")
+    assert renamed.metric.scale.name == "CE"
+    assert loss.decisive() == renamed.decisive()
+    assert spec(GOOD + "metric: 'a:b'").decisive()["metric"] == "a:b"
+    assert spec(GOOD + "metric: {function: 'a:b'}").decisive()["metric"] == "a:b"
+    assert spec().decisive()["metric"] == "top1"
+    assert spec().metric.scale == Scale()
+    for metric, told in {
+        "{function: top1, direction: minimize}": "metric: top1 has a name, a direction and a range of its own",
+        "{function: loss, range: [0, 1]}": "metric: 'loss' is no function",
+        "{function: 'a:b', range: [1, 0]}": "metric.range: expected its lowest and its highest value, two numbers",
+        "{function: 'a:b', range: [0, .inf]}": "metric.range: expected its lowest and its highest value",
+        "{function: 'a:b', direction: min}": "metric.direction: Input should be 'maximize' or 'minimize', but it is",
+        "{functions: 'a:b'}": "metric.functions: unknown key; did you mean 'function'?",
+    }.items():
+        assert told in mistakes(f"{GOOD}metric: {metric}")
 
 
 def bomb(levels: int) -> str:
