@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from search.base import Report
+from search.base import Report, printable
 from search.cli.output import SUBSTITUTES
 from search.frontier import volume
 from search.limits import latencies_in, latency_on
@@ -47,7 +47,7 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         def report(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total, note="")
-            progress.update(tasks[stage], completed=done, total=total, note=escape(note))
+            progress.update(tasks[stage], completed=done, total=total, note=escape(printable(note)))
 
         yield report
 
@@ -60,7 +60,11 @@ def _line_report() -> Report:
         moment = done if stage == "trials" else int(done == total)
         if (stage, moment) not in written:
             written.add((stage, moment))
-            print(f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {printable(note)}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     return report
 

@@ -18,7 +18,7 @@ import typer
 from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS
 from search.cli import jobs, serve
 from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
-from search.cli.output import degrade_output, exit_code, fail, print_json, reason_for
+from search.cli.output import degrade_output, exit_code, fail, log_handler, print_json, reason_for
 from search.service.metadata import RESUME_VARIABLE
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _fail_without_winners(result: SearchResult) -> None:
 def main() -> NoReturn:
     """Run the command line; an error that a user can mend ends it in one paragraph and no traceback."""
     degrade_output()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import sys
 from typing import NoReturn
 
@@ -33,6 +34,20 @@ def _near_signs(error: UnicodeError) -> tuple[str, int]:
     lacking = error.object[error.start : error.end]
     escaped = (SUBSTITUTES.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in lacking)
     return "".join(escaped), error.end
+
+
+class _Formatter(logging.Formatter):
+    """Writes a line of the log without signs that a terminal would obey, such as those of a file's name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_handler() -> logging.Handler:
+    """Make the handler of the command's own log, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    return handler
 
 
 def print_json(value: object) -> None:

@@ -53,6 +53,9 @@ Deviation = Annotated[tuple[float, ...], BeforeValidator(check_deviation)]
 EVERY_METHOD = (*(name for name in NAMES if name != "uniform"), "practise+alds")
 """The methods of a spec that names none, and the chain that has met the most budgets."""
 
+MOST_THREADS = 1024
+"""The threads of one call, which no machine has more of."""
+
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """The endings of files of weights; all but the first may hold pickles."""
 
@@ -137,7 +140,7 @@ class DeviceSpec(_Strict):
     """
 
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
-    threads: Annotated[int, Field(gt=0, le=1024)] = 1
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 1
     batch: Annotated[int, Field(gt=0, le=65_536)] = 1
     channels: Annotated[int, Field(gt=0, le=4096)] = 8
     resources: Annotated[dict[str, ResourceAmount], AfterValidator(check_resources)] = {}

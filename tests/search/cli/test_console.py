@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 from dataclasses import replace
@@ -49,6 +50,18 @@ def test_a_terminal_of_ascii_shows_the_same_in_its_own_signs(
     assert "Report: gr\\xf6\\xdfe.html" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert shown.splitlines()[7:20] == usual.replace("≤ ", "<=").replace("≥ ", ">=").splitlines()[7:20]
+
+
+def test_no_sign_of_a_file_or_of_an_error_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("a", logging.WARNING, "a.py", 1, "no picture in %s", ("\x1b[31mred",), None)
+    assert output.log_handler().format(record) == "WARNING a: no picture in \\x1b[31mred"
+    with console.bars(hidden=False) as report:
+        report("trials", 1, 1, "failed: \x1b[31mred")
+    with pytest.raises(SystemExit):
+        output.fail("no \u202ename", 2)
+    told = capsys.readouterr().err
+    assert "failed: \\x1b[31mred\n" in told
+    assert "paredown: no \\u202ename\n" in told
 
 
 def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> None:
