@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -41,8 +42,11 @@ def check_cluster(address: str) -> None:
     Raises:
         ClusterError: nobody does.
     """
-    if address not in ("auto", "local") and not answers(address):
+    if address in ("auto", "local"):
+        return
+    has_port = "://" in address or re.search(r":[^:]", address)
+    if not has_port or not answers(address):
+        reason = f"nobody answered within {REACH_S:g} s" if has_port else "it has no port"
         raise ClusterError(
-            f"no Ray cluster at {address!r}: nobody answered within {REACH_S:g} s; expected a running head node; check "
-            "the address, or use auto"
+            f"no Ray cluster at {address!r}: {reason}; expected a running head node; check the address, or use auto"
         )

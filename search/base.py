@@ -88,6 +88,17 @@ def _secrets_of(text: str) -> list[str]:
     return sorted((value for value in named if value), key=len, reverse=True)
 
 
+def printable(text: str) -> str:
+    """A text whose signs that a terminal obeys or nobody sees are written as escapes; ends of lines are kept.
+
+    >>> printable("a\\x1b[31mb\\u202ec\\n")
+    'a\\\\x1b[31mb\\\\u202ec\\n'
+    """
+    return "".join(
+        sign if sign == "\n" or sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, at most 400 characters long."""
     return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")

@@ -9,6 +9,7 @@ from typing import Any
 from search.frontier import frontier, hypervolume, non_dominated, plain_latency, point_of, volume
 from search.limits import AXES, Limits, device_of, latency_on
 from search.trials import Candidate, Teacher
+from search.units import TOP1, Scale
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SearchResult:
 
     `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
     `importance` is per budget how much each knob decided of top-1, as shares; `unreachable` is per budget why methods
-    were known to be unable to meet it before any training.
+    were known to be unable to meet it before any training. Every top-1 here is a share on the scale of `metric`.
     """
 
     name: str
@@ -79,6 +80,7 @@ class SearchResult:
     devices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unreachable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    metric: Scale = TOP1
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -97,7 +99,10 @@ class SearchResult:
         return [candidate for candidate in self.candidates if candidate.state == "complete"]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that `paredown frontier --json` prints; other programs read it, so the keys are fixed."""
+        """Return the object that `paredown frontier --json` prints; other programs read it, so the keys are fixed.
+
+        The scale of a metric of the user's own is there too; its values stay shares.
+        """
         return {
             "name": self.name,
             "teacher": asdict(self.teacher),
@@ -105,6 +110,7 @@ class SearchResult:
             "frontier": {axis: frontier(self.teacher, self.candidates, axis) for axis in self.axes},
             "hypervolume": {axis: volume(self.teacher, self.candidates, axis) for axis in self.axes},
             "cost": _pick(self.cost, "wall_s", "device_s", "trials", "stopped"),
+            **self.metric.described,
         }
 
 

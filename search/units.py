@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 MINUS = "\u2212"
 
@@ -35,6 +37,65 @@ def lost(difference: float) -> str:
     """
     value = f"{100 * abs(difference):.1f}"
     return f"{MINUS if difference < 0 and float(value) else ''}{value} points"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The name of the metric that decides, and its own values where a search has the shares 0 and 1.
+
+    A search knows shares alone: larger is better, and 1 is the best there is. A person reads the metric's own values.
+
+    >>> loss = Scale("loss", worst=2.5, best=0.0)
+    >>> loss.share(0.5), loss.shown(0.8), loss.change(-0.1), loss.lost(0.1)
+    (0.8, '0.5', '+0.25', '0.25')
+    """
+
+    name: str = "top-1"
+    worst: float = 0.0
+    best: float = 1.0
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the metric's own values are shares, which are shown in percent."""
+        return (self.worst, self.best) == (0.0, 1.0)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The scale as JSON-ready values for programs, under the key `metric`; nothing where that is top-1."""
+        return {} if self == TOP1 else {"metric": asdict(self)}
+
+    def share(self, value: float) -> float:
+        """The share that a value of the metric is."""
+        return (value - self.worst) / (self.best - self.worst)
+
+    def value(self, share: float) -> float:
+        """The metric's own value at a share."""
+        return self.worst + share * (self.best - self.worst)
+
+    def shown(self, share: float | None) -> str:
+        """A share as a person reads it, in percent or as the metric's own value."""
+        return percent(share) if share is None or self.is_share else f"{self.value(share):.4g}"
+
+    def told(self, share: float) -> str:
+        """A share in a line of progress, with the metric's name."""
+        return f"{self.name} {share:.4f}" if self.is_share else f"{self.name} {self.shown(share)}"
+
+    def change(self, difference: float) -> str:
+        """A difference of two shares, signed as the metric's own value changes."""
+        if self.is_share:
+            return points(difference)
+        value = f"{difference * (self.best - self.worst):+.3g}"
+        return f"±{value[1:]}" if float(value) == 0 else value.replace("-", MINUS)
+
+    def lost(self, difference: float) -> str:
+        """A loss of a share; a gain is negative."""
+        if self.is_share:
+            return lost(difference)
+        return f"{difference * abs(self.best - self.worst):.3g}".replace("-", MINUS)
+
+
+TOP1 = Scale()
+"""The scale of a search that decides by top-1."""
 
 
 def count(value: float | None) -> str:

@@ -39,9 +39,10 @@ BASE = {
 """The spec that pieces of one are tried in."""
 
 SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
-    "top level": (schema.SearchSpec, BASE),
+    "top level": (schema.SearchSpec, {key: value for key, value in BASE.items() if key != "methods"}),
     "`model`": (schema.ModelSpec, BASE["model"]),
     "`data`": (schema.DataSpec, BASE["data"]),
+    "`metric`": (schema.MetricSpec, {"function": "./scores.py:loss"}),
     "`devices`": (schema.DeviceSpec, {}),
     "`budgets`": (schema.BudgetSpec, {"name": "half"}),
     "`search`": (schema.SearchSettings, {}),

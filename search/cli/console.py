@@ -17,14 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from search.base import Report
+from search.base import Report, printable
 from search.cli.output import SUBSTITUTES
 from search.frontier import volume
 from search.limits import latencies_in, latency_on
 from search.report import costs
 from search.report.costs import CostRow
 from search.results import BudgetResult, Preflight, SearchResult
-from search.units import count, milliseconds, percent, size
+from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
 
@@ -47,7 +47,7 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         def report(stage: str, done: int, total: int, note: str) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total, note="")
-            progress.update(tasks[stage], completed=done, total=total, note=escape(note))
+            progress.update(tasks[stage], completed=done, total=total, note=escape(printable(note)))
 
         yield report
 
@@ -60,7 +60,11 @@ def _line_report() -> Report:
         moment = done if stage == "trials" else int(done == total)
         if (stage, moment) not in written:
             written.add((stage, moment))
-            print(f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {printable(note)}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     return report
 
@@ -104,15 +108,15 @@ def show_result(result: SearchResult, report: Path | None) -> None:
     for heading in ("budget", "method", "val.", "test", *(costs.name(cost, result.devices) for cost in columns)):
         is_name = heading in ("budget", "method")
         table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
-    teacher = result.teacher
+    teacher, score = result.teacher, result.metric.shown
     wholes = [costs.shown(cost, costs.of_teacher(result, cost)) for cost in columns]
-    table.add_row("", "teacher", percent(teacher.top1_validation), percent(teacher.top1_test), *wholes, style="dim")
+    table.add_row("", "teacher", score(teacher.top1_validation), score(teacher.top1_test), *wholes, style="dim")
     for budget in result.budgets:
         rows = costs.rows(result, budget)
         method = "[red]nothing fits[/]" if budget.winner is None else "\n+ ".join(budget.winner.method.split("+"))
         top1 = _top1_cell(result, budget, rows["top1_drop"])
         cells = [_cost_cell(rows[cost]) for cost in columns]
-        table.add_row(budget.name, method, top1, percent(budget.top1_test), *cells)
+        table.add_row(budget.name, method, top1, score(budget.top1_test), *cells)
     out.print(table)
     _show_effort(result)
     for budget in result.budgets:
@@ -144,9 +148,11 @@ def _cost_cell(row: CostRow) -> str:
 
 def _top1_cell(result: SearchResult, budget: BudgetResult, drop: CostRow) -> str:
     """Write the winner's validation top-1, and the least that the budget asks for."""
-    lines = [percent(None if budget.winner is None else budget.winner.top1_validation)]
+    score, is_falling = result.metric.shown, result.metric.best < result.metric.worst
+    lines = [score(None if budget.winner is None else budget.winner.top1_validation)]
     if drop.limit is not None:
-        lines.append(_limit_text(drop, percent(result.teacher.top1_validation - drop.limit), "≥"))
+        least = score(result.teacher.top1_validation - drop.limit)
+        lines.append(_limit_text(drop, least, "≤" if is_falling else "≥"))
     return "\n".join(lines)
 
 
@@ -176,13 +182,13 @@ def _show_effort(result: SearchResult) -> None:
         f"{result.cost.trials} trials{f' ({counts})' if counts else ''} in {result.cost.wall_s:.0f} s, "
         f"{result.cost.device_s:.0f} device-seconds (scoring {result.cost.scoring_s:.0f}, measuring "
         f"{result.cost.measuring_s:.0f}). Shares are of the teacher's (FLOPs = 2 x MACs); val. and test are "
-        "top-1.",
+        f"{escape(result.metric.name)}.",
         highlight=False,
     )
     out.print(f"Hypervolume: {', '.join(volumes)}.", highlight=False)
 
 
-def show_preflight(found: Preflight) -> None:
+def show_preflight(found: Preflight, metric: Scale = TOP1) -> None:
     """Print each method's least costs, the budgets in its reach, why others are not, and the expected minutes."""
     title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
     table = Table(title=title, title_justify="left", box=_rules())
@@ -203,7 +209,10 @@ def show_preflight(found: Preflight) -> None:
         table.add_row(one.method, *least, *fits)
     out.print(table)
     for budget in found.budgets:
-        limits = [f"{costs.name(cost, {})} ≤ {costs.shown(cost, limit)}" for cost, limit in budget.limits.items()]
+        limits = [
+            f"{costs.name(cost, {}, metric)} ≤ {costs.shown(cost, limit, metric)}"
+            for cost, limit in budget.limits.items()
+        ]
         out.print(f"{budget.budget}: {', '.join(limits)}", highlight=False, markup=False)
         for reason in filter(None, budget.reasons.values()):
             out.print(f"  {reason}", highlight=False, markup=False)
@@ -223,6 +232,7 @@ def show_figures(figures: Mapping[str, Any]) -> None:
 
 def _figure_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     teacher, limits = figures["teacher"], figures["limits"]
+    metric = Scale(**figures.get("metric", {}))
     gated = {key: label for key, label in GATED.items() if figures[key] is not None}
     on_macs = ["macs", *([] if gated else GATED)]  # an ungated model's MACs are also its expected ones
     return {
@@ -232,11 +242,11 @@ def _figure_rows(figures: Mapping[str, Any]) -> dict[str, str]:
         },
         "params": _with_share(figures["params"], teacher["params"]) + _limit_note(limits, "params"),
         "size": size(figures["size_bytes"]) + _limit_note(limits, "size_bytes"),
-        "validation top-1 after surgery": percent(figures["top1_surgery"]),
-        "validation top-1 after BN": percent(figures["top1_bn"]),
-        "validation top-1 after recovery": _beside_teacher(figures, "top1_validation"),
-        "lost of it": costs.shown("top1_drop", figures["top1_drop"]) + _limit_note(limits, "top1_drop"),
-        "test top-1": _beside_teacher(figures, "top1_test"),
+        f"validation {metric.name} after surgery": metric.shown(figures["top1_surgery"]),
+        f"validation {metric.name} after BN": metric.shown(figures["top1_bn"]),
+        f"validation {metric.name} after recovery": _beside_teacher(figures, "top1_validation", metric),
+        "lost of it": metric.lost(figures["top1_drop"]) + _limit_note(limits, "top1_drop", metric=metric),
+        f"test {metric.name}": _beside_teacher(figures, "top1_test", metric),
         "seconds": f"{figures['seconds']:.1f}",
     }
 
@@ -277,13 +287,13 @@ def show_measured(found: Mapping[str, Any]) -> None:
             out.print(f"Noisy {when}: after all repeats the median lay {percent(one['noise'])} above the fastest call.")
 
 
-def _limit_note(limits: Mapping[str, float], *names: str) -> str:
+def _limit_note(limits: Mapping[str, float], *names: str, metric: Scale = TOP1) -> str:
     """Write the limits on a value, to stand behind it."""
-    return "".join(f", limit {costs.shown(name, limits[name])}" for name in names if name in limits)
+    return "".join(f", limit {costs.shown(name, limits[name], metric)}" for name in names if name in limits)
 
 
-def _beside_teacher(figures: Mapping[str, Any], name: str) -> str:
-    return f"{percent(figures[name])} (teacher {percent(figures['teacher'][name])})"
+def _beside_teacher(figures: Mapping[str, Any], name: str, metric: Scale) -> str:
+    return f"{metric.shown(figures[name])} (teacher {metric.shown(figures['teacher'][name])})"
 
 
 def _with_share(value: float, teacher: float) -> str:

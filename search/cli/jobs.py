@@ -44,9 +44,11 @@ def submit(
 
     load(spec)  # a mistake is told at once, not after the imports
     from cluster import Jobs
+
+    jobs = Jobs(address)  # nobody there is told before the imports too
     from search.service.submit import submit as run
 
-    job = run(Jobs(address), spec, uri=uri, studies=studies, install=install)
+    job = run(jobs, spec, uri=uri, studies=studies, install=install)
     if as_json:
         print_json(_job_json(job))
         return

@@ -18,7 +18,7 @@ import typer
 from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS
 from search.cli import jobs, serve
 from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
-from search.cli.output import degrade_output, exit_code, fail, print_json, reason_for
+from search.cli.output import degrade_output, exit_code, fail, log_handler, print_json, reason_for
 from search.service.metadata import RESUME_VARIABLE
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -
     from search.spec import load
 
     settings = load(spec)
+    _check_cluster(address or settings.cluster.address)
     from search.cli import console
     from search.driver.preflight import preflight
 
-    _check_cluster(settings, address)
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
-    print_json(found.to_json()) if as_json else console.show_preflight(found)
+    print_json(found.to_json()) if as_json else console.show_preflight(found, settings.metric.scale)
     unreachable = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if unreachable:
         fail(f"no method reaches {', '.join(unreachable)}; raise the limits to what is reachable", NOTHING_FITS)
@@ -74,10 +74,10 @@ def search(
     settings = with_stores(load(spec), uri, studies)
     if fork is not None:
         settings = renamed(settings, fork)
+    _check_cluster(address or settings.cluster.address)
     from search.cli import console
     from search.driver import loop
 
-    _check_cluster(settings, address)
     try:
         with console.bars(hidden=as_json) as report:
             result = loop.search(settings, lambda made: _ray_cluster(made, settings, address), report)
@@ -113,11 +113,11 @@ def _ray_cluster(workload: Workload, settings: SearchSpec, address: str | None) 
     return found
 
 
-def _check_cluster(settings: SearchSpec, address: str | None) -> None:
-    """Refuse a cluster that nobody answers for, before a teacher is trained or a search is taken."""
+def _check_cluster(address: str) -> None:
+    """Refuse a cluster that nobody answers for, before a teacher is trained, a search is taken or a model is read."""
     from cluster.reach import check_cluster
 
-    check_cluster(address or settings.cluster.address)
+    check_cluster(address)
 
 
 def _inline_or_ray(workload: Workload, settings: SearchSpec, address: str | None) -> Cluster:
@@ -171,10 +171,10 @@ def compress(
     from search.spec import load
 
     settings, values = load(spec), _parse_knobs(knob or [])
+    _check_cluster(address or settings.cluster.address)
     from search.cli import console
     from search.driver.compress import compress as run
 
-    _check_cluster(settings, address)
     with console.bars(hidden=as_json) as report:
         figures = run(
             settings,
@@ -225,6 +225,7 @@ def measure(
     from search.spec import load
 
     settings = None if spec is None else load(spec)
+    _check_cluster(address or "auto")
     from search.cli import console
     from search.devices.measure import measure as run
 
@@ -269,7 +270,7 @@ def _fail_without_winners(result: SearchResult) -> None:
 def main() -> NoReturn:
     """Run the command line; an error that a user can mend ends it in one paragraph and no traceback."""
     degrade_output()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     try:
         app(standalone_mode=True)
     except Exception as error:

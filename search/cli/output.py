@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import sys
 from typing import NoReturn
 
 import typer
 
-from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked, printable
 
 SUBSTITUTES = {"≤": "<=", "≥": ">=", "±": "+-", "·": "-", "—": "-", "…": "...", "µ": "u"}
 """The signs we write, for a terminal or a pipe that cannot show them."""
@@ -35,6 +36,20 @@ def _near_signs(error: UnicodeError) -> tuple[str, int]:
     return "".join(escaped), error.end
 
 
+class _Formatter(logging.Formatter):
+    """Writes a line of the log without signs that a terminal would obey, such as those of a file's name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_handler() -> logging.Handler:
+    """Make the handler of the command's own log, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
 def print_json(value: object) -> None:
     """Print a result for programs, and nothing else, on standard output."""
     print(json.dumps(value, indent=2))
@@ -42,7 +57,7 @@ def print_json(value: object) -> None:
 
 def fail(reason: str, code: int) -> NoReturn:
     """End the command with one paragraph on standard error, without the secrets of addresses in it."""
-    typer.echo(f"paredown: {masked(reason)}", err=True)
+    typer.echo(f"paredown: {printable(masked(reason))}", err=True)
     raise SystemExit(code)
 
 

@@ -73,6 +73,9 @@ def serve(
     """Serve searches over HTTP, with a page: submit, watch, stop. Runs on the head node of the cluster."""
     if address == "auto":
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads this once, when it is imported
+    from cluster.reach import check_cluster
+
+    check_cluster(address)
     from search.service.admission import SOURCES, AdmissionRules
     from search.service.app import Settings
     from search.service.watching import Backends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import closing
@@ -25,7 +26,7 @@ from search.devices.predicted import flat, roofline_of
 from search.export import onnx_program
 from search.limits import latency_on
 from search.spec import SearchSpec
-from search.spec.schema import DeviceSpec
+from search.spec.schema import MOST_THREADS, DeviceSpec
 from search.trials import Times, Timing
 
 STUDENT = "student.pt2"
@@ -87,9 +88,9 @@ def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> Devi
     known = dict(_searched_devices(tags) if spec is None else spec.devices)
     if name in known:
         return known[name]
-    if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]*)", name)):
+    if spec is None and (found := re.fullmatch(r"cpu-([1-9][0-9]{0,3})", name)) and int(found[1]) <= MOST_THREADS:
         return DeviceSpec(threads=int(found[1]))
-    expected = list(known) if spec else [*known, "cpu-N, which is onnxruntime with N threads"]
+    expected = list(known) if spec else [*known, f"cpu-N, which is onnxruntime with N threads, {MOST_THREADS} at most"]
     raise SpecError(
         f"no device {name!r}; expected {' or '.join(expected)}; correct --device, or give the --spec that names it"
     )
@@ -105,10 +106,10 @@ def _teacher(tags: Mapping[str, str], uri: str) -> Model | None:
 
 
 def _searched_devices(tags: Mapping[str, str]) -> dict[str, DeviceSpec]:
-    """The devices of the search that a registered version came from."""
+    """The devices of the search that a registered version came from, which checked them by the bounds of its time."""
     prefix = "device_spec/"
     return {
-        tag.removeprefix(prefix): DeviceSpec.model_validate_json(text)
+        tag.removeprefix(prefix): DeviceSpec.model_construct(**json.loads(text))
         for tag, text in tags.items()
         if tag.startswith(prefix)
     }

@@ -89,6 +89,7 @@ def compress(
         "teacher_latency_ms": {device: timing.teacher_latency_ms for device, timing in fitted.timings.items()},
         "noise": {device: timing.noise for device, timing in fitted.timings.items() if timing.noise is not None},
         "devices": prepared.fitter.stopwatch.described(),
+        **spec.metric.scale.described,
     }
     costs = costs_of(outcome, latency_ms, top1_drop=figures["top1_drop"])
     figures["exceeded"] = prepared.target(budget).limits.exceeded(costs)
@@ -164,5 +165,5 @@ def _trial(spec: SearchSpec, cluster: Cluster, plan: Plan, how: Recipe, out: Pat
             return outcome
         if isinstance(event, Step):
             step = event.value
-            report("recovering", step.step, step.steps, f"validation top-1 {step.top1:.4f}")
+            report("recovering", step.step, step.steps, f"validation {spec.metric.scale.told(step.top1)}")
     raise AssertionError("a cluster ends every item")

@@ -127,19 +127,20 @@ class Runner:
 
     def _hear(self, one: Planned, event: Event, latest: dict[int, Progress]) -> None:
         """Put a worker's event on record; `latest` holds the last figure of each trial."""
+        told = self._prepared.spec.metric.scale.told
         if isinstance(event, Step):
             known = latest.get(event.index)
             if known is None or event.value.step > known.step:  # one that lost its worker says it all again
                 latest[event.index] = event.value
                 self._runs.progress(one.run_id, event.value.step, event.value.top1)
-            self._report(one.proposal, f"step {event.value.step}/{event.value.steps}, top-1 {event.value.top1:.4f}")
+            self._report(one.proposal, f"step {event.value.step}/{event.value.steps}, {told(event.value.top1)}")
         elif isinstance(event, Done):
             found = self._complete(one, event.value, event.seconds)
-            self._end(one.proposal, found, f"top-1 {event.value.top1_validation:.4f}")
+            self._end(one.proposal, found, told(event.value.top1_validation))
         elif isinstance(event, Stopped):
             last = latest[event.index]
             found = self._runs.stop(one.run_id, last.step, last.top1, event.seconds)
-            self._end(one.proposal, found, f"given up at step {last.step}, top-1 {last.top1:.4f}")
+            self._end(one.proposal, found, f"given up at step {last.step}, {told(last.top1)}")
         else:
             found = self._runs.fail(one.run_id, "failed", f"{event.error}\n{event.trace}", event.seconds)
             self._end(one.proposal, found, f"failed: {event.error}")

@@ -290,12 +290,18 @@ def storage(location: str) -> Storage:
                 "name; correct it, or leave it out"
             ) from error
     path = Path(location)
+    if path.exists() and not path.is_file():
+        raise SearchError(f"tracking.studies {path} is no file; expected a journal of Optuna's; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=5)
     backend = JournalFileBackend(str(path), lock_obj=lock)
     with get_lock_file(lock):  # under it, a line without an end is no other driver's that is just being written
         _mend_journal(path)
     return JournalStorage(backend)
+
+
+ENTRY = b'{"op_code":'
+"""The beginning of every line of a journal."""
 
 
 def _mend_journal(path: Path) -> None:
@@ -308,20 +314,22 @@ def _mend_journal(path: Path) -> None:
     with path.open("rb+") as journal:
         for number, line in enumerate(journal, 1):
             is_torn = not line.endswith(b"\n")
-            if is_torn and line.startswith(b"{"):
+            if is_torn and line.startswith(ENTRY[: len(line)]):  # another's file is never cut
                 log.warning("the last line of %s, %d, is torn and is cut off", path, number)
                 journal.truncate(whole)
                 return
             if is_torn or not _is_entry(line):
                 raise SearchError(
                     f"line {number} of tracking.studies {path} is {line[:60]!r}; expected a journal of Optuna's, whose "
-                    "lines are JSON; move the file away: the same command goes on from MLflow without it"
+                    "lines are JSON; give another name, or move the file away: the same command goes on from MLflow "
+                    "without it"
                 )
             whole += len(line)
 
 
 def _is_entry(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        found = json.loads(line)
     except (ValueError, RecursionError):
         return False
+    return isinstance(found, dict) and "op_code" in found

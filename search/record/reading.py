@@ -18,6 +18,7 @@ from search.record.registry import Registry
 from search.record.store import artifact, child_runs
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate
+from search.units import Scale
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import Plan
@@ -78,6 +79,7 @@ class Reader:
             devices=json.loads(tags.get("paredown.devices", "{}")),
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
+            metric=Scale(**json.loads(tags.get("paredown.metric", "{}"))),
         )
 
     def limits(self) -> dict[str, Limits]:

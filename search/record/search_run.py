@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from search.limits import Limits
 from search.record.entries import metrics_of, now_ms, of_teacher, teacher_of
 from search.trials import Teacher
+from search.units import Scale
 
 Phase: TypeAlias = Literal["starting", "scoring", "trials", "registering", "done", "stopped", "failed"]
 """The driver's present step, or how it ended; a killed one could not tell, and its last phase stays on record."""
@@ -46,6 +47,11 @@ class SearchRun:
         """Return the teacher's figures, if they are on record."""
         figures = self._client.get_run(self.run_id).data.metrics
         return teacher_of(figures) if "teacher/top1_validation" in figures else None
+
+    def write_metric(self, metric: Scale) -> None:
+        """Record the scale that every top-1 is a share of, unless that is top-1 itself."""
+        if metric.described:
+            self._client.set_tag(self.run_id, "paredown.metric", json.dumps(metric.described["metric"]))
 
     def write_limits(self, limits: Mapping[str, Limits]) -> None:
         """Record every budget's limits in absolute units."""

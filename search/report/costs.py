@@ -12,14 +12,13 @@ from typing import Any
 from search.limits import TOP1_DROP, device_of, latencies_in, latency_on
 from search.results import BudgetResult, SearchResult
 from search.trials import Candidate
-from search.units import count, lost, milliseconds, size
+from search.units import TOP1, Scale, count, milliseconds, size
 
 NAMES = {
     "macs": "MACs",
     "macs_expected": "expected MACs",
     "params": "params",
     "size_bytes": "size",
-    "top1_drop": "top-1 lost",
 }
 
 
@@ -89,12 +88,14 @@ def effort(candidates: Sequence[Candidate]) -> Effort:
     )
 
 
-def name(cost: str, devices: Mapping[str, Mapping[str, Any]]) -> str:
-    """The name of a cost, which says of a predicted latency that it is one.
+def name(cost: str, devices: Mapping[str, Mapping[str, Any]], metric: Scale = TOP1) -> str:
+    """The name of a cost, which says of a predicted latency that it is one, and of a loss what is lost.
 
-    >>> name("macs", {}), name("latency_ms/nano", {"nano": {"is_predicted": True}})
-    ('MACs', 'predicted latency on nano')
+    >>> name("macs", {}), name("latency_ms/nano", {"nano": {"is_predicted": True}}), name("top1_drop", {})
+    ('MACs', 'predicted latency on nano', 'top-1 lost')
     """
+    if cost == TOP1_DROP:
+        return f"{metric.name} lost"
     if (device := device_of(cost)) is None:
         return NAMES[cost]
     return f"{'predicted ' if is_predicted(device, devices) else ''}latency on {device}"
@@ -105,7 +106,7 @@ def is_predicted(device: str, devices: Mapping[str, Mapping[str, Any]]) -> bool:
     return bool(devices.get(device, {}).get("is_predicted", False))
 
 
-def shown(cost: str, value: float | None) -> str:
+def shown(cost: str, value: float | None, metric: Scale = TOP1) -> str:
     """A cost's value in its unit.
 
     >>> [shown(*one) for one in (("macs", 6_100_000), ("size_bytes", 620_000), ("latency_ms/cpu-1", 1.2))]
@@ -115,7 +116,7 @@ def shown(cost: str, value: float | None) -> str:
         return "—"
     if device_of(cost) is not None:
         return milliseconds(value)
-    return {"size_bytes": size, "top1_drop": lost}.get(cost, count)(value)
+    return {"size_bytes": size, TOP1_DROP: metric.lost}.get(cost, count)(value)
 
 
 def rows(result: SearchResult, budget: BudgetResult) -> dict[str, CostRow]:
@@ -144,7 +145,7 @@ def latencies(result: SearchResult) -> list[str]:
 def _cost_row(result: SearchResult, budget: BudgetResult, cost: str) -> CostRow:
     best = budget.winner
     teacher, limit = of_teacher(result, cost, best), budget.limits.get(cost)
-    row = CostRow(cost, name(cost, result.devices), teacher=teacher, limit=limit)
+    row = CostRow(cost, name(cost, result.devices, result.metric), teacher=teacher, limit=limit)
     if best is None:
         return row
     value = _top1_drop(result, best) if cost == TOP1_DROP else best.costs.get(cost)

@@ -71,7 +71,7 @@ def figure(result: SearchResult, axis: str, marks: Mapping[str, Mark]) -> dict[s
     best = frontier(result.teacher, result.candidates, axis)
     whole = result.teacher.costs[axis]
     strong = {point["run_id"] for point in best}
-    steps = [(100 * point[axis] / whole, 100 * point["top1_validation"]) for point in best]
+    steps = [(100 * point[axis] / whole, _height(result, point["top1_validation"])) for point in best]
     placed = _measured_on(result.complete(), axis)
     edge = max([100.0] + [100 * candidate.costs[axis] / whole for candidate in placed])
     traces = [_step_line([*steps, (max(100.0, steps[-1][0]), steps[-1][1])])]
@@ -95,15 +95,30 @@ def history_figures(result: SearchResult) -> dict[str, dict[str, Any]]:
     lines = []
     for place, budget in enumerate(result.budgets):
         style = {"color": f"--step-{place % STEP_COLOURS}", "dash": DASHES[place % len(DASHES)]}
-        best = [100 * moment.best[budget.name] if budget.name in moment.best else None for moment in moments]
+        best = [_height(result, moment.best[budget.name]) if budget.name in moment.best else None for moment in moments]
         if any(top1 is not None for top1 in best):
-            lines.append(_growth_line(spent, best, style) | {"name": escape(budget.name)})
+            lines.append(_growth_line(spent, best, style, _suffix(result)) | {"name": escape(budget.name)})
     title = f"device time, {unit}"
-    volume = _growth_line(spent, volumes, {"color": "--accent"}) | {"hovertemplate": "%{y:.4f}<extra></extra>"}
+    volume = _growth_line(spent, volumes, {"color": "--accent"}, "") | {"hovertemplate": "%{y:.4f}<extra></extra>"}
+    best_layout = _growth_layout(title, {"ticksuffix": _suffix(result), **_upwards(result)})
     return {
-        "hypervolume": {"data": [volume], "layout": _growth_layout(title, "")},
-        "best": {"data": lines, "layout": _growth_layout(title, " %") | {"showlegend": True}},
+        "hypervolume": {"data": [volume], "layout": _growth_layout(title, {"ticksuffix": ""})},
+        "best": {"data": lines, "layout": best_layout | {"showlegend": True}},
     }
+
+
+def _height(result: SearchResult, share: float) -> float:
+    """The place of a top-1 on an axis: in percent, or as the metric's own value."""
+    return 100 * share if result.metric.is_share else result.metric.value(share)
+
+
+def _suffix(result: SearchResult) -> str:
+    return " %" if result.metric.is_share else ""
+
+
+def _upwards(result: SearchResult) -> dict[str, str]:
+    """The direction of an axis on which what is better is higher."""
+    return {} if result.metric.best > result.metric.worst else {"autorange": "reversed"}
 
 
 def _time_scale(device_s: float) -> tuple[float, str]:
@@ -114,19 +129,21 @@ def _time_scale(device_s: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def _growth_line(spent: Sequence[float], values: Sequence[float | None], style: Mapping[str, str]) -> dict[str, Any]:
+def _growth_line(
+    spent: Sequence[float], values: Sequence[float | None], style: Mapping[str, str], suffix: str
+) -> dict[str, Any]:
     line = {"shape": "hv", "width": 2, **style}
     return {"x": list(spent), "y": list(values), "mode": "lines", "line": line} | {
-        "hovertemplate": "%{fullData.name}: %{y:.1f} %<extra></extra>"
+        "hovertemplate": f"%{{fullData.name}}: %{{y:{'.1f' if suffix else '.4g'}}}{suffix}<extra></extra>"
     }
 
 
-def _growth_layout(title: str, suffix: str) -> dict[str, Any]:
+def _growth_layout(title: str, upright: Mapping[str, str]) -> dict[str, Any]:
     axes = {"gridcolor": "--line", "zeroline": False}
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "--ink", "size": 12}}
     return _shared_layout() | {
         "xaxis": {**axes, "rangemode": "tozero", "title": {"text": title, "standoff": 12}},
-        "yaxis": {**axes, "ticksuffix": suffix},
+        "yaxis": {**axes, **upright},
         "legend": legend,
         "margin": {"l": 52, "r": 18, "b": 52, "t": 22},
         "hovermode": "x",
@@ -156,7 +173,7 @@ def _coordinates(result: SearchResult, axis: str, drawn: Sequence[Candidate]) ->
     whole = result.teacher.costs[axis]
     return {
         "x": [100 * candidate.costs[axis] / whole for candidate in drawn],
-        "y": [100 * (candidate.top1_validation or 0) for candidate in drawn],
+        "y": [_height(result, candidate.top1_validation or 0) for candidate in drawn],
     }
 
 
@@ -180,13 +197,13 @@ def _teacher_star(result: SearchResult) -> dict[str, Any]:
     teacher = result.teacher
     lines = [
         "<b>Teacher</b>",
-        f"top-1 {percent(teacher.top1_validation)}",
+        f"{escape(result.metric.name)} {result.metric.shown(teacher.top1_validation)}",
         f"{count(teacher.macs)} MACs · {count(teacher.params)} params",
         *_latency_lines(result, teacher),
     ]
     return {
         "x": [100],
-        "y": [100 * teacher.top1_validation],
+        "y": [_height(result, teacher.top1_validation)],
         "mode": "markers",
         "marker": {"symbol": "star", "size": 15, "color": "--ink", "line": {"color": "--surface", "width": 1.5}},
         "hoverinfo": "text",
@@ -197,13 +214,14 @@ def _teacher_star(result: SearchResult) -> dict[str, Any]:
 def _hover_text(result: SearchResult, candidate: Candidate) -> str:
     """The text of a point under the pointer. Plotly reads tags in it, so the texts of users are escaped."""
     assert candidate.top1 is not None
+    name, score = escape(result.metric.name), result.metric.shown
     expected = "" if candidate.macs_expected is None else f" (expected {count(candidate.macs_expected)})"
     lines = [
         f"<b>{escape(method_label(candidate.method))}</b> · {escape(candidate.budget)} #{candidate.trial}",
         f"knobs: {escape(knobs(candidate.knobs))}",
-        f"top-1 after surgery {percent(candidate.top1.surgery)}",
-        f"top-1 after BN {percent(candidate.top1.bn)}",
-        f"top-1 after recovery <b>{percent(candidate.top1.validation)}</b>",
+        f"{name} after surgery {score(candidate.top1.surgery)}",
+        f"{name} after BN {score(candidate.top1.bn)}",
+        f"{name} after recovery <b>{score(candidate.top1.validation)}</b>",
         f"MACs {count(candidate.macs)}, {percent((candidate.macs or 0) / result.teacher.macs)}{expected}",
         f"params {count(candidate.params)}, {percent((candidate.params or 0) / result.teacher.params)}",
     ]
@@ -230,7 +248,7 @@ def _frontier_layout(result: SearchResult, axis: str, edge: float) -> dict[str, 
     rows = _limit_rows(result, axis, edge)
     return _shared_layout() | {
         "xaxis": {**axes, "range": [0, 1.04 * edge], "title": title},
-        "yaxis": axes,
+        "yaxis": {**axes, "ticksuffix": _suffix(result), **_upwards(result)},
         "shapes": [
             {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
             | {"line": {"color": "--accent", "width": 1, "dash": "dot"}}

@@ -23,7 +23,7 @@ from search.report.figures import TEACHER_MARK, figure, history_figures, method_
 from search.report.plans import plan_view
 from search.results import BudgetResult, SearchResult
 from search.trials import Candidate
-from search.units import count, duration, knobs, lost, milliseconds, percent, points, size
+from search.units import count, duration, knobs, milliseconds, percent, size
 
 LEAST_SHARE = 0.005
 """Knobs that decided less than this of top-1 are left out of the report."""
@@ -45,9 +45,10 @@ def html(result: SearchResult) -> str:
     It loads nothing from elsewhere. Every text that came from a user is escaped.
     """
     environment = Environment(loader=PackageLoader("search.report"), autoescape=True, undefined=StrictUndefined)
-    filters = (percent, points, lost, count, size, duration, milliseconds, knobs)
+    filters = (percent, count, size, duration, milliseconds, knobs)
     environment.filters |= {function.__name__: function for function in filters} | {"quoted": json.dumps}
-    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value), "title": _capitalised}
+    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value, result.metric), "title": _capitalised}
+    environment.filters |= {"score": result.metric.shown, "change": result.metric.change}
     winners = [budget.winner for budget in result.budgets if budget.winner]
     marks = method_marks([candidate.method for candidate in [*result.candidates, *winners]])
     charts = _charts(result)
@@ -55,6 +56,8 @@ def html(result: SearchResult) -> str:
     drawn |= {f"history-{key}": value for key, value in history_figures(result).items()}
     return environment.get_template("report.html").render(
         result=result,
+        metric=result.metric.name,
+        no_worse_than="≥" if result.metric.best > result.metric.worst else "≤",
         teacher=result.teacher,
         marks=marks,
         teacher_mark=TEACHER_MARK,
@@ -119,7 +122,7 @@ def headline(result: SearchResult, budget: BudgetResult) -> str:
     limited = [row for row in costs.rows(result, budget).values() if row.limit is not None]
     shares = [f"{percent(row.share)} {row.name}" for row in limited if row.cost != "top1_drop"]
     assert best.top1_validation is not None
-    change = points(best.top1_validation - result.teacher.top1_validation)
+    change = result.metric.change(best.top1_validation - result.teacher.top1_validation)
     return f"{budget.name}: {_sentence_list(shares)} at {change}" if shares else f"{budget.name}: {change}"
 
 

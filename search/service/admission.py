@@ -28,8 +28,14 @@ SOURCES = ("zoo", "torchvision")
 
 DEEPEST = 16
 MOST_EVENTS = 20_000
-MOST_PARALLEL = 1024
 LONGEST_SCALAR = 1000
+MOST = {
+    "trials": 1000, "timeout": 7 * 24 * 3600, "steps": 1_000_000, "batch_size": 8192, "images": 10_000_000,
+    "workers": 64, "max_parallel": 1024, "gpus_per_trial": 64, "stall_timeout": 24 * 3600, "threads": 256,
+    "batch": 1024, "channels": 1024, "size": 1024, "resize": 1024, "crop": 1024, "calibration": 65_536,
+}  # fmt: skip
+"""The most that a spec may ask for, by key; a user of the command may ask for more."""
+MOST_BUDGETS, MOST_ARGUMENT = 20, 100_000
 FACTORY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 
@@ -64,7 +70,7 @@ def admit(body: bytes, media: str, rules: AdmissionRules) -> SearchSpec:
     """
     raw = _read_mapping(_decode_body(body, media))
     spec = _parse_spec(raw)
-    refusals = [*_code_refusals(spec, rules.allowed), *_operator_refusals(raw), *_worker_refusals(spec)]
+    refusals = [*_code_refusals(spec, rules.allowed), *_operator_refusals(raw), *_size_refusals(spec)]
     paths = _named_paths(spec)
     for place, path in paths.items():
         try:
@@ -151,7 +157,7 @@ def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
 
 def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """A reason for each function or source of the spec that is not allowed."""
-    named = {} if spec.metric == "top1" else {"metric": spec.metric}
+    named = {} if spec.metric.is_top1 else {"metric": spec.metric.function}
     if spec.model.source in (*SOURCES, "mlflow"):
         named["model.source"] = spec.model.source
     else:
@@ -175,12 +181,23 @@ def _operator_refusals(raw: Mapping[str, Any]) -> list[str]:
     return [f"{place} is set by the service; expected a spec without it" for place in given]
 
 
-def _worker_refusals(spec: SearchSpec) -> list[str]:
-    """A reason if one request asks for too many workers."""
-    most = spec.cluster.max_parallel
-    if most == "auto" or most <= MOST_PARALLEL:
-        return []
-    return [f"cluster.max_parallel is {most}; expected {MOST_PARALLEL:,} at most, or auto"]
+def _size_refusals(spec: SearchSpec) -> list[str]:
+    """A reason for each number by which one request asks for too much."""
+    devices = {f"devices.{name}": device for name, device in spec.devices.items()}
+    places = {"search": spec.search, "recovery": spec.recovery, "cluster": spec.cluster, **devices}
+    numbers = {
+        f"{place}.{key}": (getattr(section, key, None), most)
+        for place, section in (places | _data_sections(spec)).items()
+        for key, most in MOST.items()
+    }
+    numbers["the number of budgets"] = len(spec.budgets), MOST_BUDGETS
+    if spec.model.source == "torchvision":
+        numbers |= {f"model.args.{key}": (value, MOST_ARGUMENT) for key, value in spec.model.args.items()}
+    return [
+        f"{place} is {value:,}; expected {most:,} at most"
+        for place, (value, most) in numbers.items()
+        if isinstance(value, int | float) and value > most
+    ]
 
 
 def _data_sections(spec: SearchSpec) -> dict[str, DataSpec]:

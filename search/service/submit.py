@@ -254,7 +254,7 @@ def _named_paths(settings: SearchSpec) -> list[str]:
     other = settings.recovery.data
     places = [settings.model.weights, settings.data.root, other.root if other else None]
     places += [device.file for device in settings.devices.values()]
-    functions = [settings.model.name, settings.data.name, other.name if other else None, settings.metric]
+    functions = [settings.model.name, settings.data.name, other.name if other else None, settings.metric.function]
     places += [name.rpartition(":")[0] for name in functions if name and ".py:" in name]
     known = {place for place in places if place}
     return sorted(place for place in known if place[0] in "/~" or Path(settings.folder, place).exists())

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
-from search.spec.documents import suggestion
+from search.spec.checks import check_builder, read_methods
+from search.spec.documents import quoted, suggestion
+from search.spec.schema import DataSpec, ModelSpec
+
+MOST = 10**12
+"""More than any number of a spec may be; only amounts go further."""
 
 LIMITABLE = ("macs", "macs_expected", "params", "size_bytes", "latency")
 """The costs that a budget may limit; each budget limits at least one."""
 
 
-def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator[str]:
-    """Find the contradictions in the document `raw`, whose valid methods are `methods`.
+def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[str]:
+    """Find the contradictions in the document `raw`; `methods` are those of a spec that names none.
 
-    >>> list(contradictions({"recovery": {"workers": 4, "batch_size": 2}}, []))
+    >>> list(contradictions({"recovery": {"workers": 4, "batch_size": 2}, "methods": []}, ()))
     ['recovery.workers: 4 are too many for batches of 2 images; give each worker one at least']
     """
     devices = raw.get("devices", {"cpu-1": None})
@@ -24,24 +30,36 @@ def contradictions(raw: Mapping[str, Any], methods: Collection[str]) -> Iterator
     yield from _device_mistakes(devices if isinstance(devices, dict) else {})
     yield from _budget_mistakes(raw.get("budgets"), devices)
     recovery = _section(raw, "recovery")
-    yield from _data_mistakes("data", raw.get("data"))
-    yield from _data_mistakes("recovery.data", recovery.get("data"))
+    yield from _model_mistakes(_section(raw, "model"))
+    yield from _data_mistakes("data", _section(raw, "data"))
+    yield from _metric_mistakes(raw.get("metric"))
+    yield from _data_mistakes("recovery.data", _section(recovery, "data"))
+    for key in ("validation", "calibration", "seed"):
+        if _is_given(_section(recovery, "data"), key):
+            yield f"recovery.data.{key}: images to mimic on are not split; leave it out"
     if recovery.get("data") is not None and recovery.get("labels", True):
         yield "recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too"
     for reason in _worker_mistakes(recovery, _section(raw, "cluster")):
         yield f"recovery.workers: {reason}"
+    count = len(set(read_methods(raw["methods"])[0] if "methods" in raw else methods))
     trials = _number(_section(raw, "search"), "trials", 8)
-    if methods and trials is not None and 0 < trials < len(methods) + 1:
+    if count and trials is not None and 0 < trials < count + 1:
         yield (
-            f"search.trials: {trials} is too few for {len(methods)} methods and the baseline, which are each tried "
-            f"once per budget; give at least {len(methods) + 1}"
+            f"search.trials: {trials} is too few for {count} methods and the baseline, which are each tried "
+            f"once per budget; give at least {count + 1}"
         )
 
 
 def _device_mistakes(devices: Mapping[str, Any]) -> Iterator[str]:
     for name, device in devices.items():
-        if isinstance(device, dict) and (device.get("runtime") == "profile") != (device.get("file") is not None):
+        if not isinstance(device, dict):
+            continue
+        is_profile = device.get("runtime") == "profile"
+        if is_profile != (device.get("file") is not None):
             yield f"devices.{name}: runtime 'profile' and file, its roofline, belong together; give both"
+        for key in ("threads", "resources"):
+            if is_profile and _is_given(device, key):
+                yield f"devices.{name}.{key}: runtime 'profile' measures nothing; leave it out"
 
 
 def _budget_mistakes(budgets: object, devices: object) -> Iterator[str]:
@@ -50,29 +68,82 @@ def _budget_mistakes(budgets: object, devices: object) -> Iterator[str]:
             continue
         device = budget.get("device")
         if isinstance(device, str) and isinstance(devices, dict) and device not in devices:
-            yield f"budgets.{index}.device: no device {device!r}{suggestion(device, list(devices))}"
+            known = [str(name) for name in devices]
+            yield f"budgets.{index}.device: no device {quoted(device)}{suggestion(device, known)}"
         if all(budget.get(cost) is None for cost in LIMITABLE):
             yield f"budgets.{index}: limits no cost; give one or several of {', '.join(LIMITABLE)}"
 
 
-def _data_mistakes(place: str, data: object) -> Iterator[str]:
+SOURCES = {
+    section: get_args(fields["source"].annotation)
+    for section, fields in {"model": ModelSpec.model_fields, "data": DataSpec.model_fields}.items()
+}
+USED_BY = {
+    "model": {"weights": ("zoo", "torchvision", "factory"), "args": ("torchvision", "factory")},
+    "data": {"name": ("factory",), "args": ("factory",), "root": ("imagefolder", "fashion-mnist")},
+}
+"""The sources that use a key of a section; every other key is used by all."""
+
+PREPARATION = ("size", "resize", "crop", "mean", "std", "interpolation", "preset")
+
+
+def _metric_mistakes(metric: object) -> Iterator[str]:
+    own = metric.get("function") if isinstance(metric, dict) else metric
+    if own != "top1":
+        yield from _function_mistakes("metric", own)
+    elif isinstance(metric, dict) and len(metric) > 1:
+        yield "metric: top1 has a name, a direction and a range of its own; write metric: top1"
+
+
+def _model_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
+    yield from _unused_keys("model", "model", model)
+    if model.get("source") == "factory":
+        yield from _function_mistakes("model.name", model.get("name"))
+    if model.get("weights") == "train" and model.get("source") in ("torchvision", "factory"):
+        yield "model.weights: only source 'zoo' trains its networks; give a file of weights, or leave it out"
+    if model.get("source") == "torchvision":
+        try:
+            check_builder(_section(model, "args"))
+        except ValueError as error:
+            yield f"model.args: {error}"
+
+
+def _data_mistakes(place: str, data: Mapping[str, Any]) -> Iterator[str]:
+    yield from _unused_keys("data", place, data)
     needed = {"imagefolder": "root", "factory": "name"}
-    if isinstance(data, dict) and (key := needed.get(str(data.get("source")))) and data.get(key) is None:
+    if (key := needed.get(str(data.get("source")))) and data.get(key) is None:
         yield f"{place}.{key}: missing; source {data['source']!r} needs it"
-    yield from _preparation_mistakes(place, data if isinstance(data, dict) else {})
+    if data.get("source") == "factory":
+        yield from _function_mistakes(f"{place}.name", data.get("name"))
+    yield from _preparation_mistakes(place, data)
 
 
-PREPARATION = ("resize", "crop", "mean", "std", "interpolation")
+def _function_mistakes(place: str, name: object) -> Iterator[str]:
+    if isinstance(name, str) and not re.fullmatch(r".+:[^\W\d]\w*", name):
+        yield f"{place}: {quoted(name)} is no function; write pkg.mod:fn or ./file.py:fn"
+
+
+def _unused_keys(section: str, place: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Find the keys that the chosen source does not use: whoever gives one expects something of it."""
+    source = given.get("source")
+    for key, sources in USED_BY[section].items():
+        if source in SOURCES[section] and source not in sources and _is_given(given, key):
+            yield f"{place}.{key}: source {source!r} does not use it, only {' and '.join(sources)}; leave it out"
+
+
+def _is_given(section: Mapping[str, Any], key: str) -> bool:
+    """Whether a key says something: none and an empty mapping are as if it were left out."""
+    return section.get(key) not in (None, {})
 
 
 def _preparation_mistakes(place: str, data: Mapping[str, Any]) -> Iterator[str]:
     """Find keys of preparation that say a thing twice, or to a source that prepares its images itself."""
-    given = [key for key in (*PREPARATION, "preset") if data.get(key) is not None]
+    given = [key for key in PREPARATION if _is_given(data, key)]
     if given and data.get("source") != "imagefolder":
         yield f"{place}.{given[0]}: only source 'imagefolder' prepares its pictures; leave it out"
-    elif "preset" in given and (twice := [key for key in ("size", *given) if key != "preset" and key in data]):
-        yield f"{place}.preset: it says {', '.join(twice)} already; leave one of them out"
-    elif "crop" in given and "size" in data:
+    elif "preset" in given and len(given) > 1:
+        yield f"{place}.preset: it says {', '.join(given[:-1])} already; leave one of them out"
+    elif {"crop", "size"} <= set(given):
         yield f"{place}.crop: it is the same as size, which is given too; leave one of them out"
     side, crop = _number(data, "resize", math.inf), _number(data, "crop", _number(data, "size", 224) or 1)
     if side is not None and crop is not None and side < crop:
@@ -105,6 +176,7 @@ def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _number(section: Mapping[str, Any], key: str, default: float) -> float | None:
-    """The number at `key`; anything else counts as None."""
+    """The number at `key`; anything else counts as None, as do those that a key's own bounds refuse."""
     value = section.get(key, default)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and (value == default or -MOST < value < MOST) else None

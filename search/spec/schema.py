@@ -2,106 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from methods.names import NAMES, links_of
+from methods.names import NAMES
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES
 from search.limits import TOP1_DROP, Limits, latency_on
-from search.spec.amounts import Amount, Time, amount, drop, latency, seconds
-from search.spec.documents import suggestion
+from search.spec.amounts import Amount, Time, amount, drop, latency, seconds, size
+from search.spec.checks import (
+    check_address,
+    check_alias,
+    check_args,
+    check_budgets,
+    check_channels,
+    check_deviation,
+    check_gpus,
+    check_methods,
+    check_model_name,
+    check_range,
+    check_resources,
+    check_store,
+    check_text,
+)
 from search.spec.targets import Target
 from search.trials import Teacher
-
-
-def _refuse_repeats(values: tuple[Any, ...], what: str) -> None:
-    twice = sorted({str(v) for v in values if values.count(v) > 1})
-    if twice:
-        raise ValueError(f"{what} {', '.join(twice)} given twice; name each once")
-
-
-def _method_name(entry: object) -> str:
-    """The name of a method, or `first+second` for a chain, which is a list of methods."""
-    links = [str(name).strip() for name in (entry if isinstance(entry, list) else str(entry).split("+"))]
-    known = [name for name in NAMES if name != "uniform"]
-    for name in links:
-        if name == "uniform":
-            raise ValueError("'uniform' is the baseline of every search; leave it out of the list")
-        if name not in known:
-            raise ValueError(f"{name!r} is not a method{suggestion(name, known)}")
-    if isinstance(entry, list) and len(entry) < 2:
-        raise ValueError(f"the chain {entry} is too short; give at least two methods, or one without brackets")
-    return "+".join(links_of("+".join(links)))
-
-
-def read_methods(value: object) -> tuple[list[str], list[str]]:
-    """The names of the methods in the list `value`, and a reason for refusing each other entry."""
-    names, refusals = [], []
-    for entry in value if isinstance(value, list) else ():
-        try:
-            names.append(_method_name(entry))
-        except ValueError as error:
-            refusals.append(str(error))
-    return names, refusals
-
-
-def _check_methods(value: object) -> object:
-    if not isinstance(value, list) or not value:
-        raise ValueError("expected a list with at least one method, such as [itpruner, alds, [practise, alds]]")
-    names, refusals = read_methods(value)
-    if refusals:
-        raise ValueError("; ".join(refusals))
-    _refuse_repeats(tuple(names), "method")
-    return tuple(names)
-
-
-def _check_budgets(value: object) -> object:
-    if not isinstance(value, list) or not value:
-        raise ValueError("expected a list with at least one budget, such as [{name: half, macs: 50%}]")
-    _refuse_repeats(tuple(b.get("name") for b in value if isinstance(b, dict)), "budget")
-    return tuple(value)
-
-
-def _check_alias(value: object) -> object:
-    if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
-        raise ValueError(f"{value!r} is reserved by the model registry; choose another name, such as edge")
-    return value
-
-
-def _check_gpus(value: float) -> float:
-    if value > 1 and not value.is_integer():
-        raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
-    return value
-
-
-def _check_model_name(value: object) -> object:
-    if isinstance(value, str) and (not value.strip() or set(value) & set("/:")):
-        raise ValueError(f"{value!r} is no name for MLflow; write one that is not empty and has no '/' and no ':'")
-    return value
-
-
-def _check_resources(value: dict[str, float]) -> dict[str, float]:
-    if taken := sorted(set(value) & {"CPU", "GPU", "memory", "object_store_memory"}):
-        raise ValueError(f"{taken[0]!r} is what workers take; name a resource of the node's own, such as board: 1")
-    return value
-
-
-def _check_channels(value: object) -> tuple[float, ...]:
-    found = [float(one) for one in value if isinstance(one, int | float)] if isinstance(value, list) else []
-    if len(found) != 3 or not isinstance(value, list) or len(value) != 3 or not all(0 <= one < 256 for one in found):
-        raise ValueError("expected three numbers, of red, green and blue in [0, 1], such as [0.5, 0.5, 0.5]")
-    if max(found) > 1:
-        raise ValueError(f"{max(found):g} is above 1; pixels are scaled to [0, 1] first, so divide by 255")
-    return tuple(found)
-
-
-def _check_deviation(value: object) -> tuple[float, ...]:
-    channels = _check_channels(value)
-    if 0 in channels:
-        raise ValueError("0 is no deviation; give three numbers above 0")
-    return channels
+from search.units import Scale
 
 
 class _Strict(BaseModel):
@@ -109,16 +35,26 @@ class _Strict(BaseModel):
 
 
 Limit = Annotated[Amount, BeforeValidator(amount), PlainSerializer(str, when_used="json")]
+Size = Annotated[Amount, BeforeValidator(size), PlainSerializer(str, when_used="json")]
 Latency = Annotated[Time, BeforeValidator(latency), PlainSerializer(str, when_used="json")]
 Drop = Annotated[float, BeforeValidator(drop)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 Name = Annotated[str, Field(pattern=NAME)]
-Positive = Annotated[int, Field(gt=0)]
-ResourceAmount = Annotated[float, Field(gt=0, strict=False)]
-Seed = Annotated[int, Field(ge=0)]
-Channels = Annotated[tuple[float, ...], BeforeValidator(_check_channels)]
-Deviation = Annotated[tuple[float, ...], BeforeValidator(_check_deviation)]
+Text = Annotated[str, AfterValidator(check_text)]
+Place = Annotated[str, AfterValidator(check_store)]
+Arguments = Annotated[dict[str, Any], AfterValidator(check_args)]
+Pixels = Annotated[int, Field(gt=0, le=8192)]
+ResourceAmount = Annotated[float, Field(gt=0, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Channels = Annotated[tuple[float, ...], BeforeValidator(check_channels)]
+Deviation = Annotated[tuple[float, ...], BeforeValidator(check_deviation)]
 
+
+EVERY_METHOD = (*(name for name in NAMES if name != "uniform"), "practise+alds")
+"""The methods of a spec that names none, and the chain that has met the most budgets."""
+
+MOST_THREADS = 1024
+"""The threads of one call, which no machine has more of."""
 
 WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """The endings of files of weights; all but the first may hold pickles."""
@@ -128,9 +64,9 @@ class ModelSpec(_Strict):
     """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
 
     source: Literal["zoo", "torchvision", "factory", "mlflow"]
-    name: str
-    weights: str | None = None
-    args: dict[str, Any] = {}
+    name: Text
+    weights: Text | None = None
+    args: Arguments = {}
 
 
 def _is_none(value: object) -> bool:
@@ -146,21 +82,54 @@ class DataSpec(_Strict):
     """
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
-    name: str | None = None
-    root: str | None = None
-    args: dict[str, Any] = {}
-    size: Positive = 224
-    resize: Annotated[int | None, Field(gt=0, exclude_if=_is_none)] = None
-    crop: Annotated[int | None, Field(gt=0, exclude_if=_is_none)] = None
+    name: Text | None = None
+    root: Text | None = None
+    args: Arguments = {}
+    size: Pixels = 224
+    resize: Annotated[Pixels | None, Field(exclude_if=_is_none)] = None
+    crop: Annotated[Pixels | None, Field(exclude_if=_is_none)] = None
     mean: Annotated[Channels | None, Field(exclude_if=_is_none)] = None
     std: Annotated[Deviation | None, Field(exclude_if=_is_none)] = None
     interpolation: Annotated[
         Literal["nearest", "nearest-exact", "bilinear", "bicubic"] | None, Field(exclude_if=_is_none)
     ] = None
-    preset: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    preset: Annotated[Text | None, Field(exclude_if=_is_none)] = None
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    calibration: Annotated[int, Field(ge=4)] = 512
+    calibration: Annotated[int, Field(ge=4, le=1_000_000)] = 512
     seed: Seed = 0
+
+
+class MetricSpec(_Strict):
+    """The user's own measure of what is better, of values in `range`: a share from 0 to 1 unless given."""
+
+    function: Text
+    name: Annotated[Text | None, Field(max_length=40)] = None
+    direction: Literal["maximize", "minimize"] = "maximize"
+    range: Annotated[tuple[float, float], BeforeValidator(check_range)] | None = None
+
+    @property
+    def is_top1(self) -> bool:
+        """Whether this is ours."""
+        return self.function == "top1"
+
+    @property
+    def scale(self) -> Scale:
+        """How its values are called and shown."""
+        low, high = self.range or (0.0, 1.0)
+        worst, best = (low, high) if self.direction == "maximize" else (high, low)
+        own = "top-1" if self.is_top1 else self.function.rpartition(":")[2]
+        return Scale(self.name or own, worst, best)
+
+
+def _read_metric(value: object) -> object:
+    """A metric that is a name alone is that function."""
+    return MetricSpec(function=check_text(value)) if isinstance(value, str) else value
+
+
+def _metric_json(metric: MetricSpec) -> object:
+    """What decides of a metric: its name in tables does not, and a plain one is its function, as before it had more."""
+    is_plain = metric.direction == "maximize" and metric.range is None
+    return metric.function if is_plain else metric.model_dump(mode="json", exclude={"name"})
 
 
 class DeviceSpec(_Strict):
@@ -171,11 +140,11 @@ class DeviceSpec(_Strict):
     """
 
     runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
-    threads: Positive = 1
-    batch: Positive = 1
-    channels: Positive = 8
-    resources: Annotated[dict[str, ResourceAmount], AfterValidator(_check_resources)] = {}
-    file: str | None = None
+    threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 1
+    batch: Annotated[int, Field(gt=0, le=65_536)] = 1
+    channels: Annotated[int, Field(gt=0, le=4096)] = 8
+    resources: Annotated[dict[str, ResourceAmount], AfterValidator(check_resources)] = {}
+    file: Text | None = None
 
 
 class BudgetSpec(_Strict):
@@ -186,12 +155,12 @@ class BudgetSpec(_Strict):
     may be lost.
     """
 
-    name: Annotated[Name, BeforeValidator(_check_alias)]
-    device: str | None = None
+    name: Annotated[Name, BeforeValidator(check_alias)]
+    device: Text | None = None
     macs: Limit | None = None
     macs_expected: Limit | None = None
     params: Limit | None = None
-    size_bytes: Limit | None = None
+    size_bytes: Size | None = None
     latency: Latency | None = None
     top1_drop: Drop | None = None
 
@@ -204,7 +173,7 @@ class SearchSettings(_Strict):
     search only where a budget limits latency or the spec names a device; else what is registered is, at the end.
     """
 
-    trials: Positive = 8
+    trials: Annotated[int, Field(gt=0, le=100_000)] = 8
     timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
     seed: Seed = 0
     asynchronous: bool = False
@@ -218,13 +187,13 @@ class RecoverySpec(_Strict):
     pictures will do for mimicking. As many `workers` share each student's batches.
     """
 
-    steps: Annotated[int, Field(ge=0)] = 400
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] = 400
     labels: bool = True
-    images: Annotated[int | None, Field(ge=8)] = None
+    images: Annotated[int, Field(ge=8, le=10**9)] | None = None
     data: DataSpec | None = None
-    batch_size: Positive = 128
+    batch_size: Annotated[int, Field(gt=0, le=65_536)] = 128
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: Positive = 1
+    workers: Annotated[int, Field(gt=0, le=1024)] = 1
 
 
 class ClusterSpec(_Strict):
@@ -233,18 +202,18 @@ class ClusterSpec(_Strict):
     Work that reports nothing for `stall_timeout` is taken to hang: its worker is replaced, and it runs again.
     """
 
-    address: str = "auto"
-    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(_check_gpus)] = 0
-    max_parallel: Literal["auto"] | Positive = "auto"
+    address: Annotated[str, AfterValidator(check_address)] = "auto"
+    gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(check_gpus)] = 0
+    max_parallel: Literal["auto"] | Annotated[int, Field(gt=0, le=100_000)] = "auto"
     stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
 
 
 class TrackingSpec(_Strict):
     """The record of results: an MLflow store, the registered model's name, and Optuna's journal file or database."""
 
-    uri: str = DEFAULT_STORE
-    registered_model: Annotated[str | None, BeforeValidator(_check_model_name)] = None
-    studies: str = DEFAULT_STUDIES
+    uri: Place = DEFAULT_STORE
+    registered_model: Annotated[Text | None, BeforeValidator(check_model_name)] = None
+    studies: Place = DEFAULT_STUDIES
 
 
 class SearchSpec(_Strict):
@@ -253,10 +222,12 @@ class SearchSpec(_Strict):
     name: Name
     model: ModelSpec
     data: DataSpec
-    metric: str = "top1"
-    methods: Annotated[tuple[str, ...], BeforeValidator(_check_methods)]
+    metric: Annotated[MetricSpec, BeforeValidator(_read_metric), PlainSerializer(_metric_json, when_used="json")] = (
+        MetricSpec(function="top1")
+    )
+    methods: Annotated[tuple[str, ...], BeforeValidator(check_methods)] = EVERY_METHOD
     devices: dict[Name, DeviceSpec] = {"cpu-1": DeviceSpec()}
-    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(_check_budgets)]
+    budgets: Annotated[tuple[BudgetSpec, ...], BeforeValidator(check_budgets)]
     search: SearchSettings = SearchSettings()
     recovery: RecoverySpec = RecoverySpec()
     cluster: ClusterSpec = ClusterSpec()

@@ -49,23 +49,26 @@ def warn_of(logits: Tensor, labels: Tensor) -> None:
 
 
 def check_metric(metric: UserMetric, logits: Tensor, labels: Tensor) -> None:
-    """Refuse a metric that is no share in [0, 1], or that falls as answers get better.
+    """Refuse a metric whose values lie outside its range, or get worse as answers get better.
 
     It is tried on the teacher's answers, on right and on wrong ones. One that raises is told at its first use, since a
     few images may lack classes that it needs.
 
     Raises:
-        WorkloadError: it is none; the message has its values.
+        WorkloadError: it does; the message has its values.
     """
     right = 10 * nn.functional.one_hot(labels, logits.shape[1]).float()
     try:
-        found, best, worst = (metric(given, labels) for given in (logits, right, right.roll(1, 1)))
+        found, best, worst = (metric.value(given, labels) for given in (logits, right, right.roll(1, 1)))
     except WorkloadError:
         return
-    if 0 <= found <= 1 and 0 <= best <= 1 and worst <= best:
+    scale = metric.scale
+    if all(map(metric.is_in_range, (found, best, worst))) and scale.share(worst) <= scale.share(best):
         return
+    low, high = sorted((scale.worst, scale.best))
+    expected = "larger" if scale.worst < scale.best else "smaller"
     raise WorkloadError(
         f"the metric {metric.name} gave {found:.3g} for the teacher, {best:.3g} for right answers and {worst:.3g} for "
-        "wrong ones; expected a share from 0 to 1 that is larger for better answers, since it is maximised and shown "
-        "in percent; return a fraction in place of a percentage, and 1 / (1 + loss) in place of a loss"
+        f"wrong ones; expected values from {low:g} to {high:g}, {expected} for better answers; give metric.range, such "
+        "as [0, 100] of a percentage, and metric.direction: minimize of a loss"
     )

@@ -68,7 +68,7 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     splits = read_splits(spec, report)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
-    metric = top1 if spec.metric == "top1" else UserMetric(spec.metric, load_function(spec.metric, spec.folder))
+    metric = _metric(spec)
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(True)
@@ -79,6 +79,15 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     if isinstance(metric, UserMetric):
         check_metric(metric, logits, labels)
     return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits, report))
+
+
+def _metric(spec: SearchSpec) -> Metric:
+    """The metric that decides: ours, or the user's own, as a share of its range."""
+    given = spec.metric
+    if given.is_top1:
+        return top1
+    function = load_function(given.function, spec.folder)
+    return UserMetric(given.function, function, given.scale, is_clipped=given.range is not None)
 
 
 def _check_cache(place: Path) -> None:

@@ -17,25 +17,50 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from search.base import WorkloadError, one_line
+from search.units import TOP1, Scale
 
 T = TypeVar("T")
+
+ROUNDING = 1e-6
+"""How far a share may lie outside [0, 1] and still be meant to be in it."""
 
 
 @dataclass(frozen=True)
 class UserMetric:
-    """The user's own metric; its exceptions become a `WorkloadError` that names it."""
+    """The user's own metric, as a share of its scale; its exceptions become a `WorkloadError` that names it.
+
+    One that `is_clipped` may be worse than the worst of its scale, as a loss may, and counts as that.
+    """
 
     name: str
     function: Callable[[Tensor, Tensor], float]
+    scale: Scale = TOP1
+    is_clipped: bool = False
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """The finite value of the metric for logits `(n, classes)` and labels `(n,)`."""
+        """The share in [0, 1] that the metric gives for logits `(n, classes)` and labels `(n,)`; larger is better."""
+        value = self.value(logits, labels)
+        if not self.is_in_range(value):
+            low, high = sorted((self.scale.worst, self.scale.best))
+            raise WorkloadError(
+                f"the metric {self.name} gave {value:.4g}; expected a result from {low:g} to {high:g}; mend it, or "
+                "give the range of its values as metric.range"
+            )
+        return min(max(self.scale.share(value), 0.0), 1.0)
+
+    def is_in_range(self, value: float) -> bool:
+        """Whether a value lies on the scale, but for rounding."""
+        share = self.scale.share(value)
+        return share <= 1 + ROUNDING and (self.is_clipped or share >= -ROUNDING)
+
+    def value(self, logits: Tensor, labels: Tensor) -> float:
+        """The metric's own finite value."""
         try:
             value = float(self.function(logits, labels))
         except Exception as error:
             raise WorkloadError(
-                f"the metric {self.name} raised {type(error).__name__}: {one_line(error)}; expected a number to "
-                "maximise for logits (n, classes) and labels (n,); run it by itself to mend it"
+                f"the metric {self.name} raised {type(error).__name__}: {one_line(error)}; expected a number "
+                "for logits (n, classes) and labels (n,); run it by itself to mend it"
             ) from error
         if not math.isfinite(value):
             raise WorkloadError(f"the metric {self.name} gave {value}; expected a finite number; mend it")
@@ -61,8 +86,6 @@ def load_function(name: str, folder: str) -> Callable[..., Any]:
     A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
     """
     source, _, attribute = name.rpartition(":")
-    if not source:
-        raise WorkloadError(f"{name!r} is no function; expected pkg.mod:fn or ./file.py:fn; correct the name")
     with importable(folder):
         module = _load_file(Path(folder, source)) if source.endswith(".py") else _load_package(source)
     _user_module_names.add(module.__name__)

@@ -41,6 +41,12 @@ def test_nobody_at_an_address_is_told_at_once(address: str) -> None:
     assert time.monotonic() - started < 7
 
 
+@pytest.mark.parametrize("address", ["head", "10.0.0.1", "", "head:"])
+def test_a_cluster_has_a_port(address: str) -> None:
+    with pytest.raises(ClusterError, match=r"no Ray cluster at .*: it has no port; expected a running head node"):
+        check_cluster(address)
+
+
 @pytest.mark.parametrize("address", ["sqlite:///a.db", "paredown.studies", "databricks", "postgresql://db/studies"])
 def test_what_only_a_driver_can_tell_is_not_refused(address: str) -> None:
     assert answers(address)

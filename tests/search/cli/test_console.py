@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ import pytest
 from rich.console import Console
 
 from search.cli import console, output
+from search.limits import Limits
 from search.results import BudgetReach, MethodReach, Preflight
+from search.units import Scale
 from tests.support import results
 
 
@@ -47,6 +50,18 @@ def test_a_terminal_of_ascii_shows_the_same_in_its_own_signs(
     assert "Report: gr\\xf6\\xdfe.html" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert shown.splitlines()[7:20] == usual.replace("≤ ", "<=").replace("≥ ", ">=").splitlines()[7:20]
+
+
+def test_no_sign_of_a_file_or_of_an_error_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("a", logging.WARNING, "a.py", 1, "no picture in %s", ("\x1b[31mred",), None)
+    assert output.log_handler().format(record) == "WARNING a: no picture in \\x1b[31mred"
+    with console.bars(hidden=False) as report:
+        report("trials", 1, 1, "failed: \x1b[31mred")
+    with pytest.raises(SystemExit):
+        output.fail("no \u202ename", 2)
+    told = capsys.readouterr().err
+    assert "failed: \\x1b[31mred\n" in told
+    assert "paredown: no \\u202ename\n" in told
 
 
 def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> None:
@@ -94,6 +109,24 @@ def test_only_the_first_device_is_shown_where_no_budget_limits_latency(terminal:
     table = terminal.getvalue().split("17 trials")[0]
     assert "cpu-1" in table
     assert "nano" not in table
+
+
+def test_a_loss_is_shown_as_one(terminal: io.StringIO) -> None:
+    loss = Scale("loss", worst=2.0, best=0.0)
+    console.show_result(replace(results.search(), metric=loss), None)
+    found = rows(terminal)
+    assert found["half"][0][2:4] == ["0.086", "0.098"]
+    assert found["edge"][1][1] == "≤ 0.096"
+    assert "val. and test are loss." in " ".join(terminal.getvalue().split())
+    console.show_figures(FIGURES | loss.described)
+    console.show_preflight(
+        Preflight("digits", 1000, 78, 9, (), (BudgetReach("a", Limits(top1_drop=0.02), {}),), 1), loss
+    )
+    text = terminal.getvalue()
+    assert "0.09 (teacher 0.056)" in text
+    assert "0.034, limit 0.04" in text
+    assert "a: loss lost ≤ 0.04" in text
+    assert "top-1" not in text
 
 
 FIGURES: dict[str, Any] = {

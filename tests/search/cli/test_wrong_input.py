@@ -56,6 +56,24 @@ def test_a_mistake_in_a_spec_is_told_before_anything_heavy_is_imported(tmp_path:
     assert "methods: 'alsd' is not a method; did you mean 'alds'?" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["check {} --address", "search {} --address", "compress {} --method alds --budget half --out o --address",
+     "measure {} --device cpu-1 --address", "serve --address"],
+)  # fmt: skip
+def test_an_address_that_nobody_answers_is_told_before_any_work(run: Run, tmp_path: Path, command: str) -> None:
+    spec = write(tmp_path, data=source("broken"))
+    reason = run(*command.format(spec).split(), "127.0.0.1:1").reason(2)
+    assert reason.startswith("no Ray cluster at '127.0.0.1:1': nobody answered within 3 s; expected a running head")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spec.yaml", "things.py"]
+
+
+def test_the_address_of_a_spec_is_tried_too(run: Run, tmp_path: Path) -> None:
+    spec = write(tmp_path, data=source("broken"), cluster={"address": "127.0.0.1:1"})
+    assert "nobody answered" in run("search", spec).reason(2)
+    assert "no Ray cluster at 'http://127.0.0.1:1'" in run("submit", spec, "--address", "http://127.0.0.1:1").reason(2)
+
+
 def test_a_budget_below_reach_names_the_least_cost(run: Run, tmp_path: Path) -> None:
     spec = write(tmp_path, budgets=[{"name": "half", "macs": "50%"}, {"name": "dust", "macs": 100}])
     ended = run("check", spec, "--json")

@@ -108,6 +108,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
     tags = {
         "top1_validation": 0.9, "device": "mine", "device_spec/mine": DeviceSpec(threads=2, batch=2).model_dump_json(),
         "device_spec/cpu-1": DeviceSpec().model_dump_json(),
+        "device_spec/old": '{"threads": 1000000, "resources": {"node:10.0.0.5": 1.0}}',  # before there were bounds
         "host": "bench-3", "latency_ms/mine/min": 0.25, "latency_ms/mine/p50": 0.5, "latency_ms/mine/p95": 0.75,
         "latency_ms/cpu-1/p50": 0.5, "noise/mine": 0.2,
     }  # fmt: skip
@@ -123,7 +124,7 @@ def test_a_registered_version_brings_its_device_and_what_the_search_found(saved:
     elsewhere = run("models:/tiny@edge", "cpu-1")
     assert (elsewhere["threads"], elsewhere["searched"]["host"], elsewhere["searched"]["noise"]) == (1, None, None)
     assert run("models:/tiny@edge", "cpu-3")["searched"] is None
-    with pytest.raises(SpecError, match="no device 'cpu'; expected mine or cpu-1 or cpu-N"):
+    with pytest.raises(SpecError, match="no device 'cpu'; expected mine or cpu-1 or old or cpu-N"):
         run("models:/tiny@edge", "cpu")
     with pytest.raises(TrackingError, match="there is no models:/tiny@gone"):
         run("models:/tiny@gone", "cpu-1")
@@ -150,6 +151,9 @@ def test_a_registered_version_is_measured_beside_its_teacher(saved: Saved) -> No
 def test_a_device_nobody_knows_is_refused(saved: Saved) -> None:
     with pytest.raises(SpecError, match=r"no device 'cpu-0'; expected cpu-N.*; correct --device, or give the --spec"):
         run(saved.pt2, "cpu-0")
+    for name in ("cpu-1025", f"cpu-{'9' * 900}"):
+        with pytest.raises(SpecError, match=r"no device 'cpu-.*N threads, 1024 at most"):
+            run(saved.pt2, name)
     with pytest.raises(SpecError, match=r"no device 'cpu-1'; expected bench or eager or edge or board; "):
         run(saved.pt2, "cpu-1", saved.spec)
 

@@ -154,7 +154,9 @@ def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
     assert b'"wor{' not in path.read_bytes()
 
 
-@pytest.mark.parametrize("line", ["not JSON\n", "[1]\n", "root:x:0", '{"op_code":4,"wor{"op_code":4}\n'])
+@pytest.mark.parametrize(
+    "line", ["not JSON\n", "[1]\n", "root:x:0", '{"a": 1}', '{"a": 1}\n', '{"op_code":4,"wor{"op_code":4}\n']
+)
 def test_another_line_that_is_none_is_told(tmp_path: Path, line: str) -> None:
     path = tmp_path / "studies"
     study(path).ask()
@@ -163,6 +165,12 @@ def test_another_line_that_is_none_is_told(tmp_path: Path, line: str) -> None:
     with pytest.raises(SearchError, match=rf"line {len(lines) + 1} of .*; expected a journal .*goes on from MLflow"):
         study(path)
     assert path.read_text() == "".join(lines) + line
+
+
+def test_studies_in_a_folder_or_a_device_are_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, Path("/dev/null")):
+        with pytest.raises(SearchError, match=r"tracking\.studies .* is no file; expected a journal"):
+            storage(str(place))
 
 
 @pytest.mark.parametrize("place", ["sqlite://", "sqlite:///."])

@@ -22,7 +22,8 @@ from search.base import TrackingError
 from search.record import store
 from search.record.searches import find_begun, find_search, open_search
 from search.record.store import check_store, connect
-from search.trials import Fitted, Proposal
+from search.trials import Fitted, Proposal, Teacher
+from search.units import Scale
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -97,6 +98,15 @@ def test_what_was_taken_adds_up_over_sittings() -> None:
         record.search.add(wall_s=1.0)
     taken = record.client.get_run(record.search.run_id).data.metrics
     assert (taken["wall_s"], taken["scoring_shards"]) == (5.5, 6.0)
+
+
+def test_the_scale_of_a_metric_is_on_record() -> None:
+    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record.search.write_teacher(Teacher(0.9, None, 100, 10, 40))
+    record.search.write_metric(Scale())
+    assert record.read.result().metric == Scale()
+    record.search.write_metric(Scale("loss", worst=2.5, best=0.0))
+    assert record.read.result().metric == Scale("loss", worst=2.5, best=0.0)
 
 
 def test_a_search_nobody_ran() -> None:

@@ -22,6 +22,7 @@ from search.report.html import headline, html
 from search.report.plans import Bar, plan_view
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate, Teacher
+from search.units import Scale
 from tests.support import results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -148,6 +149,21 @@ def test_page_holds_every_winner_with_limits_and_values() -> None:
     ):
         assert piece in text, piece
     assert text.count("budget 'none' allows 1000 MACs; ManiDP needs 0.9M") == 2
+
+
+def test_a_metric_of_the_users_own_is_shown_by_its_name_and_values() -> None:
+    loss = search_result(FOUND, metric=Scale("loss", worst=2.0, best=0.0))
+    page = Page(html(loss))
+    assert "half: 48.8 % MACs at +0.038" in page.text
+    assert "1.1780.3560.094" in page.text  # the cells of after surgery, after BN and after recovery
+    assert "from loss 2 to 0" in page.text
+    assert "top-1" not in page.text.lower()
+    axis = page.figures["frontier-0"]["layout"]["yaxis"]
+    assert (axis["autorange"], axis["ticksuffix"]) == ("reversed", "")
+    heights = [y for trace in page.figures["frontier-0"]["data"] for y in trace["y"]]
+    assert min(heights) == pytest.approx(2 - 2 * TEACHER.top1_validation)
+    assert loss.to_json()["metric"] == {"name": "loss", "worst": 2.0, "best": 0.0}
+    assert loss.to_json() | {"metric": 0} == search_result(FOUND).to_json() | {"metric": 0}
 
 
 def test_page_holds_every_limit_of_a_budget_with_several() -> None:

@@ -117,20 +117,36 @@ BAD: dict[str, tuple[int, str | bytes, dict[str, str]]] = {
         403, spec_of(recovery="{labels: false, data: {source: factory, name: 'os:getcwd'}}"), {},
     ),
     "a metric": (403, spec_of(metric="os:system"), {}),
-    "a source as a metric": (403, spec_of(metric="zoo"), {}),
+    "a source as a metric": (422, spec_of(metric="zoo"), {}),
     "a logged model": (403, spec_of(model="{source: mlflow, name: 'models:/x/1'}"), {}),
     "weights above the root": (403, spec_of(model="{source: zoo, name: resnet8, weights: ../secret.safetensors}"), {}),
     "weights of the system": (403, spec_of(model="{source: zoo, name: resnet8, weights: /etc/passwd}"), {}),
     "weights by a link": (403, spec_of(model="{source: zoo, name: resnet8, weights: way-out.safetensors}"), {}),
     "weights in a pickle": (403, spec_of(model="{source: torchvision, name: resnet18, weights: pickle.pt}"), {}),
     "weights that are not there": (403, spec_of(model="{source: zoo, name: resnet8, weights: none.safetensors}"), {}),
-    "weights of no path": (403, spec_of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
+    "weights of no path": (422, spec_of(model='{source: zoo, name: resnet8, weights: "a\\0b"}'), {}),
     "images elsewhere": (403, spec_of(data="{source: imagefolder, root: ../..}"), {}),
     "a home": (403, spec_of(data="{source: imagefolder, root: ~/}"), {}),
     "a roofline elsewhere": (403, spec_of(devices="{rock: {runtime: profile, file: /proc/self/environ}}"), {}),
     "another store": (403, spec_of(tracking="{uri: 'http://elsewhere:5000'}"), {}),
     "another's registered model": (403, spec_of(tracking="{registered_model: production}"), {}),
     "very many workers": (403, spec_of(cluster="{max_parallel: 100000}"), {}),
+    "very many steps": (403, spec_of(recovery="{steps: 10000000}"), {}),
+    "very large batches": (403, spec_of(recovery="{batch_size: 65536}"), {}),
+    "many workers of one trial": (403, spec_of(recovery="{workers: 100}"), {}),
+    "a trial of 10^15 steps": (422, spec_of(recovery="{steps: 1000000000000000}"), {}),
+    "workers of 90 digits": (422, spec_of(recovery="{workers: " + "9" * 90 + "}"), {}),
+    "workers of 900 digits": (400, spec_of(recovery="{workers: " + "9" * 900 + "}"), {}),
+    "MACs of 90 digits": (422, spec_of(budgets="[{name: half, macs: " + "9" * 90 + "}]"), {}),
+    "very many threads": (403, spec_of(devices="{edge: {threads: 1000}}"), {}),
+    "a resource of Ray's": (422, spec_of(devices="{edge: {resources: {'node:10.0.0.5': 1}}}"), {}),
+    "very many classes": (
+        403, spec_of(model="{source: torchvision, name: resnet18, args: {num_classes: 1000000}}"), {},
+    ),
+    "very many budgets": (
+        403, spec_of(budgets="[" + ", ".join(f"{{name: b{n}, macs: 50%}}" for n in range(21)) + "]"), {},
+    ),
+    "a key with an escape": (422, FREE + '\n"mo\\e[31mdel": 1', {}),
     "another cluster": (403, spec_of(cluster="{address: 'ray://elsewhere:10001'}"), {}),
 }  # fmt: skip
 
@@ -143,6 +159,7 @@ def test_what_must_not_be_submitted_is_refused_with_a_reason(client: TestClient,
     told = answer.json()["error"]
     assert len(told) > 30
     assert "Traceback" not in told
+    assert told.replace("\n", "").isprintable()
     assert client.get("/openapi.json").status_code == 200
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from search.record.changes import SpecChanged, changes, check_unchanged
 from search.spec import SearchSpec, load, parse
 from search.spec.amounts import Amount, drop, latency
 from search.trials import Teacher
+from search.units import Scale
 
 GOOD = """
 name: digits
@@ -71,12 +73,11 @@ budgets:
   - {name: none}
   - {name: zero, macs: 0, device: phone}
 """)
-    assert told.startswith("11 mistakes in the spec")
+    assert told.startswith("10 mistakes in the spec")
     for part in (
         "model.wights: unknown key; did you mean 'weights'?",
         "data.validation: Input should be less than 1, but it is 2",
         "method: unknown key; did you mean 'methods'?",
-        "methods: missing",
         "budgets.0.macs: '50 ms' is not an amount",
         "budgets.1.macs: '150%' is more than the teacher itself",
         "budgets.2.name: 'latest' is reserved",
@@ -125,6 +126,62 @@ budgets:
         ("tracking: {registered_model: a/b}", "tracking.registered_model: 'a/b' is no name for MLflow; write one"),
         ("tracking: {registered_model: 'a:b'}", "'a:b' is no name for MLflow"),
         ("tracking: {registered_model: ''}", "'' is no name for MLflow"),
+        ("devices: {edge: {resources: {'node:10.0.0.5': 1}}}", "devices.edge.resources: 'node:10.0.0.5' is Ray's own"),
+        ("devices: {edge: {resources: {'a b ': 1}}}", "'a b ' is empty, or has white space around it"),
+        (
+            "devices: {edge: {runtime: profile, file: a, threads: 2}}",
+            "devices.edge.threads: runtime 'profile' measures",
+        ),
+        ("model: {source: zoo, name: resnet8, args: {a: 1}}", "model.args: source 'zoo' does not use it, only torchv"),
+        (
+            "model: {source: mlflow, name: 'models:/a/1', weights: a.pt}",
+            "model.weights: source 'mlflow' does not use it",
+        ),
+        ("model: {source: torchvision, name: resnet18, weights: train}", "only source 'zoo' trains its networks"),
+        (
+            "model: {source: torchvision, name: resnet18, args: {num_classes: 1000000000}}",
+            "model.args: num_classes is 1000000000, of 1,000,000 at most",
+        ),
+        (
+            "model: {source: factory, name: 'a:b', args: {a: [!!binary /w==]}}",
+            "model.args: b'\\xff' is a bytes; expect",
+        ),
+        ("data: {source: digits, root: here}", "data.root: source 'digits' does not use it, only imagefolder and fash"),
+        (
+            "data: {source: imagefolder, root: a, name: 'a:b'}",
+            "data.name: source 'imagefolder' does not use it, only f",
+        ),
+        ("data: {source: digits, size: 32}", "data.size: only source 'imagefolder' prepares its pictures; leave it"),
+        (
+            "data: {source: digits, calibration: 1000001}",
+            "data.calibration: Input should be less than or equal to 1000",
+        ),
+        (
+            "recovery: {labels: false, data: {source: digits, validation: 0.2}}",
+            "recovery.data.validation: images to mimic on are not split; leave it out",
+        ),
+        (
+            f"search: {{trials: {'9' * 90}}}",
+            "search.trials: Input should be less than or equal to 100000, but it is 999",
+        ),
+        (f"recovery: {{workers: {'9' * 90}}}", "recovery.workers: Input should be less than or equal to 1024, but it"),
+        (f"data: {{source: digits, seed: {'9' * 90}}}", "data.seed: Input should be less than 9223372036854775808"),
+        ("search: {timeout: 1e300}", "search.timeout: '1e300' is longer than ten years; write at most 87600h"),
+        ("budgets: [{name: a, macs: 1e19}]", "budgets.0.macs: '1e19' is more than any network has; write at most 1e18"),
+        ("budgets: [{name: a, macs: .inf}]", "budgets.0.macs: 'inf' is not an amount"),
+        ("budgets: [{name: a, latency: 86401s}]", "budgets.0.latency: '86401s' is longer than any call takes"),
+        ("budgets: [{name: a, macs: 0.3m}]", "budgets.0.macs: '0.3m' is not an amount; write 0.3M or a plain number"),
+        ("budgets: [{name: a, macs: '300,000'}]", "'300,000' is not an amount; write 300000 or a plain number"),
+        ("budgets: [{name: a, macs: 40kB}]", "'40kB' is not an amount; write 40k or a plain number"),
+        ("budgets: [{name: a, size_bytes: 40K}]", "'40K' is not an amount; write 40k or a plain number"),
+        ("budgets: [{name: a, macs: 60 percent}]", "'60 percent' is not an amount; write 60% or a plain number"),
+        ("cluster: {address: 'head 1:6379'}", "cluster.address: 'head 1:6379' is no address; write auto, or HOST:PO"),
+        ("metric: accuracy", "metric: 'accuracy' is no function; write pkg.mod:fn or ./file.py:fn"),
+        ("model: {source: factory, name: net.py}", "model.name: 'net.py' is no function; write pkg.mod:fn or"),
+        ("data: {source: factory, name: 'a:1'}", "data.name: 'a:1' is no function; write pkg.mod:fn or ./file.py:fn"),
+        ("tracking: {uri: 'http://['}", "tracking.uri: 'http://[' is no address: Invalid IPv6 URL; write http://HOST:"),
+        ("tracking: {studies: ' studies'}", "tracking.studies: ' studies' is empty, or has white space around it"),
+        ("metric: 'a\tb'", "holds U+0009, which cannot be seen; write it without"),
         ("search: {trials: 2}", "too few for 2 methods and the baseline"),
         ("search: {timeout: soon}", "is not a duration"),
         ("recovery: {data: {source: digits}}", "recovery.data: its labels mean nothing to the teacher"),
@@ -139,6 +196,92 @@ budgets:
 def test_single_mistakes(change: str, told: str) -> None:
     document = yaml.safe_load(GOOD) | yaml.safe_load(change)
     assert told in mistakes(yaml.safe_dump(document))
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [("3e5", "300000"), ("3.0e+5", "300000"), ("300_000", "300000"), ("'300_000'", "300000"), (".5G", ".5G")],
+)
+def test_forms_of_one_amount(text: str, limit: str) -> None:
+    assert str(spec(GOOD.replace("macs: 50%", f"macs: {text}")).budgets[0].macs) == limit
+    assert drop(float("0.00002")) == drop("2e-5") == drop("0.002%") == 2e-5
+
+
+@pytest.mark.parametrize(("text", "size"), [("40kB", 40_000), ("40 B", 40), ("0.04MB", 40_000), ("40k", 40_000)])
+def test_bytes_may_be_called_so(text: str, size: int) -> None:
+    limit = spec(GOOD.replace("macs: 50%", f"size_bytes: {text}")).budgets[0].size_bytes
+    assert limit is not None
+    assert limit.of(1) == size
+
+
+def test_a_spec_that_names_no_methods_has_them_all_and_a_chain() -> None:
+    every = ("itpruner", "manidp", "practise", "alds", "practise+alds")
+    assert spec(GOOD.replace("methods: [itpruner, alds]", "").replace("trials: 4", "trials: 6")).methods == every
+    assert "search.trials: 4 is too few for 5 methods" in mistakes(GOOD.replace("methods: [itpruner, alds]", ""))
+
+
+def test_a_metric_has_a_direction_and_a_range() -> None:
+    loss = spec(GOOD + "metric: {function: './a.py:loss', direction: minimize, range: [0, 2.5]}")
+    assert loss.metric.scale == Scale("loss", worst=2.5, best=0)
+    renamed = spec(GOOD + "metric: {function: './a.py:loss', name: CE, direction: minimize, range: [0, 2.5]}")
+    assert renamed.metric.scale.name == "CE"
+    assert loss.decisive() == renamed.decisive()
+    assert spec(GOOD + "metric: 'a:b'").decisive()["metric"] == "a:b"
+    assert spec(GOOD + "metric: {function: 'a:b'}").decisive()["metric"] == "a:b"
+    assert spec().decisive()["metric"] == "top1"
+    assert spec().metric.scale == Scale()
+    for metric, told in {
+        "{function: top1, direction: minimize}": "metric: top1 has a name, a direction and a range of its own",
+        "{function: loss, range: [0, 1]}": "metric: 'loss' is no function",
+        "{function: 'a:b', range: [1, 0]}": "metric.range: expected its lowest and its highest value, two numbers",
+        "{function: 'a:b', range: [0, .inf]}": "metric.range: expected its lowest and its highest value",
+        "{function: 'a:b', direction: min}": "metric.direction: Input should be 'maximize' or 'minimize', but it is",
+        "{functions: 'a:b'}": "metric.functions: unknown key; did you mean 'function'?",
+    }.items():
+        assert told in mistakes(f"{GOOD}metric: {metric}")
+
+
+def bomb(levels: int) -> str:
+    """Lists of nine of the list before, which come to 9 ** `levels` values."""
+    steps = (f"l{n}: &l{n} [{', '.join(9 * [f'*l{n - 1}' if n else 'x'])}]" for n in range(levels))
+    return "\n".join(steps)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"{bomb(12)}\nname: *l11", "it has more than 20,000 parts"),
+        (f"{bomb(12)}\nmethods: *l11", "it has more than 20,000 parts"),
+        ("name: &a [*a]", "line 1 has an alias of what it is in"),
+        ("name: " + 5000 * "[", "is more than 32 levels deep"),
+        ("name: " + 5000 * "[" + 5000 * "]", "is more than 32 levels deep"),
+        ("name: " + 5000 * "{a: ", "is more than 32 levels deep"),
+        (f"name: {'9' * 900}", "line 1 has a number of 900 digits, of 100 at most"),
+        (f"name: 0x{'f' * 9000}", "line 1 has a number of 9,002 digits, of 100 at most"),
+        ("name: \x1b[31mred", "unacceptable character #x001b"),
+    ],
+)
+def test_a_document_that_is_no_spec_is_not_read_to_its_end(text: str, told: str) -> None:
+    assert told in mistakes(text)
+
+
+@pytest.mark.parametrize("sign", [r"\e", r"\0", r"\u202e", r"\u200b", r"\uFEFF", r"\uD800", r"\L"])
+def test_no_sign_of_a_key_or_a_value_is_hidden_or_reaches_the_terminal(sign: str) -> None:
+    for text in (f'"mo{sign}[31mdel": 1', f'metric: "a{sign}[31m:b"'):
+        told = mistakes(f"{GOOD}{text}")
+        assert re.search(r"line 11: U\+[0-9A-F]{4} \(.*\) cannot be seen", told)
+        assert all(one.isprintable() or one == "\n" for one in told)
+
+
+def test_a_comment_hides_nothing_either() -> None:
+    assert "line 11: U+202E (RIGHT-TO-LEFT OVERRIDE) cannot be seen" in mistakes(f"{GOOD}# \u202e of a report")
+    assert spec("\ufeff" + GOOD.replace("\n", "\r\n") + "# \u062a\u200c\u0628").decisive() == spec().decisive()
+
+
+def test_of_very_many_mistakes_the_first_are_listed() -> None:
+    told = mistakes(GOOD + "\n".join(f"key{number}: 1" for number in range(80)))
+    assert told.startswith("80 mistakes")
+    assert told.endswith("  - and 30 more")
 
 
 @pytest.mark.parametrize("gpus", [0, 0.25, 1, 1.0, 2, 3.0])
@@ -253,6 +396,8 @@ def test_what_is_not_a_spec() -> None:
     assert "expected keys such as" in mistakes("- a list")
     with pytest.raises(SpecError, match="check the path"):
         load(Path("nowhere.yaml"))
+    with pytest.raises(SpecError, match="has over 1,000,000 characters"):
+        load(Path("/dev/zero"))
 
 
 def test_what_decides_is_what_not_where() -> None:

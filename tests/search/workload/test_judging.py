@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from methods.training import top1
 from search.base import WorkloadError
+from search.units import TOP1, Scale
 from search.workload.judging import answers, check_metric, warn_of
 from search.workload.usercode import UserMetric
 from tests.support.numbered import numbered
@@ -19,37 +20,71 @@ LABELS = torch.arange(60) % 3
 GOOD = 5 * F.one_hot(LABELS, 3).float() + torch.linspace(-1, 1, 180).reshape(60, 3)
 
 
+def error(logits: Tensor, labels: Tensor) -> float:
+    return 1 - top1(logits, labels)
+
+
+def percentage(logits: Tensor, labels: Tensor) -> float:
+    return 100 * top1(logits, labels)
+
+
+def correlation(logits: Tensor, labels: Tensor) -> float:
+    return 2 * top1(logits, labels) - 1
+
+
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "scale", "told"),
     [
+        (percentage, TOP1, "gave 100 for the teacher, 100 for right answers and 0 for"),
         (
-            lambda logits, labels: 100 * top1(logits, labels),
-            "gave 100 for the teacher, 100 for right answers and 0 for",
+            correlation,
+            TOP1,
+            "for right answers and -1 for wrong ones; expected values from 0 to 1, larger for",
         ),
+        (error, TOP1, "gave 0 for the teacher, 0 for right answers and 1 for wrong"),
         (
-            lambda logits, labels: 1 - top1(logits, labels),
-            "gave 0 for the teacher, 0 for right answers and 1 for wrong",
+            F.cross_entropy,
+            TOP1,
+            "and 10 for wrong ones; expected values from 0 to 1, larger for better answers;",
         ),
-        (F.cross_entropy, "for right answers and 10 for wrong ones; expected a share from 0 to 1 that is larger"),
-        (lambda logits, labels: -F.cross_entropy(logits, labels), "return a fraction in place of a percentage, and"),
+        (F.cross_entropy, Scale("loss", 0, 2), "and metric.direction: minimize of a loss"),
+        (top1, Scale("a", 1, 0), "expected values from 0 to 1, smaller for better answers; give metric.range, such as"),
+        (percentage, Scale("a", 0, 90), "gave 100 for the teacher, 100 for right answers and 0 for wrong ones"),
     ],
 )
-def test_metrics_that_are_no_shares_are_refused(function: Callable[[Tensor, Tensor], float], told: str) -> None:
+def test_metrics_that_leave_their_range_or_fall_are_refused(
+    function: Callable[[Tensor, Tensor], float], scale: Scale, told: str
+) -> None:
     with pytest.raises(WorkloadError) as caught:
-        check_metric(UserMetric("m:f", function), GOOD, LABELS)
+        check_metric(UserMetric("m:f", function, scale, is_clipped=scale != TOP1), GOOD, LABELS)
     assert "the metric m:f gave" in str(caught.value)
     assert told in str(caught.value)
 
 
-def test_shares_are_metrics() -> None:
-    def correlation(logits: Tensor, labels: Tensor) -> float:
-        return 2 * top1(logits, labels) - 1
-
+def test_metrics_in_their_range_are_shares_to_a_search() -> None:
     def needing_all(logits: Tensor, labels: Tensor) -> float:
         raise ValueError("needs every class")
 
-    for function in (top1, correlation, needing_all, lambda logits, labels: 0.25):
+    for function in (top1, needing_all, lambda logits, labels: 0.25):
         check_metric(UserMetric("m:f", function), GOOD, LABELS)
+    half = GOOD.clone()
+    half[:30] = half[:30].roll(1, 1)
+    for function, worst, best in ((percentage, 0, 100), (correlation, -1, 1), (error, 1, 0)):
+        metric = UserMetric("m:f", function, Scale("m", worst, best), is_clipped=True)
+        check_metric(metric, GOOD, LABELS)
+        assert metric(half, LABELS) == 0.5
+    loss = UserMetric("m:f", F.cross_entropy, Scale("loss", 2, 0), is_clipped=True)
+    check_metric(loss, GOOD, LABELS)
+    assert loss(100 * GOOD.roll(1, 1), LABELS) == 0  # as bad as a guess, and no worse
+    assert 0.9 < loss(GOOD, LABELS) < 1
+
+
+def test_a_result_out_of_range_is_refused_at_any_time() -> None:
+    with pytest.raises(WorkloadError, match=r"the metric m:f gave -1; expected a result from 0 to 1; .*metric\.range"):
+        UserMetric("m:f", correlation)(GOOD.roll(1, 1), LABELS)
+    with pytest.raises(WorkloadError, match="the metric m:f gave 100; expected a result from 0 to 90; mend it"):
+        UserMetric("m:f", percentage, Scale("a", 0, 90), is_clipped=True)(GOOD, LABELS)
+    assert UserMetric("m:f", lambda logits, labels: 1 + 1e-9)(GOOD, LABELS) == 1
 
 
 def test_teachers_at_chance_and_of_probabilities_are_told(caplog: pytest.LogCaptureFixture) -> None:
