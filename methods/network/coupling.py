@@ -104,7 +104,31 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
 def _trace(model: nn.Module, example: Tensor) -> Any:
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DependencyGraph().build_dependency(model, (example.clone(),), verbose=False)
+        return _Bounded().build_dependency(model, (example.clone(),), verbose=False)
+
+
+MOST_STEPS = 200_000
+"""Looks at a node while torch-pruning infers channels: the largest of torchvision's networks needs a tenth of them."""
+
+
+class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
+    """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end."""
+
+    steps = 0
+
+    def get_out_channels(self, module_or_node: Any) -> Any:
+        self._count(module_or_node)
+        return super().get_out_channels(module_or_node)
+
+    def get_in_channels(self, module_or_node: Any) -> Any:
+        self._count(module_or_node)
+        return super().get_in_channels(module_or_node)
+
+    def _count(self, node: Any) -> None:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            name = getattr(node, "name", None) or type(node).__name__
+            raise RuntimeError(f"too many ways lead through {name}")
 
 
 def _with_depthwise(model: nn.Module) -> nn.Module:
@@ -121,6 +145,9 @@ def _with_depthwise(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model
+
+
+_PRODUCERS = (nn.Conv2d, nn.Linear)
 
 
 def _is_producer(module: nn.Module) -> bool:
@@ -156,8 +183,10 @@ def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _A
     """Yield all that goes with the outputs of `root`: module, axis, entries of that axis.
 
     Differs: torch-pruning follows every index set that reaches an axis, which grows without bound in windowed
-    attention. Here the first one stays, and another one fixes the group: its channels are not one run.
+    attention. Here the first one stays, and another one fixes the group: its channels are not one run. So does one
+    with more entries than the longest axis of the network, as where two maps are multiplied.
     """
+    longest = max(max(module.weight.shape[:2]) for module in graph.module2node if isinstance(module, _PRODUCERS))
     handler = graph.get_pruner_of_module(root).prune_out_channels
     stack = [(graph.module2node[root], handler, [_Index(channel, channel) for channel in range(draft.width)])]
     seen: dict[tuple[Any, Any], list[_Index]] = {}
@@ -171,11 +200,21 @@ def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _A
         yield node.module, "out" if graph.is_out_channel_pruning_fn(handler) else "in", index
         for dependency in node.dependencies:
             if dependency.is_triggered_by(handler):
-                target = index
-                for mapping in dependency.index_mapping:
-                    target = mapping(target) if mapping else target
-                if target:
+                target = _mapped(index, dependency.index_mapping, longest)
+                if target is None:
+                    draft.fix("its channels are repeated more often than any layer reads")
+                elif target:
                     stack.append((dependency.target, dependency.handler, sorted(set(target))))
+
+
+def _mapped(index: list[_Index], mappings: Sequence[Any], longest: int) -> list[_Index] | None:
+    """Apply mappings to the entries of an axis; None if there are more than `longest` of them then."""
+    for mapping in filter(None, mappings):
+        is_repeating = not getattr(mapping, "reverse", True)
+        if len(index) * (getattr(mapping, "_stride", 1) if is_repeating else 1) > longest:
+            return None
+        index = mapping(index)
+    return index
 
 
 def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, index: list[_Index]) -> None:

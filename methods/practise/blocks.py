@@ -7,7 +7,6 @@ No list of architectures is kept: two independent rules, one on the block's grap
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace, shares_weights
+from methods.network.graph import UNTRACEABLE, graph_of, has_weights, is_addition, passes_on, replace, shares_weights
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """The modules that may take a block's place: the identity, or the activation that the block ends in."""
@@ -74,7 +73,7 @@ def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str
     without = copy.deepcopy(model)
     drop(without, blocks)
     try:
-        without(example)
+        without(example.clone())
     except UNTRACEABLE as error:
         return f"the network does not run without it: {type(error).__name__}: {error}"
     return None
@@ -128,7 +127,7 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
         if name and any(True for _ in module.children()) and has_weights(module)
     )
     with hooked(hooks):
-        model(example)
+        model(example.clone())
     return calls
 
 
@@ -190,10 +189,8 @@ class _Outline(fx.Tracer):
 
 def _adds_its_input(module: nn.Module) -> bool | None:
     """Whether the input reaches the output over additions and weightless children alone; None if untraceable."""
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
-        graph = _Outline().trace(module, concrete_args=defaults or None)
+        graph = graph_of(module, _Outline())
     except UNTRACEABLE:
         return None
     source, *_ = graph.nodes

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from methods.base import ScoreError
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, has_weights, passes_on, replace
+from methods.network.graph import UNTRACEABLE, graph_of, has_weights, passes_on, replace
 from methods.practise.blocks import drop
 from methods.training.objective import classifier_name, last_map, tapped
 
@@ -93,7 +93,7 @@ def _maps(
 
     hooks = (teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names)
     with hooked(hooks), tapped(teacher, tap, classifier_name(teacher)) as features:
-        teacher(images)
+        teacher(images.clone())
     runs = Counter(name for name, *_ in calls)
     return {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}, features[-1]
 
@@ -225,7 +225,7 @@ def add_adaptors(student: nn.Module, dropped: Sequence[str]) -> list[nn.Conv2d |
     convolution for the writer.
     """
     try:
-        graph = fx.Tracer().trace(student)
+        graph = graph_of(student)
     except UNTRACEABLE as error:
         raise ScoreError(
             f"torch.fx cannot trace the network ({type(error).__name__}: {error}), expected a forward without choices "
@@ -322,7 +322,7 @@ def _channel_axis(block: nn.Module, output: Tensor) -> int:
 def _features(reference: Reference, student: nn.Module, images: Tensor) -> Tensor:
     """The student's features, taken where the teacher's were."""
     with tapped(student, reference.tap, classifier_name(reference.teacher)) as seen:
-        student(images)
+        student(images.clone())
     return seen[-1]
 
 
