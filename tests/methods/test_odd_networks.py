@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,17 @@ from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, ScoreError
 from methods.network import count_macs, count_params, profile
 from methods.protocol import Method, defaults
+from methods.training import Recipe
+from search.workload.samples import Arrays
 from tests.support.odd_networks import ODD, seeded
 
 NO_BLOCK = "no module of the network keeps the shape"
 REFUSED = {
-    ("practise", "keyword"): NO_BLOCK,
-    ("practise", "flipped"): NO_BLOCK,
-    ("practise", "attentive"): NO_BLOCK,
-    ("practise", "tied"): NO_BLOCK,
+    **{("practise", network): NO_BLOCK for network in ODD if network != "coupled"},
     ("manidp", "flipped"): "inner: it runs on several maps of an image",
     ("manidp", "attentive"): "manidp gates ungrouped convolutions",
+    ("manidp", "subclassed"): "inner: it is a Squashed, a subclass that is traced through",
+    ("alds", "subclassed"): "3 layers are kept whole .*inner: it is a Squashed, a subclass",
 }
 """The refusals that are right, and a part of each message; every other pair meets its budget."""
 
@@ -41,6 +43,22 @@ def test_a_budget_is_met_as_counted_or_refused_with_a_reason(method: str, networ
     assert (count_macs(student, images), count_params(student)) == (plan.macs, plan.params)
     assert student(images.clone()).isfinite().all()
     assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("method", ["uniform", "itpruner", "alds", "manidp"])
+def test_frozen_parameters_stay_frozen(method: str) -> None:
+    teacher, images = seeded(ODD["numbered"]), torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    plan = planned(METHODS[method], teacher, images)
+    assert isinstance(plan, Plan)
+    student = METHODS[method].apply(teacher, plan, images)
+    frozen = {name: value.clone() for name, value in student.named_parameters() if not value.requires_grad}
+    assert sum("inner" in name for name in frozen) == sum("inner" in name for name, _ in student.named_parameters()) > 0
+    assert all("inner" in name or "order" in name for name in frozen)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    data = Arrays(images.numpy(), np.arange(16) % 10)
+    assert list(METHODS[method].recover(student, teacher, data, Recipe(2, batch_size=8), seed=0)) == [2]
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == before.keys() - frozen.keys()
 
 
 def planned(method: Method, teacher: nn.Module, images: Tensor) -> Plan | str:
