@@ -75,10 +75,12 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
     """Draft one group per set of channels, in the order of its first producing layer."""
     traced = _with_depthwise(model)
     names = {module: name for name, module in traced.named_modules()}
+    graph = _Bounded()
     try:
-        graph = _trace(traced, example)
+        _trace(graph, traced, example)
     except FAILURES as error:
-        reason = f"torch-pruning cannot trace this network ({type(error).__name__}: {error})"
+        behind = f" behind {names[graph.latest]}" if graph.latest in names else ""
+        reason = f"torch-pruning cannot follow the channels{behind} ({_fault(error)})"
         return [_Draft(name, m.weight.shape[0], fixed=reason) for m, name in names.items() if _is_producer(m)]
     owners: dict[tuple[str, str, int], _Draft] = {}
     drafts = []
@@ -101,20 +103,31 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
     return drafts
 
 
-def _trace(model: nn.Module, example: Tensor) -> Any:
+def _trace(graph: _Bounded, model: nn.Module, example: Tensor) -> None:
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Bounded().build_dependency(model, (example.clone(),), verbose=False)
+        graph.build_dependency(model, (example.clone(),), verbose=False)
 
 
-MOST_STEPS = 200_000
-"""Looks at a node while torch-pruning infers channels: the largest of torchvision's networks needs a tenth of them."""
+def _fault(error: Exception) -> str:
+    """Say what ended torch-pruning's walk."""
+    if isinstance(error, ZeroDivisionError):
+        return "it counts 0 of them at a step that takes maps apart or shuffles channels"
+    return f"{type(error).__name__}: {error}"
+
+
+MOST_STEPS = 100_000
+"""Looks at a node while torch-pruning infers channels; a DenseNet-121 needs 800 of them."""
 
 
 class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
-    """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end."""
+    """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end.
+
+    `latest` is the layer that was looked at last.
+    """
 
     steps = 0
+    latest: Any = None
 
     def get_out_channels(self, module_or_node: Any) -> Any:
         self._count(module_or_node)
@@ -126,9 +139,10 @@ class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
 
     def _count(self, node: Any) -> None:
         self.steps += 1
+        module = getattr(node, "module", node)
+        self.latest = module if _is_layer(module) else self.latest
         if self.steps > MOST_STEPS:
-            name = getattr(node, "name", None) or type(node).__name__
-            raise RuntimeError(f"too many ways lead through {name}")
+            raise RuntimeError("the ways between its layers multiply")
 
 
 def _with_depthwise(model: nn.Module) -> nn.Module:
@@ -148,6 +162,10 @@ def _with_depthwise(model: nn.Module) -> nn.Module:
 
 
 _PRODUCERS = (nn.Conv2d, nn.Linear)
+
+
+def _is_layer(module: object) -> bool:
+    return isinstance(module, (*_PRODUCERS, *PER_CHANNEL))
 
 
 def _is_producer(module: nn.Module) -> bool:

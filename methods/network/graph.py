@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import fx, nn
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
 """Errors of torch.fx where a forward depends on its input's values, or does more than a proxy can."""
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` where their names are in `model` until the block ends: quicker than a copy of the model.
+
+    Raises:
+        ValueError: the model has no module of some name.
+    """
+    before: dict[str, nn.Module] = {}
+    try:
+        for name, module in modules.items():
+            before[name] = replace(model, name, module)
+        yield
+    finally:
+        for name, module in reversed(before.items()):
+            replace(model, name, module)
 
 
 def graph_of(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.Graph:
@@ -50,20 +69,21 @@ _ADDITIONS = {"add", "add_", "iadd"}
 _ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is in `model`.
+def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` where `name` is in `model`, and return what was there.
 
     Raises:
         ValueError: the model has no module of that name.
     """
     parent, _, attribute = name.rpartition(".")
     try:
-        model.get_submodule(name)
+        before = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"there is no module {name!r} in the network, expected one of its own; take names from removable_blocks"
         ) from None
     setattr(model.get_submodule(parent), attribute, module)
+    return before
 
 
 def passes_on(node: fx.Node) -> bool:

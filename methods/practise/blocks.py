@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, graph_of, has_weights, is_addition, passes_on, replace, shares_weights
+from methods.network.graph import (
+    UNTRACEABLE,
+    graph_of,
+    has_weights,
+    is_addition,
+    passes_on,
+    replace,
+    replaced,
+    shares_weights,
+)
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """The modules that may take a block's place: the identity, or the activation that the block ends in."""
@@ -70,10 +79,9 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
 def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str | None:
     """Say why the network does not run without `blocks`: it may read more of them than their output."""
-    without = copy.deepcopy(model)
-    drop(without, blocks)
     try:
-        without(example.clone())
+        with replaced(model, closings(blocks)):
+            model(example.clone())
     except UNTRACEABLE as error:
         return f"the network does not run without it: {type(error).__name__}: {error}"
     return None
@@ -100,8 +108,13 @@ def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
     Raises:
         ValueError: the model has no module of that name.
     """
-    for name, closing in blocks.items():
-        replace(model, name, CLOSINGS[closing]())
+    for name, module in closings(blocks).items():
+        replace(model, name, module)
+
+
+def closings(blocks: Mapping[str, str]) -> dict[str, nn.Module]:
+    """Build the modules that take the place of `blocks`, named as in `Blocks.removable`."""
+    return {name: CLOSINGS[closing]() for name, closing in blocks.items()}
 
 
 _Verdict: TypeAlias = tuple[str | None, str]

@@ -30,8 +30,8 @@ from methods.protocol import collected, defaults, recover_student, settle_norms
 BUNDLE = 12
 """Recoverabilities in a shard: each shard passes the images through the teacher once, for all of them."""
 
-MOST_PAIRS = 48
-"""Pairs of blocks that are measured, each by about a pass of the calibration images; up to ten blocks that is all."""
+MOST_PAIRS = 36
+"""Pairs of blocks that are measured, each by about a pass of the calibration images; up to nine blocks that is all."""
 
 MOST_IN_PAIRS = 60
 """With more removable blocks than this, no pair is measured: the choice of blocks would take too long."""

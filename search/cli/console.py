@@ -218,8 +218,8 @@ def show_preflight(found: Preflight) -> None:
 def _show_layers(layers: Sequence[LayerReach]) -> None:
     """Print, for every layer, the methods that may change it, and why the others leave it as it is."""
     table = Table(title="layers, and the methods that may change them", title_justify="left", box=_rules(), leading=1)
-    for heading in ("layer", "weight", "MACs", "may be changed by", "stays as it is"):
-        table.add_column(heading, justify="right" if heading == "MACs" else "left", overflow="fold")
+    for heading in ("layer", "may be changed by", "stays as it is"):
+        table.add_column(heading, overflow="fold")
     for one in layers:
         able = [method for method, reason in one.reasons.items() if reason is None]
         by_reason: dict[str, list[str]] = {}
@@ -227,8 +227,7 @@ def _show_layers(layers: Sequence[LayerReach]) -> None:
             if reason is not None:
                 by_reason.setdefault(reason, []).append(method)
         reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
-        shape = " x ".join(map(str, one.shape))
-        table.add_row(escape(one.layer), shape, count(one.macs), ", ".join(able) or "none", escape(reasons))
+        table.add_row(escape(one.layer), ", ".join(able) or "none", escape(reasons))
     out.print(table)
 
 

@@ -127,13 +127,21 @@ class Bilinear(nn.Module):
 
 
 class Shuffled(Straight):
-    """Shuffles its channels as ShuffleNet does."""
+    """Works on half of its channels and shuffles them, twice, as ShuffleNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.inner(F.relu(self.stem(x))))
-        images, height, width = x.shape[0], x.shape[2], x.shape[3]
-        x = x.view(images, 2, 12, height, width).transpose(1, 2).reshape(images, 24, height, width)
-        return self.classified(F.relu(self.outer(x)))
+        x = F.relu(self.stem(x))
+        for layer in (self.inner, self.outer):
+            left, right = x.chunk(2, dim=1)
+            both = torch.cat([left, F.relu(layer(right))], dim=1)
+            images, height, width = both.shape[0], both.shape[2], both.shape[3]
+            x = both.view(images, 2, 8, height, width).transpose(1, 2).contiguous().view(images, 16, height, width)
+        return self.classified(F.relu(self.last(x)))
 
 
 class Squashed(nn.Conv2d):

@@ -58,8 +58,12 @@ def test_what_gates_and_chains_can_reach(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.explained is not None
     reasons = {one.layer: one.reasons for one in found.explained}
     assert len(reasons) == found.layers
-    assert {tuple(one) for one in reasons.values()} == {("manidp", "practise", "alds")}
-    assert reasons["stem"] == {}
+    assert {tuple(one) for one in reasons.values()} == {("manidp", "practise", "alds", "uniform")}
+    assert reasons["0"] | {"practise": ""} == {
+        "manidp": "it is the stem", "practise": "", "alds": None, "uniform": None,
+    }  # fmt: skip
+    assert found.explained[-1].reasons["manidp"] == "it is no convolution"
+    assert [one.layer for one in found.explained if one.reasons["practise"] is None][:2] == ["3.0.conv1", "3.0.conv2"]
 
 
 FRAGILE = """
