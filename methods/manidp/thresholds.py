@@ -21,6 +21,9 @@ PASSES = 24
 CLOSE = 5e-3
 """Relative error of the remain rate's MACs that is left to the last gate, and the largest shortfall in the end."""
 
+WIDE = 2e-2
+"""The error that is left to the last gate in the second half of the passes."""
+
 TOLERANCE = 1e-3
 """Relative shortfall with which a network is left as it is, and which the first half of the passes aims at."""
 
@@ -61,7 +64,7 @@ def approach(student: Gated, images: Tensor, target: int, set_to: Callable[[floa
         set_to(rate, found)
         found = saliencies(student, images)
         spent = _spent(student, found)
-        if abs(spent - target) <= CLOSE * target:
+        if abs(spent - target) <= (CLOSE if attempt < PASSES // 2 else WIDE) * target:
             student.masks[-1].threshold.copy_(_last_threshold(student, found, target))
         shortfall = TOLERANCE if attempt < PASSES // 2 else CLOSE
         reached = _spent(student, found)
