@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import cast
 
 import numpy as np
 import pytest
@@ -72,3 +73,22 @@ def planned(method: Method, teacher: nn.Module, images: Tensor) -> Plan | str:
         return method.allocate(scores, found, Budget("90%", macs=int(0.9 * found.macs)), defaults(method))
     except (Infeasible, ScoreError) as error:
         return str(error)
+
+
+class Random(nn.Module):
+    """Drops values in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(nn.functional.dropout(self.body(x).mean((2, 3)), 0.5)))
+
+
+def test_a_network_that_differs_from_call_to_call_is_refused_for_that() -> None:
+    images = torch.rand(16, 3, 16, 16)
+    for method, told in (("uniform", "answers the same image differently"), ("manidp", "answers the same images diff")):
+        plan = planned(METHODS[method], seeded(Random), images)
+        assert told in str(plan)
