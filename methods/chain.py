@@ -109,6 +109,11 @@ class Chain:
 AnyMethod: TypeAlias = Method | Chain
 
 
+def links_of(method: AnyMethod) -> tuple[Method, ...]:
+    """Return the links of a chain, or the method itself."""
+    return method.links if isinstance(method, Chain) else (method,)
+
+
 def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
     """Plan a method or a chain for a budget.
 

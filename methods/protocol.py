@@ -1,4 +1,4 @@
-"""The eight verbs of a compression method, and the parts that several methods share.
+"""The nine verbs of a compression method, and the parts that several methods share.
 
 A method is a map-reduce (`shards`, `score`, `merge`), an allocation in plain numbers (`allocate`), a surgery (`apply`,
 then `settle`) and a training loop (`recover`). Scores never see a budget, so one scoring pass serves every budget.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """Eight verbs around one frozen dataclass; `METHODS` lists the implementations."""
+    """Nine verbs around one frozen dataclass; `METHODS` lists the implementations."""
 
     is_last: ClassVar[bool]
     """Whether no link of a chain may follow: the cost of this method's student depends on the input."""
@@ -48,6 +48,10 @@ class Method(Protocol):
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
         """Join all partial scores, bit for bit the same for any order of `partials`."""
+        ...
+
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """Return, by layer, why this method leaves it as it is; layers that it may change are not named."""
         ...
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:

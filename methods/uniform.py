@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile
 from methods.network.cut import cut
-from methods.network.widths import from_choices, levels, to_choices, width_costs, widths_out_of_reach
+from methods.network.widths import from_choices, levels, to_choices, uncut, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 
@@ -49,6 +49,10 @@ class Uniform:
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
         """Return no scores."""
         return {}
+
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """The layers whose channel groups are all fixed, with the reasons."""
+        return uncut(profile)
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """Plan the largest remain rate at which the network fits every limit of `budget`.

@@ -180,8 +180,21 @@ class BudgetReach:
 
 
 @dataclass(frozen=True)
+class LayerReach:
+    """One layer, and per method that can handle the network None or why it leaves the layer as it is."""
+
+    layer: str
+    shape: tuple[int, ...]
+    macs: int
+    reasons: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
 class Preflight:
-    """The answer of `paredown check`. `minutes` is an estimate for as many workers as this machine has cores."""
+    """The answer of `paredown check`. `minutes` is an estimate for as many workers as this machine has cores.
+
+    `explained` has a row per layer, if it was asked for.
+    """
 
     name: str
     macs: int
@@ -190,8 +203,10 @@ class Preflight:
     methods: tuple[MethodReach, ...]
     budgets: tuple[BudgetReach, ...]
     minutes: float
+    explained: tuple[LayerReach, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         reachable = [{**asdict(budget), "is_reachable": budget.is_reachable} for budget in self.budgets]
-        return asdict(self) | {"budgets": reachable}
+        found = asdict(self) | {"budgets": reachable}
+        return found if self.explained is not None else {key: found[key] for key in found if key != "explained"}

@@ -155,6 +155,18 @@ class ALDS:
         expected = [_key(*task) for task, _ in self._tasks(profile)] + [_key(*task, "fitted") for task in fitted]
         return collected(partials, lambda _: expected)
 
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """The layers that are not eligible, or for which no decomposition is smaller."""
+        table = self._table(scores, profile, Budget("whole"), defaults(self))
+        options = {layer.name: len(found) for layer, found in table.items()}
+
+        def reason(layer: Layer) -> str:
+            if layer.name in options:
+                return "no decomposition of it is smaller"
+            return "skip names it" if layer.name in self.skip else layer.whole or "it is depthwise"
+
+        return {layer.name: reason(layer) for layer in profile.layers if options.get(layer.name, 1) == 1}
+
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The plan of the least error within every limit of the budget; no layer's replacement costs more than it does.
 

@@ -221,6 +221,8 @@ def paired(layer: nn.Module, left: Tensor, right: Tensor, *, scheme: int) -> nn.
     """
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     pair = _conv_pair(layer, left, right, scheme) if isinstance(layer, nn.Conv2d) else _linear_pair(layer, left, right)
+    for name, parameter in pair.named_parameters():  # the parts of a frozen layer stay frozen
+        parameter.requires_grad_(layer.get_parameter(name.rpartition(".")[2]).requires_grad)
     return pair.train(layer.training)
 
 

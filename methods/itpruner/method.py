@@ -24,7 +24,7 @@ from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
 from methods.network import ChannelGroup, Profile
 from methods.network.cut import CRITERIA, cut
-from methods.network.widths import WidthCost, from_choices, levels, to_choices, width_costs, widths_out_of_reach
+from methods.network.widths import WidthCost, from_choices, levels, to_choices, uncut, width_costs, widths_out_of_reach
 from methods.protocol import recover_student, settle_norms
 
 _log = logging.getLogger(__name__)
@@ -136,6 +136,10 @@ class ITPruner:
         for name in _dead(scores, profile):
             _log.warning("channel group %r does not vary on the calibration set: taken as the most redundant", name)
         return scores
+
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """The layers whose channel groups are all fixed, with the reasons."""
+        return uncut(profile)
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The best plan within every limit, out of one path of candidates for all budgets (see `build_path`).

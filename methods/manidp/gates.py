@@ -192,7 +192,7 @@ def saliencies(student: Gated, images: Tensor, batch_size: int = 128) -> list[Te
     batches: list[list[Tensor]] = []
     with mask_inputs(student) as found:
         for batch in torch.tensor_split(images, -(-len(images) // batch_size)):
-            student(batch.to(device))
+            student(batch.to(device, copy=True))
             batches.append([found[gate][1] for gate in range(len(student.masks))])
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from methods.base import Budget, Knob, KnobValue, Plan, Range, Scores, Shard, Unsupported
 from methods.manidp.gates import Gated, gated
 from methods.manidp.objective import GatedObjective
+from methods.manidp.settling import quieten, settle
 from methods.manidp.sites import (
     NARROWEST,
     Site,
@@ -31,8 +32,8 @@ from methods.manidp.sites import (
     trace,
     widths,
 )
-from methods.manidp.thresholds import calibrate, least_macs
-from methods.network import Profile, count_params
+from methods.manidp.thresholds import least_macs
+from methods.network import Layer, Profile, count_params
 from methods.network.reach import out_of_reach
 from methods.protocol import collected, defaults
 from methods.training import Recipe, Samples, recalibrate, recover, train
@@ -102,13 +103,9 @@ class ManiDP:
         example = calibration[:2]
         try:
             network = trace(teacher)
-            with torch.no_grad():
-                if not torch.allclose(network(example), teacher(example), rtol=1e-4, atol=1e-5):
-                    raise Unsupported(
-                        "the traced network gives other outputs, expected the same; its forward depends on values: "
-                        "rewrite it, or use a method that does not gate"
-                    )
+            _check_trace(network, teacher, example)
             sites, skipped = find_sites(network, example, self.squeeze)
+            skipped |= _unseen(teacher, {*skipped, *(site.conv for site in sites)})
         except Unsupported as error:
             return to_columns(()) | _texts(refusal=[str(error)], skipped=[]) | {"params": np.array([0])}
         return (
@@ -125,6 +122,17 @@ class ManiDP:
         """
         columns = tuple(to_columns(()))
         return collected(partials, lambda _: (*columns, "refusal", "skipped", "params"))
+
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """The layers whose outputs no mask covers, with the reasons."""
+        gated = set(scores["conv"].tolist())
+        skipped = dict(line.split(": ", 1) for line in scores["skipped"].tolist())
+        refusal = "".join(scores["refusal"].tolist())
+
+        def reason(layer: Layer) -> str:
+            return refusal or skipped.get(layer.name, "it is no convolution" if layer.kind == "linear" else _UNSEEN)
+
+        return {layer.name: reason(layer) for layer in profile.layers if layer.name not in gated}
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """All gates, with the budget's MACs as the target of the expected MACs, or no gate where the teacher fits.
@@ -162,20 +170,23 @@ class ManiDP:
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """The teacher with fresh gates that keep every channel, or a plain copy where the plan has no gates.
 
+        With images, the gates' saliencies are brought closer to 1, see `settling.quieten`.
+
         Raises:
             Unsupported: the teacher cannot be traced.
         """
         if plan.macs_expected is None:
             return copy.deepcopy(teacher)
         sites = from_columns(plan.choices["sites"])
-        return gated(teacher, sites, plan.choices["ungated_macs"], seed=SEED, plan=plan)
+        student = gated(teacher, sites, plan.choices["ungated_macs"], seed=SEED, plan=plan)
+        if calibration is not None:
+            quieten(student, calibration)
+        return student
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Calibrate thresholds to the plan's expected MACs on `calibration`, then the norms, then thresholds again."""
+        """Calibrate thresholds and norms together to the plan's expected MACs on `calibration`, see `settling`."""
         if isinstance(student, Gated) and plan.macs_expected is not None:
-            calibrate(student, calibration, plan.macs_expected)
-            recalibrate(student, calibration)
-            calibrate(student, calibration, plan.macs_expected)
+            settle(student, calibration, plan.macs_expected)
         else:
             recalibrate(student, calibration)
 
@@ -194,6 +205,38 @@ class ManiDP:
         for step in train(student, data, recipe, seed, teacher, objective=objective, undecayed=undecayed):
             with objective.at_the_final_rate():
                 yield step
+
+
+@torch.no_grad()
+def _check_trace(network: nn.Module, teacher: nn.Module, example: Tensor) -> None:
+    """Refuse a traced network that is not the teacher."""
+    expected, again, found = (one(example.clone()) for one in (teacher, teacher, network))
+    if not _is_close(expected, again):
+        raise Unsupported(
+            "the network answers the same images differently from call to call, so its trace cannot be proved; look "
+            "in its forward for randomness, or use a method that does not gate"
+        )
+    if not _is_close(expected, found):
+        raise Unsupported(
+            "the traced network gives other outputs, expected the same; its forward depends on values: "
+            "rewrite it, or use a method that does not gate"
+        )
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+_UNSEEN = "the traced forward does not call it"
+
+
+def _unseen(teacher: nn.Module, seen: set[str]) -> dict[str, str]:
+    """Say why the convolutions besides those `seen` are no calls of the traced network."""
+    others = {name: one for name, one in teacher.named_modules() if isinstance(one, nn.Conv2d) and name not in seen}
+    return {
+        name: _UNSEEN if type(one) is nn.Conv2d else f"it is a {type(one).__name__}, a subclass that is traced through"
+        for name, one in others.items()
+    }
 
 
 def _check(budget: Budget, least: Mapping[str, int], profile: Profile, why: Mapping[str, str]) -> None:

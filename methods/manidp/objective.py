@@ -72,7 +72,7 @@ class GatedObjective:
         target = None
         if self.recipe.distill > 0 or not self.recipe.labels:
             with torch.no_grad():
-                target = joined(self.teacher(images), count)
+                target = joined(self.teacher(images.clone()), count)
         with mask_inputs(self.student) as found:
             output = joined(self.student(images), count)
         losses = instance_losses(output, labels, target, self.recipe)

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from methods.base import Unsupported
-from methods.network.graph import UNTRACEABLE
+from methods.network.graph import UNTRACEABLE, graph_of
 
 NARROWEST = 8
 """Fewest channels a gate reads or decides about."""
@@ -105,7 +105,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         Unsupported: torch.fx cannot trace the model; the message says why.
     """
     try:
-        return fx.symbolic_trace(copy.deepcopy(model).eval())
+        model = copy.deepcopy(model).eval()
+        return fx.GraphModule(model, graph_of(model), type(model).__name__)
     except UNTRACEABLE as error:
         reason = (str(error).splitlines() or [""])[0]
         raise Unsupported(
@@ -123,7 +124,7 @@ def find_sites(network: fx.GraphModule, example: Tensor, squeeze: int) -> tuple[
     Differs: any convolution of any traced network may have one; the rules for those that may not are in `_obstacle`.
     """
     with torch.no_grad():
-        ShapeProp(network).propagate(example)
+        ShapeProp(network).propagate(example.clone())
     modules = dict(network.named_modules())
     finder = _Finder(network.graph, modules, squeeze)
     for node in network.graph.nodes:

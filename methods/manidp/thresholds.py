@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ PASSES = 24
 
 CLOSE = 5e-3
 """Relative error of the remain rate's MACs that is left to the last gate, and the largest shortfall in the end."""
+
+WIDE = 2e-2
+"""The error that is left to the last gate in the second half of the passes."""
 
 TOLERANCE = 1e-3
 """Relative shortfall with which a network is left as it is, and which the first half of the passes aims at."""
@@ -38,30 +41,43 @@ def calibrate(student: Gated, images: Tensor, target: int) -> None:
     found = saliencies(student, images)
     if _meets(_spent(student, found), target, TOLERANCE):
         return
+    spent = approach(student, images, target, lambda rate, found: set_quantiles(student, found, rate))
+    if not _meets(spent, target, CLOSE):
+        _log.warning(
+            "the thresholds give %.0f expected MACs after %d passes, expected %d; calibrate on more images",
+            spent,
+            PASSES,
+            target,
+        )
+
+
+def approach(student: Gated, images: Tensor, target: int, set_to: Callable[[float, Sequence[Tensor]], None]) -> float:
+    """Search the remain rate as `calibrate` says; return the mean MACs that are reached, or the most below `target`.
+
+    `set_to` sets thresholds, and whatever goes with them, to a rate, given the saliencies of the last pass.
+    """
+    found = saliencies(student, images)
     least, aim = least_macs(student.sites, student.fixed_macs), float(target)
-    closest, kept = float(least), [torch.full_like(mask.threshold, CLAMP + 1) for mask in student.masks]
+    closest, kept = float(least), list[Tensor]()
     for attempt in range(PASSES):
         rate = uniform_rate(student.sites, student.fixed_macs, aim)
-        set_quantiles(student, found, rate)
+        set_to(rate, found)
         found = saliencies(student, images)
         spent = _spent(student, found)
-        if abs(spent - target) <= CLOSE * target:
+        if abs(spent - target) <= (CLOSE if attempt < PASSES // 2 else WIDE) * target:
             student.masks[-1].threshold.copy_(_last_threshold(student, found, target))
         shortfall = TOLERANCE if attempt < PASSES // 2 else CLOSE
         reached = _spent(student, found)
         if _meets(reached, target, shortfall) or (rate == 1 and spent < target):
-            return
+            return reached
         if closest < reached <= target:
-            closest, kept = reached, [mask.threshold.clone() for mask in student.masks]
+            closest, kept = reached, [buffer.clone() for buffer in student.buffers()]
         aim = least + (aim - least) * ((target - least) / max(1.0, spent - least)) ** ((attempt + 2) ** -0.5)
-    for mask, threshold in zip(student.masks, kept, strict=True):
-        mask.threshold.copy_(threshold)
-    _log.warning(
-        "the thresholds give %.0f expected MACs after %d passes, expected %d; calibrate on more images",
-        closest,
-        PASSES,
-        target,
-    )
+    for buffer, value in zip(student.buffers(), kept, strict=False):
+        buffer.copy_(value)
+    for mask in () if kept else student.masks:
+        mask.threshold.fill_(CLAMP + 1)
+    return closest
 
 
 def set_quantiles(student: Gated, found: Sequence[Tensor], rate: float) -> None:

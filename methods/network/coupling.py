@@ -75,10 +75,12 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
     """Draft one group per set of channels, in the order of its first producing layer."""
     traced = _with_depthwise(model)
     names = {module: name for name, module in traced.named_modules()}
+    graph = _Bounded()
     try:
-        graph = _trace(traced, example)
+        _trace(graph, traced, example)
     except FAILURES as error:
-        reason = f"torch-pruning cannot trace this network ({type(error).__name__}: {error})"
+        behind = f" behind {names[graph.latest]}" if graph.latest in names else ""
+        reason = f"torch-pruning cannot follow the channels{behind} ({_fault(error)})"
         return [_Draft(name, m.weight.shape[0], fixed=reason) for m, name in names.items() if _is_producer(m)]
     owners: dict[tuple[str, str, int], _Draft] = {}
     drafts = []
@@ -101,10 +103,46 @@ def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
     return drafts
 
 
-def _trace(model: nn.Module, example: Tensor) -> Any:
+def _trace(graph: _Bounded, model: nn.Module, example: Tensor) -> None:
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DependencyGraph().build_dependency(model, (example.clone(),), verbose=False)
+        graph.build_dependency(model, (example.clone(),), verbose=False)
+
+
+def _fault(error: Exception) -> str:
+    """Say what ended torch-pruning's walk."""
+    if isinstance(error, ZeroDivisionError):
+        return "it counts 0 of them at a step that takes maps apart or shuffles channels"
+    return f"{type(error).__name__}: {error}"
+
+
+MOST_STEPS = 100_000
+"""Looks at a node while torch-pruning infers channels; a DenseNet-121 needs 800 of them."""
+
+
+class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
+    """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end.
+
+    `latest` is the layer that was looked at last.
+    """
+
+    steps = 0
+    latest: Any = None
+
+    def get_out_channels(self, module_or_node: Any) -> Any:
+        self._count(module_or_node)
+        return super().get_out_channels(module_or_node)
+
+    def get_in_channels(self, module_or_node: Any) -> Any:
+        self._count(module_or_node)
+        return super().get_in_channels(module_or_node)
+
+    def _count(self, node: Any) -> None:
+        self.steps += 1
+        module = getattr(node, "module", node)
+        self.latest = module if _is_layer(module) else self.latest
+        if self.steps > MOST_STEPS:
+            raise RuntimeError("the ways between its layers multiply")
 
 
 def _with_depthwise(model: nn.Module) -> nn.Module:
@@ -121,6 +159,13 @@ def _with_depthwise(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model
+
+
+_PRODUCERS = (nn.Conv2d, nn.Linear)
+
+
+def _is_layer(module: object) -> bool:
+    return isinstance(module, (*_PRODUCERS, *PER_CHANNEL))
 
 
 def _is_producer(module: nn.Module) -> bool:
@@ -156,8 +201,10 @@ def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _A
     """Yield all that goes with the outputs of `root`: module, axis, entries of that axis.
 
     Differs: torch-pruning follows every index set that reaches an axis, which grows without bound in windowed
-    attention. Here the first one stays, and another one fixes the group: its channels are not one run.
+    attention. Here the first one stays, and another one fixes the group: its channels are not one run. So does one
+    with more entries than the longest axis of the network, as where two maps are multiplied.
     """
+    longest = max(max(module.weight.shape[:2]) for module in graph.module2node if isinstance(module, _PRODUCERS))
     handler = graph.get_pruner_of_module(root).prune_out_channels
     stack = [(graph.module2node[root], handler, [_Index(channel, channel) for channel in range(draft.width)])]
     seen: dict[tuple[Any, Any], list[_Index]] = {}
@@ -171,11 +218,21 @@ def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _A
         yield node.module, "out" if graph.is_out_channel_pruning_fn(handler) else "in", index
         for dependency in node.dependencies:
             if dependency.is_triggered_by(handler):
-                target = index
-                for mapping in dependency.index_mapping:
-                    target = mapping(target) if mapping else target
-                if target:
+                target = _mapped(index, dependency.index_mapping, longest)
+                if target is None:
+                    draft.fix("its channels are repeated more often than any layer reads")
+                elif target:
                     stack.append((dependency.target, dependency.handler, sorted(set(target))))
+
+
+def _mapped(index: list[_Index], mappings: Sequence[Any], longest: int) -> list[_Index] | None:
+    """Apply mappings to the entries of an axis; None if there are more than `longest` of them then."""
+    for mapping in filter(None, mappings):
+        is_repeating = not getattr(mapping, "reverse", True)
+        if len(index) * (getattr(mapping, "_stride", 1) if is_repeating else 1) > longest:
+            return None
+        index = mapping(index)
+    return index
 
 
 def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, index: list[_Index]) -> None:

@@ -2,29 +2,88 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from torch import fx, nn
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, AssertionError)
 """Errors of torch.fx where a forward depends on its input's values, or does more than a proxy can."""
 
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` where their names are in `model` until the block ends: quicker than a copy of the model.
+
+    Raises:
+        ValueError: the model has no module of some name.
+    """
+    before: dict[str, nn.Module] = {}
+    try:
+        for name, module in modules.items():
+            before[name] = replace(model, name, module)
+        yield
+    finally:
+        for name, module in reversed(before.items()):
+            replace(model, name, module)
+
+
+def graph_of(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.Graph:
+    """Trace `model` called with its images alone; all other arguments of its forward have their defaults.
+
+    So `targets=None` takes the branch that a network takes in use, and the graph has one input.
+
+    Raises:
+        UNTRACEABLE: torch.fx cannot trace the model.
+
+    >>> class Choosing(nn.Module):
+    ...     def forward(self, x, targets=None, scale=2.0):
+    ...         return x * scale if targets is None else targets
+    >>> [node.name for node in graph_of(Choosing()).nodes]
+    ['x', 'mul', 'output']
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    defaults = {one.name: one.default for one in parameters[1:] if one.default is not inspect.Parameter.empty}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults that the graph could not check
+        graph = (tracer or fx.Tracer()).trace(model, concrete_args=defaults or None)
+    if defaults:
+        _forget_defaults(graph)
+    return graph
+
+
+def _forget_defaults(graph: fx.Graph) -> None:
+    """Take the inputs for defaults out of a graph, with the checks that they are what they were."""
+    _, *rest = [node for node in graph.nodes if node.op == "placeholder"]
+    checks = {user: None for node in rest for user in node.users}
+    for check in [*checks]:
+        checks.update(dict.fromkeys(check.users))
+    for node in [*reversed(checks), *rest]:
+        graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+
+
 _ADDITIONS = {"add", "add_", "iadd"}
 _ACTIVATIONS = {"relu", "relu_", "relu6", "dropout", "stochastic_depth"}
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is in `model`.
+def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put `module` where `name` is in `model`, and return what was there.
 
     Raises:
         ValueError: the model has no module of that name.
     """
     parent, _, attribute = name.rpartition(".")
     try:
-        model.get_submodule(name)
+        before = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"there is no module {name!r} in the network, expected one of its own; take names from removable_blocks"
         ) from None
     setattr(model.get_submodule(parent), attribute, module)
+    return before
 
 
 def passes_on(node: fx.Node) -> bool:

@@ -22,12 +22,16 @@ from methods.network.groups import ChannelGroup
 from methods.network.rows import Profile
 from methods.network.widths import WidthCost, width_costs
 
+MOST_PER_GROUP, MOST_AT_LEAST = 8, 256
+"""The most trial cuts that are made: so many for each group, or in all."""
+
 
 def proved(model: nn.Module, found: Profile, example: Tensor) -> tuple[ChannelGroup, ...]:
     """Return the groups of `found`, those fixed that fail a trial cut of `model` (in eval mode), with the reason.
 
     Half of every group goes at once, then of every second one, and so on: any two groups are told apart in one of the
     trials, so that a size which the network's code derives from another shows. `example` is `(n, c, h, w)`.
+    Groups that are not proved within the trials that are made are fixed too.
     """
     costs, groups = width_costs(found)
     reasons: dict[str, str] = {}
@@ -49,18 +53,27 @@ def _parts(groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
         yield [group for place, group in enumerate(groups) if place >> digit & 1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trial:
-    """Cuts half of some `groups` of `model` and compares."""
+    """Cuts half of some `groups` of `model` and compares; `made` counts the trials."""
 
     model: nn.Module
     example: Tensor
     groups: Sequence[ChannelGroup]
     costs: dict[str, WidthCost]
+    made: int = 0
 
     def faults(self, part: Sequence[ChannelGroup]) -> dict[str, str]:
         """Return by name why groups of `part` cannot be cut: tried all at once, then by halves where that fails."""
-        reason = self._fault(part) if part else None
+        if not part:
+            return {}
+        if not self._is_steady:
+            return {group.name: "the network answers the same image differently from call to call" for group in part}
+        most = max(MOST_AT_LEAST, MOST_PER_GROUP * len(self.groups))
+        if self.made >= most:
+            return {group.name: f"{most} trial cuts did not tell which channels can be cut" for group in part}
+        self.made += 1
+        reason = self._fault(part)
         if reason is None:
             return {}
         middle = len(part) // 2
@@ -102,6 +115,13 @@ class _Trial:
     def _whole(self) -> Tensor:
         with torch.no_grad():
             return cast(Tensor, self.model(self.example.clone()))
+
+    @cached_property
+    def _is_steady(self) -> bool:
+        """Whether a second call gives the same outputs."""
+        with torch.no_grad():
+            again = self.model(self.example.clone())
+        return torch.allclose(self._whole, again, rtol=1e-3, atol=1e-5, equal_nan=True)
 
     @torch.no_grad()
     def _ignoring(self, part: Sequence[ChannelGroup], kept: dict[str, np.ndarray]) -> Tensor:

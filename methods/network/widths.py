@@ -71,6 +71,18 @@ def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGr
     return costs, groups
 
 
+def uncut(profile: Profile) -> dict[str, str]:
+    """Return, by layer, why no width changes it; layers that lose channels on either side are not named."""
+    found = {}
+    held = {group.name: {group.name, *(member.module for member in group.members)} for group in profile.groups}
+    for layer in profile.layers:
+        groups = [group for group in profile.groups if layer.name in held[group.name]]
+        if all(group.fixed for group in groups):
+            reasons = [f"channel group {group.name}: {group.fixed}" for group in groups]
+            found[layer.name] = "; ".join(reasons) or "the output of the network does not depend on it"
+    return found
+
+
 def to_choices(groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str) -> dict[str, Any]:
     """Return the `Plan.choices` that `methods.network.cut.cut` needs, as JSON values; `from_choices` restores them.
 

@@ -7,7 +7,6 @@ No list of architectures is kept: two independent rules, one on the block's grap
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -16,7 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, has_weights, is_addition, passes_on, replace, shares_weights
+from methods.network.graph import (
+    UNTRACEABLE,
+    graph_of,
+    has_weights,
+    is_addition,
+    passes_on,
+    replace,
+    replaced,
+    shares_weights,
+)
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """The modules that may take a block's place: the identity, or the activation that the block ends in."""
@@ -71,10 +79,9 @@ def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
 
 def _misses(model: nn.Module, blocks: Mapping[str, str], example: Tensor) -> str | None:
     """Say why the network does not run without `blocks`: it may read more of them than their output."""
-    without = copy.deepcopy(model)
-    drop(without, blocks)
     try:
-        without(example)
+        with replaced(model, closings(blocks)):
+            model(example.clone())
     except UNTRACEABLE as error:
         return f"the network does not run without it: {type(error).__name__}: {error}"
     return None
@@ -101,8 +108,13 @@ def drop(model: nn.Module, blocks: Mapping[str, str]) -> None:
     Raises:
         ValueError: the model has no module of that name.
     """
-    for name, closing in blocks.items():
-        replace(model, name, CLOSINGS[closing]())
+    for name, module in closings(blocks).items():
+        replace(model, name, module)
+
+
+def closings(blocks: Mapping[str, str]) -> dict[str, nn.Module]:
+    """Build the modules that take the place of `blocks`, named as in `Blocks.removable`."""
+    return {name: CLOSINGS[closing]() for name, closing in blocks.items()}
 
 
 _Verdict: TypeAlias = tuple[str | None, str]
@@ -128,7 +140,7 @@ def _observe(model: nn.Module, example: Tensor) -> dict[str, _Calls]:
         if name and any(True for _ in module.children()) and has_weights(module)
     )
     with hooked(hooks):
-        model(example)
+        model(example.clone())
     return calls
 
 
@@ -190,10 +202,8 @@ class _Outline(fx.Tracer):
 
 def _adds_its_input(module: nn.Module) -> bool | None:
     """Whether the input reaches the output over additions and weightless children alone; None if untraceable."""
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
-        graph = _Outline().trace(module, concrete_args=defaults or None)
+        graph = graph_of(module, _Outline())
     except UNTRACEABLE:
         return None
     source, *_ = graph.nodes

@@ -30,8 +30,11 @@ from methods.protocol import collected, defaults, recover_student, settle_norms
 BUNDLE = 12
 """Recoverabilities in a shard: each shard passes the images through the teacher once, for all of them."""
 
+MOST_PAIRS = 36
+"""Pairs of blocks that are measured, each by about a pass of the calibration images; up to nine blocks that is all."""
+
 MOST_IN_PAIRS = 60
-"""With more removable blocks than this, two at a time would be too many to measure."""
+"""With more removable blocks than this, no pair is measured: the choice of blocks would take too long."""
 
 EXAMPLES = 2
 """Images on which `find_blocks` judges the blocks."""
@@ -75,8 +78,7 @@ class PRACTISE:
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
         """Equal parts (part, parts) of all that is scored; a profile only bounds the number of blocks to be found."""
         bound = len({layer.block for layer in profile.layers} - {None})
-        pairs = min(bound, MOST_IN_PAIRS)
-        parts = max(1, -(-(bound + pairs * (pairs - 1) // 2) // BUNDLE))
+        parts = max(1, -(-(bound + min(MOST_PAIRS, bound * (bound - 1) // 2)) // BUNDLE))
         return [(part, parts) for part in range(parts)]
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
@@ -103,7 +105,7 @@ class PRACTISE:
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
         """The removable blocks with their errors `(k,)`, joint errors `(k, k)`, savings `(k,)`, and the rejected ones.
 
-        `joint` is `(0, 0)` with too many blocks for pairs.
+        In `joint`, pairs that were not measured have the sum of their errors, as if one did not touch the other.
 
         Raises:
             ScoreError: a score is missing, or two of the same blocks differ.
@@ -118,6 +120,19 @@ class PRACTISE:
             "macs": costs[:, 0],
             "params": costs[:, 1],
         }
+
+    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
+        """The layers outside all removable blocks, with the reason of the innermost module around each."""
+        blocks = [f"{name}." for name in scores["blocks"].tolist()]
+        rejected = dict(line.split(": ", 1) for line in scores["rejected"].tolist())
+
+        def reason(layer: str) -> str:
+            around = [name for name in rejected if layer.startswith(f"{name}.")]
+            inner = max(around, key=len, default=None)
+            return "no module around it has children" if inner is None else f"{inner}: {rejected[inner]}"
+
+        names = [layer.name for layer in profile.layers if not layer.name.startswith(tuple(blocks))]
+        return {name: reason(name) for name in names}
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The plan of least error within every limit, proven least; `loss` is that error as the selector counts it.
@@ -137,7 +152,6 @@ class PRACTISE:
             interactions=beyond,
         )
         loss = max(0.0, pairwise_error(chosen, scores["recoverability"].tolist(), beyond))
-        lacks_pairs = knobs["selector"] == "pairwise" and not scores["joint"].size and len(scores["blocks"])
         return Plan(
             method=self.name,
             macs=profile.macs - int(scores["macs"][chosen].sum()),
@@ -145,7 +159,7 @@ class PRACTISE:
             choices={"blocks": {str(scores["blocks"][i]): str(scores["closings"][i]) for i in chosen}},
             loss=loss,
             bound=loss,
-            notes=(f"more than {MOST_IN_PAIRS} removable blocks: pairs were not scored",) if lacks_pairs else (),
+            notes=_left_out(len(scores["blocks"])) if knobs["selector"] == "pairwise" else (),
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
@@ -167,9 +181,22 @@ def _listed(blocks: Blocks) -> dict[str, np.ndarray]:
 
 
 def _items(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the sets of blocks to score: every block, then every two of them unless there are too many."""
-    singles: list[tuple[str, ...]] = [(name,) for name in names]
-    return singles + (list(combinations(names, 2)) if len(names) <= MOST_IN_PAIRS else [])
+    """List the sets of blocks to score: every block, then pairs of them."""
+    return [(name,) for name in names] + [(names[one], names[two]) for one, two in _pairs(len(names))]
+
+
+def _pairs(blocks: int) -> list[tuple[int, int]]:
+    """List the pairs that are measured, near neighbours first: those interact most."""
+    pairs = combinations(range(blocks), 2) if blocks <= MOST_IN_PAIRS else ()
+    return sorted(pairs, key=lambda pair: (pair[1] - pair[0], pair))[:MOST_PAIRS]
+
+
+def _left_out(blocks: int) -> tuple[str, ...]:
+    """The note on pairs that were not measured."""
+    measured, of_all = len(_pairs(blocks)), blocks * (blocks - 1) // 2
+    if measured == of_all:
+        return ()
+    return (f"{measured} of {of_all} pairs of blocks were measured, neighbours first; the others' errors are added",)
 
 
 def _expected(found: Scores) -> list[str]:
@@ -192,12 +219,12 @@ def _cost(model: nn.Module, images: Tensor) -> np.ndarray:
 
 
 def _joint(names: Sequence[str], merged: Scores) -> np.ndarray:
-    """The error of every two blocks, on the diagonal that of each; `(0, 0)` where pairs were not scored."""
-    if len(names) > MOST_IN_PAIRS:
-        return np.zeros((0, 0))
-    joint = np.diag([float(merged[_key((name,))]) for name in names])
-    for (i, one), (j, two) in combinations(enumerate(names), 2):
-        joint[i, j] = joint[j, i] = merged[_key((one, two))]
+    """The error of every two blocks, on the diagonal that of each; their sum where the pair was not measured."""
+    alone = np.array([float(merged[_key((name,))]) for name in names])
+    joint: np.ndarray = alone[:, None] + alone[None, :]
+    np.fill_diagonal(joint, alone)
+    for one, two in _pairs(len(names)):
+        joint[one, two] = joint[two, one] = merged[_key((names[one], names[two]))]
     return joint
 
 
@@ -206,10 +233,10 @@ def interactions(scores: Scores, selector: str) -> np.ndarray:
 
     It may be negative, as for blocks that destroy the same thing, but a block's negative entries never sum to more than
     its own error: they are scaled down to it. So no set gains from another block, however far pairs are extrapolated.
-    For "additive", and where pairs were not scored, all are 0.
+    For "additive", and for pairs that were not measured, they are 0.
     """
     alone = scores["recoverability"]
-    if selector == "additive" or not scores["joint"].size:
+    if selector == "additive":
         return np.zeros((len(alone), len(alone)))
     beyond = scores["joint"] - (alone[:, None] + alone[None, :])
     np.fill_diagonal(beyond, 0)

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from methods.base import ScoreError
 from methods.hooks import hooked
-from methods.network.graph import UNTRACEABLE, has_weights, passes_on, replace
-from methods.practise.blocks import drop
+from methods.network.graph import UNTRACEABLE, graph_of, has_weights, passes_on, replace, replaced
+from methods.practise.blocks import closings, drop
 from methods.training.objective import classifier_name, last_map, tapped
 
 Repair: TypeAlias = Literal["sequential_ls", "adaptor_sgd", "drop"]
@@ -43,7 +43,7 @@ class Reference:
     `teacher` is a copy in eval mode and `blocks` are its removable blocks, as in `Blocks.removable`. `maps` holds, in
     the order they are computed, the output of every block up to `features`, the map to reproduce; blocks that change
     their input's shape are among them, parts that read more than one map are not. `tap` names the module that puts out
-    `features` (None: the classifier reads them).
+    `features` (None: the `classifier` reads them).
     """
 
     teacher: nn.Module
@@ -51,6 +51,7 @@ class Reference:
     blocks: Mapping[str, str]
     maps: Mapping[str, Tensor]
     tap: str | None
+    classifier: str
     features: Tensor
 
     def without(self, dropped: Sequence[str]) -> nn.Module:
@@ -78,7 +79,7 @@ def observe(teacher: nn.Module, images: Tensor, blocks: Mapping[str, str]) -> Re
             "the last feature map of the calibration images holds NaN or infinity, or does not vary; "
             "expected numbers that differ; retrain the teacher or check the data"
         )
-    return Reference(teacher, images, blocks, maps, tap, features)
+    return Reference(teacher, images, blocks, maps, tap, classifier_name(teacher), features)
 
 
 def _maps(
@@ -93,7 +94,7 @@ def _maps(
 
     hooks = (teacher.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True) for name in names)
     with hooked(hooks), tapped(teacher, tap, classifier_name(teacher)) as features:
-        teacher(images)
+        teacher(images.clone())
     runs = Counter(name for name, *_ in calls)
     return {name: output for name, output, taps in calls if runs[name] == 1 and taps < len(features)}, features[-1]
 
@@ -143,16 +144,18 @@ def sequential_error(reference: Reference, dropped: Sequence[str], *, ridge: flo
     """
     if ridge is None:
         ridge = RIDGE if len(reference.images) >= FEW_IMAGES else RIDGE_OF_FEW
-    student = reference.without(dropped)
+    others = closings({name: reference.blocks[name] for name in dropped})
     is_past = False
     for name, target in reference.maps.items():
         is_past = is_past or name in dropped
         if not is_past:
-            replace(student, name, _TeacherMap(target))
+            others[name] = _TeacherMap(target)
             continue
-        fitted = _Fitted(target, _channel_axis(reference.teacher.get_submodule(name), target), ridge)
-        replace(student, name, nn.Sequential(student.get_submodule(name), fitted))
-    return _error(reference, _features(reference, student, reference.images))
+        block = reference.teacher.get_submodule(name)
+        fitted = _Fitted(target, _channel_axis(block, target), ridge)
+        others[name] = nn.Sequential(others.get(name, block), fitted)
+    with replaced(reference.teacher, others):
+        return _error(reference, _features(reference, reference.teacher, reference.images))
 
 
 def adaptor_error(reference: Reference, dropped: Sequence[str], *, steps: int, seed: int) -> float:
@@ -225,7 +228,7 @@ def add_adaptors(student: nn.Module, dropped: Sequence[str]) -> list[nn.Conv2d |
     convolution for the writer.
     """
     try:
-        graph = fx.Tracer().trace(student)
+        graph = graph_of(student)
     except UNTRACEABLE as error:
         raise ScoreError(
             f"torch.fx cannot trace the network ({type(error).__name__}: {error}), expected a forward without choices "
@@ -321,8 +324,8 @@ def _channel_axis(block: nn.Module, output: Tensor) -> int:
 
 def _features(reference: Reference, student: nn.Module, images: Tensor) -> Tensor:
     """The student's features, taken where the teacher's were."""
-    with tapped(student, reference.tap, classifier_name(reference.teacher)) as seen:
-        student(images)
+    with tapped(student, reference.tap, reference.classifier) as seen:
+        student(images.clone())
     return seen[-1]
 
 

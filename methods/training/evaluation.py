@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,16 +12,25 @@ from torch import Tensor, nn
 from methods.training import distributed
 from methods.training.recipe import Metric, Samples
 
+BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
+
+
+def norms_of(model: nn.Module) -> list[BatchNorm]:
+    """Return the batch norms that keep running statistics."""
+    return [one for one in model.modules() if isinstance(one, BatchNorm) and one.track_running_stats]
+
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, images: Tensor, batch_size: int = 256) -> None:
-    """Re-estimate every batch norm's running statistics of `model`, in place, as plain averages over `images`.
+def recalibrate(
+    model: nn.Module, images: Tensor, batch_size: int = 256, *, norms: Sequence[BatchNorm] | None = None
+) -> None:
+    """Re-estimate the running statistics of `norms`, by default of all batch norms of `model`, over `images`, in place.
 
-    They are averages over equal batches, none of which is a single image: that has no variance.
+    They are plain averages over equal batches, none of which is a single image: that has no variance.
     """
     if len(images) < 2:
         return
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = norms_of(model) if norms is None else norms
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -29,7 +29,8 @@ def train(
 
     Batches, augmentation and dropout follow `seed` alone; without labels nothing is dropped, since the student is to
     meet the teacher's features as they are. Zero steps train nothing and yield nothing. `objective` replaces the
-    recipe's loss; the `undecayed` parameters are kept from weight decay, as norms and biases are.
+    recipe's loss; the `undecayed` parameters are kept from weight decay, as norms and biases are. Frozen parameters
+    stay as they are; where the loss depends on no other, the training ends at once.
 
     Several processes that do the same share every batch, and all end up with the network that one would have: see
     `methods.training.distributed`.
@@ -60,6 +61,10 @@ def train(
                 f"the training loss became {loss.item()} at step {step} of {recipe.steps}; "
                 f"expected a finite number; lower the learning rate ({recipe.learning_rate}) or check the data"
             )
+        if not loss.requires_grad:
+            model.eval()
+            yield recipe.steps
+            return
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         distributed.average_gradients(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from search.frontier import volume
 from search.limits import latencies_in, latency_on
 from search.report import costs
 from search.report.costs import CostRow
-from search.results import BudgetResult, Preflight, SearchResult
+from search.results import BudgetResult, LayerReach, Preflight, SearchResult
 from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
@@ -219,7 +219,25 @@ def show_preflight(found: Preflight, metric: Scale = TOP1) -> None:
     for one in found.methods:
         if one.refusal is not None:
             out.print(f"{one.method}: {one.refusal}", highlight=False, markup=False)
+    if found.explained is not None:
+        _show_layers(found.explained)
     out.print(f"A search takes about {max(1, round(found.minutes))} min on this machine.")
+
+
+def _show_layers(layers: Sequence[LayerReach]) -> None:
+    """Print, for every layer, the methods that may change it, and why the others leave it as it is."""
+    table = Table(title="layers, and the methods that may change them", title_justify="left", box=_rules(), leading=1)
+    for heading in ("layer", "may be changed by", "stays as it is"):
+        table.add_column(heading, overflow="fold")
+    for one in layers:
+        able = [method for method, reason in one.reasons.items() if reason is None]
+        by_reason: dict[str, list[str]] = {}
+        for method, reason in one.reasons.items():
+            if reason is not None:
+                by_reason.setdefault(reason, []).append(method)
+        reasons = "\n".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+        table.add_row(escape(one.layer), ", ".join(able) or "none", escape(reasons))
+    out.print(table)
 
 
 def show_figures(figures: Mapping[str, Any]) -> None:

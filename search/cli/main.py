@@ -36,7 +36,14 @@ app = typer.Typer(
 
 
 @app.command()
-def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -> None:
+def check(
+    spec: SpecFile,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List for every layer which method may change it, and why not.")
+    ] = False,
+    address: RayAddress = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what each method can do for each budget, without training anything."""
     from search.spec import load
 
@@ -46,7 +53,7 @@ def check(spec: SpecFile, address: RayAddress = None, as_json: AsJson = False) -
     from search.driver.preflight import preflight
 
     with console.bars(hidden=as_json) as report:
-        found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report)
+        found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report, explain=explain)
     print_json(found.to_json()) if as_json else console.show_preflight(found, settings.metric.scale)
     unreachable = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if unreachable:

@@ -27,7 +27,7 @@ def layers_of(model: nn.Module, example: Tensor) -> list[LayerShape]:
     """
     recorder = _LayerRecorder()
     with torch.no_grad(), recorder:
-        model(example[:1])
+        model(example[:1].clone())
     return recorder.layers
 
 

@@ -26,7 +26,7 @@ from search.workload import Workload
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a method's scores change meaning, so that cached ones are made anew."""
 
 
@@ -74,6 +74,15 @@ class Planner:
         """
         with refusing(name, "planning"):
             return plan_of(named(name), self._scored, budget, knobs)
+
+    def untouched(self, method: Method) -> Mapping[str, str]:
+        """Return, by layer of the teacher, why a method leaves it as it is.
+
+        Raises:
+            MethodError: the method cannot be scored.
+        """
+        with refusing(method.name, "explaining"):
+            return method.untouched(*self._scored(method, ()))
 
     def _scored(self, method: Method, plans: Sequence[Plan]) -> tuple[Scores, Profile]:
         self.score([method], plans)

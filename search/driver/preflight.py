@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 
 from cluster import Cluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
+from methods.chain import links_of
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.driver.prepare import Prepared, prepare
 from search.limits import Limits, latency_on
-from search.results import BudgetReach, MethodReach, Preflight
+from search.results import BudgetReach, LayerReach, MethodReach, Preflight
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
@@ -30,7 +32,9 @@ EXPORT_S, SESSION_S, CALLS = 2.0, 0.5, 60
 """Roughly what timing a student takes: its export, and a session of at least so many seconds or calls."""
 
 
-def preflight(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report) -> Preflight:
+def preflight(
+    spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report, *, explain: bool = False
+) -> Preflight:
     """Profiles and scores, and plans for every budget with every method's defaults; trains nothing.
 
     A zoo teacher that was never trained is looked at untrained: costs do not depend on its weights. Devices are only
@@ -38,16 +42,17 @@ def preflight(spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], rep
 
     Args:
         make_cluster: gives the workers, which hold the workload's `worker_inputs()`.
+        explain: whether to say, for every layer, which methods may change it.
     """
     workload = load(spec, report, fit=False)
     cluster = make_cluster(workload)
     try:
-        return _found(prepare(spec, workload, cluster, report, timed=spec.needs_latency()))
+        return _found(prepare(spec, workload, cluster, report, timed=spec.needs_latency()), explain=explain)
     finally:
         cluster.close()
 
 
-def _found(prepared: Prepared) -> Preflight:
+def _found(prepared: Prepared, *, explain: bool) -> Preflight:
     spec = prepared.spec
     return Preflight(
         name=spec.name,
@@ -64,6 +69,23 @@ def _found(prepared: Prepared) -> Preflight:
             for target in prepared.targets
         ),
         minutes=_minutes(prepared),
+        explained=_explained(prepared) if explain else None,
+    )
+
+
+def _explained(prepared: Prepared) -> tuple[LayerReach, ...]:
+    """A row per layer, with an entry per method that can handle the network, links of chains among them."""
+    names = {link.name: link for name in prepared.spec.candidates for link in links_of(named(name))}
+    found: dict[str, Mapping[str, str]] = {}
+    for name, method in names.items():
+        if method.accepts(prepared.profile) is None and name not in prepared.refused:
+            with suppress(MethodError):  # refused, and told so
+                found[name] = prepared.fitter.planner.untouched(method)
+    return tuple(
+        LayerReach(
+            layer.name, layer.weight_shape, layer.macs, {name: why.get(layer.name) for name, why in found.items()}
+        )
+        for layer in prepared.profile.layers
     )
 
 

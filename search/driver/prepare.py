@@ -10,7 +10,7 @@ from typing import Any
 from cluster import Cluster
 from methods import named
 from methods.base import KnobValue, MethodError, Plan
-from methods.chain import AnyMethod, Chain
+from methods.chain import AnyMethod, links_of
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import Method
@@ -97,8 +97,7 @@ def _refused(names: Sequence[str], found: Profile, planner: Planner) -> dict[str
 
 def _first(name: str) -> Method:
     """Return the method that looks at the teacher: the first link of a chain."""
-    method = named(name)
-    return method.links[0] if isinstance(method, Chain) else method
+    return links_of(named(name))[0]
 
 
 def _obstacle(name: str, found: Profile) -> str | None:

@@ -180,5 +180,5 @@ def _onnx(student: nn.Module, program: ExportedProgram, images: np.ndarray) -> b
 def _outputs(model: nn.Module, images: np.ndarray) -> np.ndarray:
     """Return the outputs of `model` for the images, `(n, classes)`."""
     with torch.no_grad():
-        found: np.ndarray = model(torch.from_numpy(images)).numpy()
+        found: np.ndarray = model(torch.from_numpy(images.copy())).numpy()
     return found

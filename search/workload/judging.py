@@ -20,16 +20,28 @@ LOOKED_AT = 128
 
 @torch.no_grad()
 def answers(teacher: nn.Module, train: Samples) -> tuple[Tensor, Tensor]:
-    """Return the logits and labels of the first training images; warn if a second call gives other logits."""
+    """Return the logits and labels of the first training images; warn if other calls give them other logits."""
     images, labels = train.batch(np.arange(min(LOOKED_AT, len(train))))
+    half = -(-len(images) // 2)
     with torch.random.fork_rng(devices=[]):
-        logits, again = teacher(images).float(), teacher(images).float()
-    if not torch.allclose(logits, again, rtol=1e-3, atol=1e-5):
+        logits, again = (teacher(images.clone()).float() for _ in range(2))
+        fewer = teacher(images[:half].clone()).float()
+    if not _is_close(logits, again):
         log.warning(
             "the teacher answers the same images differently from call to call in evaluation; expected equal outputs; "
             "look in its forward for randomness or for state that it changes, since no result can be repeated"
         )
+    elif not _is_close(logits[:half], fewer):
+        log.warning(
+            "the teacher answers an image differently if other images are in its batch; expected an answer to each "
+            "alone; look in its forward for means over the batch or for norms without running statistics, since "
+            "every accuracy depends on the size of the batches"
+        )
     return logits, labels
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
 def warn_of(logits: Tensor, labels: Tensor) -> None:

@@ -17,6 +17,7 @@ from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
 from search.workload import sources
+from search.workload.forms import freed
 from search.workload.judging import answers, check_metric, warn_of
 from search.workload.pictures import check_pictures, preparation
 from search.workload.samples import Pictures, ResizedSamples
@@ -70,8 +71,7 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     report("data", 1, 1, sizes)
     metric = _metric(spec)
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(True)
+    freed(teacher, report)
     check_teacher(teacher, _first_and_last(splits), splits.classes)
     logits, labels = answers(teacher, splits.train)
     if fit or spec.model.source != "zoo":  # or it may be untrained, and known to be

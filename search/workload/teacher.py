@@ -9,9 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from methods.state import own_memory
 from methods.training import Recipe, evaluate, top1, train
 from search import cache
 from search.archive import ArchiveError
@@ -21,6 +19,7 @@ from search.spec import SearchSpec
 from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights
+from search.workload.forms import unwrapped
 from search.workload.splits import Splits
 from search.workload.usercode import call_factory, importable
 
@@ -118,30 +117,6 @@ def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
     return _load_weights(teacher, spec, report) if is_file else teacher
 
 
-def unwrapped(model: nn.Module, report: Report) -> nn.Module:
-    """Take wrappers of training off a network, and its halves of a float to whole ones; a word says so."""
-    notes = []
-    own_memory(model)
-    while (inner := _inside(model)) is not None:
-        notes.append(f"taken out of {type(model).__name__}")
-        model = inner
-    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
-    if types and torch.float32 not in types:
-        notes.append(f"cast from {' and '.join(sorted(str(one)[6:] for one in types))} to float32")
-        model = model.float()
-    if notes:
-        report("teacher", 1, 1, "; ".join(notes))
-    return model
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    """The network that a wrapper holds, if `model` is one."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
-        return model.module
-    is_compiled = type(model).__name__ == "OptimizedModule"  # its class takes a second to import
-    return getattr(model, "_orig_mod", None) if is_compiled else None
-
-
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
     from search.record.logged_models import load_pickled  # takes seconds to import, and few teachers come from there
 
@@ -200,11 +175,11 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     mode = "in training" if model.training else "in evaluation"
     try:
         with torch.no_grad():
-            logits = model(images)
+            logits = model(images.clone())
     except Exception as error:
         raise WorkloadError(
             f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {one_line(error)}; expected it "
-            "to accept the data's images; check the input channels and the image size"
+            f"to accept the data's images; {_advice(model, error)}"
         ) from error
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits
@@ -213,3 +188,14 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         f"{mode}, the network returned {what} for inputs of shape {tuple(images.shape)}; expected logits (n, classes); "
         "return them alone, or wrap the network in a module that does"
     )
+
+
+def _advice(model: nn.Module, error: Exception) -> str:
+    """Say what to look at where a network does not take the images: its types of numbers, or their sizes."""
+    types = sorted({str(one.dtype)[6:] for one in model.parameters() if one.is_floating_point()})
+    if "type" in str(error).lower() and types != ["float32"]:
+        return (
+            f"its parameters are {' and '.join(types)}, the images float32: let its forward cast between them, or "
+            "return it as float32, by .float()"
+        )
+    return "check the input channels and the image size"

@@ -87,6 +87,90 @@ class Tied(Straight):
         return self.classified(self.outer(F.conv_transpose2d(x, self.outer.weight)))
 
 
+class Optional(Straight):
+    """Returns a loss where labels are given, as networks of some libraries do."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        logits = scale * super().forward(x)
+        return logits if targets is None else F.cross_entropy(logits, targets)
+
+
+class InPlace(Straight):
+    """Prepares its images in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+class HalfInside(Straight):
+    """Computes its maps in bfloat16 between float32 inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in (self.stem, self.inner, self.outer):
+            layer.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classified(F.relu(self.outer(F.relu(self.inner(F.relu(self.stem(x.bfloat16())))))).float())
+
+
+class Bilinear(nn.Module):
+    """Multiplies every two of its channels, and classifies their products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 16, 3), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(F.relu(self.stem(x))).flatten(2)
+        return cast(Tensor, self.head(torch.einsum("bcn,bdn->bcd", x, x).flatten(1)))
+
+
+class Shuffled(Straight):
+    """Works on half of its channels and shuffles them, twice, as ShuffleNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for layer in (self.inner, self.outer):
+            left, right = x.chunk(2, dim=1)
+            both = torch.cat([left, F.relu(layer(right))], dim=1)
+            images, height, width = both.shape[0], both.shape[2], both.shape[3]
+            x = both.view(images, 2, 8, height, width).transpose(1, 2).contiguous().view(images, 16, height, width)
+        return self.classified(F.relu(self.last(x)))
+
+
+class Squashed(nn.Conv2d):
+    """A convolution of normalised filters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, F.normalize(self.weight, dim=1), self.bias)
+
+
+class Subclassed(Straight):
+    """Has convolutions of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = Squashed(3, 16, 3), Squashed(16, 24, 3), Squashed(24, 32, 3)
+
+
+class Numbered(Straight):
+    """Holds whole numbers as a parameter, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(10).flip(0), requires_grad=False)
+        self.inner.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, self.order]
+
+
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     """Build the network with weights of a fixed seed; the global generator is left as it was."""
     with torch.random.fork_rng():
@@ -100,4 +184,11 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "attentive": Attentive,
     "coupled": Coupled,
     "tied": Tied,
+    "optional": Optional,
+    "in place": InPlace,
+    "half inside": HalfInside,
+    "bilinear": Bilinear,
+    "shuffled": Shuffled,
+    "subclassed": Subclassed,
+    "numbered": Numbered,
 }

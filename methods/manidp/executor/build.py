@@ -160,7 +160,7 @@ def _prepare(network: Executor, calibration: Tensor, room: int) -> None:
         return record
 
     with hooked(cut.register_forward_pre_hook(recorder(number)) for number, cut in enumerate(network.cuts)):
-        network(calibration)
+        network(calibration.clone())
     for key in (key for key, _ in wanted.most_common() if GATHERED not in key):
         cut, (x, inputs, outputs) = network.cuts[key[0]], examples[key]
         weight, bias = cut.piece(inputs, outputs)

@@ -193,3 +193,15 @@ def test_torchvision_networks_cost_what_is_predicted(name: str, count: int) -> N
     student = cut(model, groups, widths)
     assert costs["macs"](vector) == count_macs(student, example)
     assert costs["params"](vector) == count_params(student)
+
+
+def test_a_channel_shuffle_is_named_with_the_layer_before_it() -> None:
+    groups = find_groups(torchvision.models.shufflenet_v2_x0_5(num_classes=10).eval(), torch.rand(1, 3, 32, 32))
+    (reason,) = {group.fixed for group in groups}
+    assert str(reason).startswith("torch-pruning cannot follow the channels behind stage4.1.branch2.6 (it counts 0 of")
+
+
+def test_a_walk_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.network.coupling.MOST_STEPS", 3)
+    groups = find_groups(NETWORKS["concat"](), EXAMPLE)
+    assert all("RuntimeError: the ways between its layers multiply" in str(group.fixed) for group in groups)

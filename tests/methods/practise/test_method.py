@@ -18,7 +18,7 @@ from torch import nn
 from methods.base import Budget, Infeasible, Plan, ScoreError, Scores
 from methods.network import Profile, count_macs, count_params, profile
 from methods.practise import PRACTISE, removable_blocks, select
-from methods.practise.method import interactions
+from methods.practise.method import _pairs, interactions
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
 from methods.training import Recipe, recalibrate
@@ -237,15 +237,28 @@ def test_shards_are_bundles_of_a_dozen() -> None:
         assert len(parts) * 12 >= count + count * (count - 1) // 2
 
 
-def test_many_blocks_are_not_scored_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("methods.practise.method.MOST_IN_PAIRS", 4)
+@pytest.mark.parametrize(("name", "limit", "measured"), [("MOST_IN_PAIRS", 4, 0), ("MOST_PAIRS", 5, 5)])
+def test_of_many_pairs_the_neighbours_are_measured(
+    monkeypatch: pytest.MonkeyPatch, name: str, limit: int, measured: int
+) -> None:
+    whole = scored(deep("residual"), "drop")[1]
+    monkeypatch.setattr(f"methods.practise.method.{name}", limit)
     rows, scores = scored(deep("residual"), "drop")
-    assert scores["joint"].shape == (0, 0)
-    assert len(scores["recoverability"]) == 5
+    alone = scores["recoverability"]
+    assert len(alone) == 5
+    pairs = {(0, 1), (1, 2), (2, 3), (3, 4), (0, 2)} if measured else set()
+    for one, two in combinations(range(5), 2):
+        expected = whole["joint"][one, two] if (one, two) in pairs else alone[one] + alone[two]
+        assert scores["joint"][one, two] == scores["joint"][two, one] == expected
     plan = PRACTISE("drop").allocate(scores, rows, Budget("part", int(0.7 * rows.macs)), {})
-    assert plan.notes == ("more than 4 removable blocks: pairs were not scored",)
-    alone = dict(zip(scores["blocks"].tolist(), scores["recoverability"].tolist(), strict=True))
-    assert plan.loss == pytest.approx(sum(alone[block] for block in plan.choices["blocks"]))
+    assert plan.notes == (
+        f"{measured} of 10 pairs of blocks were measured, neighbours first; the others' errors are added",
+    )
+
+
+def test_up_to_nine_blocks_are_measured_in_all_pairs() -> None:
+    assert _pairs(9) == sorted(combinations(range(9), 2), key=lambda pair: pair[1] - pair[0])
+    assert [len(_pairs(blocks)) for blocks in (0, 1, 10, 60, 61)] == [0, 0, 36, 36, 0]
 
 
 # Networks without a block

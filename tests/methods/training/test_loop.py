@@ -357,3 +357,16 @@ def test_training_in_half_precision_keeps_whole_weights() -> None:
     trained(model, replace(RECIPE, precision="bf16"))
     assert evaluate(model, blobs(seed=1), top1) > 0.95
     assert all(value.dtype == torch.float32 for value in model.parameters())
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_loss_that_depends_on_frozen_parameters_alone_ends_the_training(labels: bool) -> None:
+    """Without labels the last map is mimicked, which does not see the classifier."""
+    model, teacher = network(), network(seed=1)
+    model.requires_grad_(False)
+    if not labels:
+        model[-1].requires_grad_(True)
+    before = [value.clone() for value in model.parameters()]
+    assert trained(model, replace(RECIPE, labels=labels), teacher=teacher) == [RECIPE.steps]
+    assert not model.training
+    assert all(torch.equal(value, old) for value, old in zip(model.parameters(), before, strict=True))

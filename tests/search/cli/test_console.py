@@ -15,7 +15,7 @@ from rich.console import Console
 
 from search.cli import console, output
 from search.limits import Limits
-from search.results import BudgetReach, MethodReach, Preflight
+from search.results import BudgetReach, LayerReach, MethodReach, Preflight
 from search.units import Scale
 from tests.support import results
 
@@ -222,7 +222,11 @@ def test_preflight_shows_least_costs_and_why_a_budget_is_out_of_reach(terminal: 
         BudgetReach("half", {"macs": 6_250_000}, {"itpruner": None, "practise+alds": None}),
         BudgetReach("edge", limits, {"itpruner": reason, "practise+alds": None}),
     )
-    console.show_preflight(Preflight("digits", 12_500_000, 78_042, 9, methods, budgets, 3.2))
+    why: dict[str, str | None] = dict.fromkeys(("alds", "uniform")) | dict.fromkeys(
+        ("manidp", "itpruner"), "it is [odd]"
+    )
+    layers = (LayerReach("features.0", (64, 3, 7, 7), 1_180_000, why),)
+    console.show_preflight(Preflight("digits", 12_500_000, 78_042, 9, methods, budgets, 3.2, layers))
     text = terminal.getvalue()
     assert max(map(len, text.splitlines())) <= 100
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
@@ -233,3 +237,5 @@ def test_preflight_shows_least_costs_and_why_a_budget_is_out_of_reach(terminal: 
     assert reason in text
     assert "manidp: manidp needs batch norms" in text
     assert "about 3 min" in text
+    row = ["features.0", "alds, uniform", "manidp, itpruner: it is [odd]"]
+    assert row in lines

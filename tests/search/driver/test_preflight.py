@@ -37,7 +37,7 @@ def inline(made: Workload) -> Cluster:
 
 def test_what_gates_and_chains_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search.driver.preflight.TIMED_STEPS", 1)
-    found = preflight(reading.parse(SPEC, folder=tmp_path), inline, lambda *_: None)
+    found = preflight(reading.parse(SPEC, folder=tmp_path), inline, lambda *_: None, explain=True)
     half, light, tiny = found.budgets
 
     assert half.is_reachable
@@ -54,6 +54,16 @@ def test_what_gates_and_chains_can_reach(tmp_path: Path, monkeypatch: pytest.Mon
     assert tiny.reasons["practise+alds"] is None
     least = {one.method: one.least["macs"] for one in found.methods}
     assert least["practise+alds"] < least["practise"] < found.macs // 2
+
+    assert found.explained is not None
+    reasons = {one.layer: one.reasons for one in found.explained}
+    assert len(reasons) == found.layers
+    assert {tuple(one) for one in reasons.values()} == {("manidp", "practise", "alds", "uniform")}
+    assert reasons["0"] | {"practise": ""} == {
+        "manidp": "it is the stem", "practise": "", "alds": None, "uniform": None,
+    }  # fmt: skip
+    assert found.explained[-1].reasons["manidp"] == "it is no convolution"
+    assert [one.layer for one in found.explained if one.reasons["practise"] is None][:2] == ["3.0.conv1", "3.0.conv2"]
 
 
 FRAGILE = """

@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from methods.state import arrays_of, load_arrays, own_memory
 from search.base import WorkloadError
 from search.workload.checkpoints import load_weights
-from search.workload.teacher import save_weights, unwrapped
+from search.workload.forms import unwrapped
+from search.workload.teacher import save_weights
 
 
 def network(seed: int = 0) -> nn.Module:

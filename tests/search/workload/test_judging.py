@@ -98,6 +98,25 @@ def test_teachers_at_chance_and_of_probabilities_are_told(caplog: pytest.LogCapt
     assert "chance" not in caplog.text
 
 
+def test_a_teacher_that_looks_at_the_whole_batch_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) - x.flatten(1).mean(0)
+
+    answers(Centred(), numbered(200))
+    assert "answers an image differently if other images are in its batch" in caplog.text
+    assert "from call to call" not in caplog.text
+
+
+def test_a_teacher_that_prepares_its_images_in_place_is_steady(caplog: pytest.LogCaptureFixture) -> None:
+    class Halving(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.div_(2).flatten(1)
+
+    answers(Halving(), numbered(200))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("is_random", [False, True])
 def test_a_teacher_that_differs_from_call_to_call_is_told(caplog: pytest.LogCaptureFixture, is_random: bool) -> None:
     class Network(nn.Module):
