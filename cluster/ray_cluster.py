@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
-from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, on_loopback
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.reach import check_cluster
@@ -192,7 +192,8 @@ def _connect(address: str) -> None:
             keep_token()
             os.environ |= OWN_PRIORITY | os.environ
             store = LOCAL_OBJECT_STORE_BYTES
-            ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
+            with on_loopback():
+                ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RayError, OSError, ValueError) as error:
@@ -240,7 +241,7 @@ def _stored(context: object) -> Any:
             "in memory or, for what spills, on disk; free some disk, or start Ray with more --object-store-memory (a "
             "container with more --shm-size)"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except Exception as error:  # whatever an object's own code raises where it is pickled
         raise ClusterError(
             f"the model or the data cannot be sent to workers: {summary(error)}; expected objects that pickle; "
             "open files, locks and handles where they are used, not in the constructor"

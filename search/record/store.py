@@ -251,6 +251,18 @@ def connect(uri: str) -> MlflowClient:
     return _Client(tracking_uri=absolute)
 
 
+def connect_existing(uri: str) -> MlflowClient:
+    """Return a client of a store that was made before: MLflow would make a new one beside whoever asks.
+
+    Raises:
+        TrackingError: there is no such file.
+    """
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
+    return connect(uri)
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file of a local database; None for a server or a database elsewhere."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,16 +68,22 @@ def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     return sets[0], sets[1]
 
 
+MOST_BYTES = 2**31
+"""The largest content of an IDX file; Fashion-MNIST's has 47 MB."""
+
+
 def _read_idx(path: Path) -> np.ndarray | None:
     """Read the bytes of an IDX file, plain or gzipped, in their shape; a missing file gives None."""
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         return None
     try:
-        content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        with path.open("rb") if path.is_file() else gzip.open(packed) as file:
+            dimensions = file.read(4)[3]
+            shape = np.frombuffer(file.read(4 * dimensions), ">i4").tolist()
+            if math.prod(shape) > MOST_BYTES or min(shape, default=0) < 0:
+                raise ValueError(f"its shape is {tuple(shape)}")
+            return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)  # what is packed may be more
     except (ValueError, IndexError, OSError, EOFError) as error:
         raise DataError(f"{path} is no whole IDX file: {error}; expected one of bytes; fetch it again") from error
 

@@ -22,7 +22,7 @@ from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights
 from search.workload.splits import Splits
-from search.workload.usercode import call_factory, importable
+from search.workload.usercode import blaming, call_factory, importable
 
 
 def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -184,8 +184,10 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
             "the network's outputs hold NaN or infinity on the calibration images; expected finite logits; "
             "check model.weights"
         )
+    with blaming("copying the network", "one that copy.deepcopy takes; open locks and files where they are used"):
+        copied = copy.deepcopy(teacher)
     with torch.random.fork_rng(devices=[]):
-        _logits(copy.deepcopy(teacher).train(), images)
+        _logits(copied.train(), images)
     try:
         exported(teacher, images)
     except Exception as error:
@@ -198,14 +200,10 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The outputs `(n, classes)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
-    try:
-        with torch.no_grad():
-            logits = model(images)
-    except Exception as error:
-        raise WorkloadError(
-            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {one_line(error)}; expected it "
-            "to accept the data's images; check the input channels and the image size"
-        ) from error
+    refused = f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: it"
+    expected = "it to accept the data's images; check the input channels and the image size"
+    with blaming(refused, expected), torch.no_grad():
+        logits = model(images)
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits
     what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
