@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ray._private import ray_constants
+from ray.util import get_node_ip_address
 
 from cluster.base import ClusterError
+from cluster.reach import answers
 from cluster.token import keep_token
 
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
@@ -53,6 +55,16 @@ def on_loopback() -> Iterator[None]:
         variables, ray_constants.ENABLE_RAY_CLUSTER = before
         for key, value in variables.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def as_it_listens(address: str) -> AbstractContextManager[None]:
+    """Return the context in which to join the Ray at `address`: that of one of our own, if it is on the loopback alone.
+
+    Ray takes an address on the loopback for the same port of the machine's own address.
+    """
+    host, _, port = address.rpartition(":")
+    is_alone = host in ("127.0.0.1", "localhost") and not answers(f"{get_node_ip_address()}:{port}")
+    return on_loopback() if is_alone else nullcontext()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
-from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, on_loopback
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, as_it_listens, on_loopback
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.reach import check_cluster
@@ -195,7 +195,8 @@ def _connect(address: str) -> None:
             with on_loopback():
                 ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:
-            ray.init(address, **quiet)
+            with as_it_listens(address):
+                ray.init(address, **quiet)
     except (ConnectionError, RayError, OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster at {address!r}: {error}; expected a running head node; check the address, or use auto"

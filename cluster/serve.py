@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.base import ClusterError
 from cluster.front import BEFORE_THE_APP, stay_on_loopback
-from cluster.head import own_head
+from cluster.head import as_it_listens, own_head
 from cluster.reach import check_cluster
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def connected(address: str) -> Iterator[str]:
             address, dashboard = opened.enter_context(own_head())
         else:
             check_cluster(address)
+            opened.enter_context(as_it_listens(address))
         try:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, OSError, ValueError) as error:

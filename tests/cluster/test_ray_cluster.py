@@ -31,6 +31,7 @@ from tests.support.cluster_items import (
     telling_its_process,
     total,
 )
+from tests.support.sockets import beyond_loopback
 from tests.support.waiting import wait_until
 
 
@@ -239,6 +240,7 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(
             list(broken.run(total, [(1,)]))
         assert results(broken.alone(held, [()]))[0][1] == {"paredown_meter": 1.0}
         assert results(broken.alone(os.nice, [(0,)])) == {0: os.nice(0)}  # no lower priority than the command's
+        assert beyond_loopback() == []
     finally:
         broken.close()
     assert not ray.is_initialized()
