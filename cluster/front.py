@@ -6,11 +6,13 @@ Its proxy, which stands before the app, imports this file by the name `BEFORE_TH
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import ray
 import uvicorn.config
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -46,11 +48,9 @@ def stay_on_loopback() -> None:
 
     Serve opens a port for calls between deployments, of which there is one here, on all interfaces, and asks nobody.
     """
-    from ray.serve._private import replica
-    from ray.util import get_node_ip_address
-
+    replica: Any = importlib.import_module("ray.serve._private.replica")
     open_port = replica.add_port_to_grpc_server
-    if get_node_ip_address() == LOOPBACK:
+    if ray.util.get_node_ip_address() == LOOPBACK:  # type: ignore[no-untyped-call]
         replica.add_port_to_grpc_server = lambda server, place: open_port(server, place.replace("[::]", LOOPBACK))
 
 

@@ -63,7 +63,8 @@ def as_it_listens(address: str) -> AbstractContextManager[None]:
     Ray takes an address on the loopback for the same port of the machine's own address.
     """
     host, _, port = address.rpartition(":")
-    is_alone = host in ("127.0.0.1", "localhost") and not answers(f"{get_node_ip_address()}:{port}")
+    own = get_node_ip_address()  # type: ignore[no-untyped-call]
+    is_alone = host in ("127.0.0.1", "localhost") and not answers(f"{f'[{own}]' if ':' in own else own}:{port}")
     return on_loopback() if is_alone else nullcontext()
 
 
