@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import os
@@ -50,6 +51,8 @@ def settle_output() -> None:
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__context__, SystemExit) and error.__context__.code:
+            return  # the command is ending with an error already
         if not isinstance(error, BrokenPipeError):
             fail(f"cannot write the output: {error.strerror}; expected room for it; write it elsewhere", FAILED)
         raise SystemExit(FAILED) from None
@@ -73,7 +76,7 @@ def exit_code(error: Exception) -> int | None:
     """
     if _is_in_our_words(error):
         return WRONG_INPUT
-    if _is_lack_of_memory(error):
+    if _is_lack_of_memory(error) or _is_lack_of_space(error):
         return FAILED
     from methods.base import Infeasible, MethodError
     from search.driver.compress import CompressionFailed
@@ -96,6 +99,8 @@ def reason_for(error: Exception) -> str:
             f"memory ran out: {one_line(error) or 'no more could be had'}; expected room for it; make images, batches "
             "or data smaller, or give this machine more"
         )
+    if _is_lack_of_space(error):
+        return f"the output, or a file, cannot be written: {error}; expected space for it; free some, and run it again"
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
     from search.record.store import is_store_fault, without_sql
@@ -111,6 +116,10 @@ def reason_for(error: Exception) -> str:
 def _is_lack_of_memory(error: Exception) -> bool:
     """Whether Python, numpy or torch could not have what it asked for, where a size is absurd as a rule."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _is_lack_of_space(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def place_in_user_code(error: BaseException) -> str | None:

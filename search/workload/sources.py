@@ -52,6 +52,10 @@ def fashion_mnist(root: Path | None) -> tuple[Samples, Samples]:
     )
 
 
+MOST_ITEMS = 100_000_000
+"""More images than any data set of pictures has: an order of them alone takes a gigabyte."""
+
+
 def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     sets: list[Samples] = []
     for prefix, shift in (("train", 2), ("t10k", 0)):
@@ -203,7 +207,12 @@ def _to_samples(source: object) -> Samples:
         return _check_arrays(_to_array(source["images"]), _to_array(source["labels"]))
     is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
-        return Indexed(source)
+        found = Indexed(source)
+        if len(found) > MOST_ITEMS:
+            raise DataError(
+                f"the data set says that it has {len(found):,} items; expected at most {MOST_ITEMS:,}; mend its __len__"
+            )
+        return found
     raise DataError(
         f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
         "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them"

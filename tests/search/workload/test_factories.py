@@ -141,6 +141,12 @@ def test_a_set_that_exits_or_has_no_length_is_named() -> None:
         parted(Indexed(negative))
 
 
+def test_a_set_of_absurd_length_is_refused() -> None:
+    endless = type("Endless", (Pairs,), {"__len__": lambda self: 10**12})(*pairs(5))
+    with pytest.raises(DataError, match=r"says that it has 1,000,000,000,000 items; expected at most 100,000,000"):
+        from_factory(endless)
+
+
 def test_lists_and_arrays_of_another_byte_order_are_read() -> None:
     images, labels = np.arange(16, dtype=np.float32).reshape(4, 1, 2, 2), np.array([0, 1, 2, 0])
     for made in (
