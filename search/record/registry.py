@@ -107,7 +107,7 @@ class Registry:
         if held is None:
             raise TrackingError(
                 f"no version of {self.model!r} is registered for budget {budget!r}; expected a search that found it a "
-                "winner; run the search to its end, or raise the budget's limits"
+                "winner; run the search to its end, which registers a deleted one anew, or raise the budget's limits"
             )
         before = self.holder(alias)
         self._client.set_registered_model_alias(self.model, alias, str(held.version))

@@ -234,6 +234,7 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(
     ray_cluster.close()
     ray.shutdown()
     monkeypatch.delenv("RAY_worker_niceness")
+    Path("cluster.py").write_text("raise RuntimeError('a module of the user has the name of ours')")
     broken = RayCluster(Unloadable(), max_parallel=1)
     try:
         with pytest.raises(ClusterError, match="a_module_only_the_driver_has"):
