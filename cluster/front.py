@@ -29,7 +29,8 @@ LARGEST_HEADERS = 2**16
 """Bytes that they may have."""
 FRESH_S = 1.0
 """Seconds for which an answer is given again."""
-LARGEST_SHARED = 2**21
+LARGEST_SHARED = 2**23
+"""Bytes of an answer that is shared; a report has 5 MB, most of it the library that draws."""
 MOST_SHARED = 64
 SHARED_STATUSES = (200, 404, 503)
 """The answers that are true for everybody who asks the same; how often a client may call is not."""
@@ -135,8 +136,10 @@ class SharedAnswers:
 
     async def _ask(self, key: Hashable, scope: Scope, receive: Receive, send: Send) -> None:
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        self._kept.pop(key, None)
-        self._kept[key] = self._clock(), answer
+        now = self._clock()
+        for old in [one for one, (asked, kept) in self._kept.items() if kept.done() and now - asked > FRESH_S]:
+            del self._kept[old]
+        self._kept[key] = now, answer
         while len(self._kept) > MOST_SHARED:
             self._kept.popitem(last=False)
         seen: Answer = []
