@@ -2,7 +2,7 @@
 
 Read `base` first (the two verbs and their events), then `inline` (in this process); on Ray `workers` (one process),
 `pool` (many), `groups` (several for one item) and `ray_cluster` (all of it). `devices` measures. `jobs` submits
-commands, `head` starts a Ray of our own, `serve` answers HTTP, and `token` keeps its secrets.
+commands, `head` starts a Ray of our own, `serve` answers HTTP behind `front`, and `token` keeps its secrets.
 """
 
 from cluster.base import Cluster, ClusterError, Done, Event, Failed, Item, Step, Stopped, always

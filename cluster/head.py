@@ -11,16 +11,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from ray._private import ray_constants
+from ray.util import get_node_ip_address
+
 from cluster.base import ClusterError
+from cluster.reach import answers
 from cluster.token import keep_token
 
 LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 OWN_PRIORITY = {"RAY_worker_niceness": "0"}
 """Has workers run at the priority of the command that starts Ray, where Ray would lower it by 15: beside any other
 process the meter would wait. Only the environment in which a node's Ray starts decides that."""
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Has Ray take 127.0.0.1 for the address of its node and listen there alone, as it does by itself on desktops, whose
+firewalls would ask about anything else. `ray start` and `ray.init` take no loopback address as an argument."""
 METER = "paredown_meter"
 """The resource of which a node has one: its holder alone measures there."""
 START_S, END_S, POLL_S = 300.0, 60.0, 0.2
@@ -37,6 +44,31 @@ main()
 
 
 @contextmanager
+def on_loopback() -> Iterator[None]:
+    """Have the Ray that this process starts or joins while the context is open keep to the loopback."""
+    before = {key: os.environ.get(key) for key in ALONE}, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ |= ALONE  # for Ray's other processes; this one has read it, when it imported Ray
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        variables, ray_constants.ENABLE_RAY_CLUSTER = before
+        for key, value in variables.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def as_it_listens(address: str) -> AbstractContextManager[None]:
+    """Return the context in which to join the Ray at `address`: that of one of our own, if it is on the loopback alone.
+
+    Ray takes an address on the loopback for the same port of the machine's own address.
+    """
+    host, _, port = address.rpartition(":")
+    own = get_node_ip_address()  # type: ignore[no-untyped-call]
+    is_alone = host in ("127.0.0.1", "localhost") and not answers(f"{f'[{own}]' if ':' in own else own}:{port}")
+    return on_loopback() if is_alone else nullcontext()
+
+
+@contextmanager
 def own_head() -> Iterator[tuple[str, str]]:
     """Run a head while the context is open; yield its address and that of its dashboard, which also takes jobs.
 
@@ -47,6 +79,11 @@ def own_head() -> Iterator[tuple[str, str]]:
     Raises:
         ClusterError: it does not start.
     """
+    with on_loopback():
+        yield from _started_head()
+
+
+def _started_head() -> Iterator[tuple[str, str]]:
     keep_token()
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     folder = tempfile.mkdtemp(prefix="pd", dir=os.environ.get("RAY_TMPDIR"))

@@ -65,7 +65,9 @@ def _events(
     while True:
         try:
             is_last, value = next(outputs)
-        except Exception as error:  # noqa: BLE001 - any error of an item is its result
+        except BaseException as error:  # any error of an item is its result, an exit that a user's code asks for too
+            if isinstance(error, KeyboardInterrupt) or getattr(error, "is_ray_terminate", False):
+                raise  # one that Ray asks for is not
             seconds = time.monotonic() - began
             yield Failed(index, f"{type(error).__name__}: {error}", traceback.format_exc(), seconds)
             return

@@ -7,23 +7,27 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
-from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, as_it_listens, on_loopback
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.reach import check_cluster
 from cluster.token import keep_token
 from cluster.workers import summary
 
+HOME = Path(__file__).resolve().parent.parent
+"""The folder of our packages."""
 NOT_TO_ASK = ("memory", "object_store_memory")
 """The resources that every node has and no worker can ask for."""
 
@@ -182,19 +186,41 @@ def _node_text(resources: Mapping[str, float]) -> str:
     return resources_text({name: amount for name, amount in resources.items() if ":" not in name})
 
 
+class _OursLast(list[str]):
+    """A list of folders that ends with that of our packages, whatever it is extended by."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        super().extend([*folders, str(HOME)])
+
+
+def _job_config() -> JobConfig | None:
+    """Have workers find our packages where the current folder has modules of the same names, which Ray puts before all.
+
+    Each folder of the list goes to the front of a worker's path in turn. Ray extends the list itself, by that folder.
+    """
+    is_clashing = any(Path(name).is_dir() or Path(f"{name}.py").is_file() for name in ("cluster", "search", "methods"))
+    if not is_clashing:
+        return None
+    config = JobConfig()
+    config._py_driver_sys_path = _OursLast()  # an empty list is not taken as an argument
+    return config
+
+
 def _connect(address: str) -> None:
     """Connect this process, with Ray's usage reports off."""
     check_cluster(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "job_config": _job_config()}
     try:
         if address == "auto":
             keep_token()
             os.environ |= OWN_PRIORITY | os.environ
             store = LOCAL_OBJECT_STORE_BYTES
-            ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
+            with on_loopback():
+                ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
         else:
-            ray.init(address, **quiet)
+            with as_it_listens(address):
+                ray.init(address, **quiet)
     except (ConnectionError, RayError, OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster at {address!r}: {error}; expected a running head node; check the address, or use auto"
@@ -240,7 +266,7 @@ def _stored(context: object) -> Any:
             "in memory or, for what spills, on disk; free some disk, or start Ray with more --object-store-memory (a "
             "container with more --shm-size)"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except Exception as error:  # whatever an object's own code raises where it is pickled
         raise ClusterError(
             f"the model or the data cannot be sent to workers: {summary(error)}; expected objects that pickle; "
             "open files, locks and handles where they are used, not in the constructor"

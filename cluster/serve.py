@@ -15,7 +15,8 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.base import ClusterError
-from cluster.head import own_head
+from cluster.front import BEFORE_THE_APP, stay_on_loopback
+from cluster.head import as_it_listens, own_head
 from cluster.reach import check_cluster
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ ANSWER_S = 10.0
 CLOSING_S = 2.0
 PRIVATE = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 """Keep Serve from listening on all interfaces: with either of these it does, even if a host is given."""
+ENVIRONMENT = {**PRIVATE, **BEFORE_THE_APP}
 
 
 @contextmanager
@@ -45,13 +47,14 @@ def connected(address: str) -> Iterator[str]:
     Raises:
         ClusterError: no cluster at the address, or it has no dashboard, or its head is elsewhere.
     """
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PRIVATE}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **ENVIRONMENT}
     with ExitStack() as opened:
         dashboard: str | None = None
         if address == "auto":
             address, dashboard = opened.enter_context(own_head())
         else:
             check_cluster(address)
+            opened.enter_context(as_it_listens(address))
         try:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, OSError, ValueError) as error:
@@ -94,7 +97,7 @@ def serving(
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
-            controller_options={"runtime_env": {"env_vars": PRIVATE}},
+            controller_options={"runtime_env": {"env_vars": ENVIRONMENT}},
         )
         serve.run(_deployment(build, environment), name=name, route_prefix="/")
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -126,9 +129,10 @@ def _deployment(build: Callable[[], App], environment: Mapping[str, str]) -> Any
     from ray import serve
 
     def built() -> App:  # Serve takes no other callable than a plain function
+        stay_on_loopback()
         return build()
 
-    options = {"num_cpus": 0, "resources": HEAD, "runtime_env": {"env_vars": {**PRIVATE, **environment}}}
+    options = {"num_cpus": 0, "resources": HEAD, "runtime_env": {"env_vars": {**ENVIRONMENT, **environment}}}
     deployment: Any = serve.deployment(
         serve.ingress(built)(),
         name="app",

@@ -24,7 +24,7 @@ ORDER = {
     "search": "cli | service | driver | devices | workload | report, record | spec, results | frontier "
     "| export, archive | trials | units, cache, limits, base, __init__",
     "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs "
-    "| devices, token, reach | base",
+    "| devices, token, reach, front | base",
 }
 """The rooms of each package, folders and single files: one imports those to its right, and none of its own column."""
 

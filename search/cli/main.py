@@ -15,10 +15,20 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS
+from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS, WRONG_INPUT, one_line
 from search.cli import jobs, serve
 from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
-from search.cli.output import degrade_output, exit_code, fail, log_handler, print_json, reason_for
+from search.cli.output import (
+    degrade_output,
+    exit_code,
+    fail,
+    log_handler,
+    open_closed_streams,
+    place_in_user_code,
+    print_json,
+    reason_for,
+    settle_output,
+)
 from search.service.metadata import RESUME_VARIABLE
 
 if TYPE_CHECKING:
@@ -276,13 +286,36 @@ def _fail_without_winners(result: SearchResult) -> None:
 
 def main() -> NoReturn:
     """Run the command line; an error that a user can mend ends it in one paragraph and no traceback."""
+    open_closed_streams()
     degrade_output()
     logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     try:
+        _run()
+    finally:
+        settle_output()
+
+
+def _run() -> NoReturn:
+    try:
         app(standalone_mode=True)
     except Exception as error:
-        code = exit_code(error)
-        if code is None:
-            raise
-        fail(reason_for(error), code)
+        if (code := exit_code(error)) is not None:
+            fail(reason_for(error), code)
+        _blame_user_code(error)
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        _blame_user_code(error)
+        raise  # an exit of ours
     raise SystemExit(0)
+
+
+def _blame_user_code(error: BaseException) -> None:
+    """End the command if an error, or an exit, comes from the user's own code."""
+    if place := place_in_user_code(error):
+        fail(
+            f"your code at {place} raised {type(error).__name__}: {one_line(error)}; expected it to return; run it by "
+            "itself to mend it",
+            WRONG_INPUT,
+        )

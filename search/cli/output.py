@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import logging
+import os
 import sys
 from typing import NoReturn
 
 import typer
 
-from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked, printable
+from search.base import FAILED, NOTHING_FITS, WRONG_INPUT, SearchError, masked, one_line, printable
 
 SUBSTITUTES = {"≤": "<=", "≥": ">=", "±": "+-", "·": "-", "—": "-", "…": "...", "µ": "u"}
 """The signs we write, for a terminal or a pipe that cannot show them."""
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that were closed: nobody reads them, but the next file opened would take their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - to the end
 
 
 def degrade_output() -> None:
@@ -50,6 +60,19 @@ def log_handler() -> logging.Handler:
     return handler
 
 
+def settle_output() -> None:
+    """Write out what is left for standard output, whose reader may be gone: Python would complain after the end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__context__, SystemExit) and error.__context__.code:
+            return  # the command is ending with an error already
+        if not isinstance(error, BrokenPipeError):
+            fail(f"cannot write the output: {error.strerror}; expected room for it; write it elsewhere", FAILED)
+        raise SystemExit(FAILED) from None
+
+
 def print_json(value: object) -> None:
     """Print a result for programs, and nothing else, on standard output."""
     print(json.dumps(value, indent=2))
@@ -68,6 +91,8 @@ def exit_code(error: Exception) -> int | None:
     """
     if _is_in_our_words(error):
         return WRONG_INPUT
+    if _is_lack_of_memory(error) or _is_lack_of_space(error):
+        return FAILED
     from methods.base import Infeasible, MethodError
     from search.driver.compress import CompressionFailed
     from search.record.store import is_store_fault
@@ -84,6 +109,13 @@ def reason_for(error: Exception) -> str:
     """Return the paragraph that tells a user of an error that has an exit code."""
     if _is_in_our_words(error):
         return str(error)
+    if _is_lack_of_memory(error):
+        return (
+            f"memory ran out: {one_line(error) or 'no more could be had'}; expected room for it; make images, batches "
+            "or data smaller, or give this machine more"
+        )
+    if _is_lack_of_space(error):
+        return f"the output, or a file, cannot be written: {error}; expected space for it; free some, and run it again"
     if isinstance(error, OSError):
         return f"cannot use {error.filename}: {error.strerror}; expected a place this process may write; choose another"
     from search.record.store import is_store_fault, without_sql
@@ -94,6 +126,21 @@ def reason_for(error: Exception) -> str:
             "runs; every finished trial is kept: mend the store, and the same command goes on"
         )
     return str(error)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy or torch could not have what it asked for, where a size is absurd as a rule."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _is_lack_of_space(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def place_in_user_code(error: BaseException) -> str | None:
+    """Return the place in a user's own code that an error came from, if it did."""
+    usercode = sys.modules.get("search.workload.usercode")  # only a command that runs such code has imported it
+    return usercode.place_of(error) if usercode else None
 
 
 def _is_in_our_words(error: Exception) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from contextlib import closing
@@ -28,6 +30,9 @@ from search.limits import latency_on
 from search.spec import SearchSpec
 from search.spec.schema import MOST_THREADS, DeviceSpec
 from search.trials import Times, Timing
+
+COPIES = 4
+"""The times that a batch of images must fit into memory: as it is, in the runtime, and as what layers make of it."""
 
 STUDENT = "student.pt2"
 """The program in a folder that `paredown compress` wrote."""
@@ -70,6 +75,7 @@ def measure(model: str, device: str, *, spec: SearchSpec | None, address: str | 
     """
     saved = _loaded(model, uri)
     wanted = _device(device, spec, saved.tags)
+    _check_room(model, (wanted.batch, *saved.shape))
     known: Mapping[str, str] = {}
     if wanted.runtime == "profile":
         timing, beside = _predicted(saved, wanted, spec), None
@@ -81,6 +87,17 @@ def measure(model: str, device: str, *, spec: SearchSpec | None, address: str | 
     searched = _searched_figures(device, saved.tags, timing.latency_ms["p50"], beside) if is_same else None
     timed = {"latency_ms": timing.latency_ms, "noise": timing.noise, "teacher_latency_ms": beside}
     return {"model": model, "device": device, **described(wanted, known), **timed, "searched": searched}
+
+
+def _check_room(model: str, shape: tuple[int, ...]) -> None:
+    """Refuse inputs that do not fit into this machine's memory together with what a network makes of them."""
+    size, room = 4 * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if min(shape) < 1 or COPIES * size > room:
+        raise SearchError(
+            f"{model} takes images {shape[1:]}, {size:,} bytes for {shape[0]} of them; expected sides of at least 1, "
+            f"and a batch that fits {COPIES} times into this machine's {room:,} bytes; export it for other images, or "
+            "lower the device's batch"
+        )
 
 
 def _device(name: str, spec: SearchSpec | None, tags: Mapping[str, str]) -> DeviceSpec:

@@ -80,7 +80,7 @@ def search(
             path.write_text(html(result), encoding="utf-8")
             record.search.finish(path)
         except BaseException as error:
-            record.halt("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            record.halt("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         return result
 

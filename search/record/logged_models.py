@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from search.archive import ArchiveError, load_program
 from search.base import WorkloadError, first_line
 from search.export import ExportError, exported, onnx_program, parity
-from search.record.store import connect, holding_signals
+from search.record.store import connect_existing, holding_signals
 
 TOLERANCE = 1e-4
 """The most that outputs of a stored program may differ from the student's, as a share of the largest one or of 1."""
@@ -142,7 +142,7 @@ def load_pickled(uri: str, name: str) -> object:
 
 def _downloaded(uri: str, name: str, folder: str) -> Path:
     """The file of a stored network below `folder`: a `.pt2` program, or a pickle."""
-    connect(uri)
+    connect_existing(uri)
     place = Path(mlflow.artifacts.download_artifacts(name, dst_path=folder))
     if found := sorted(place.glob("*/model.pt*")):
         return found[0]

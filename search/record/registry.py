@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from search.base import SpecError, TrackingError
 from search.limits import TOP1_DROP, Costs, Limits, latencies_in
-from search.record.store import connect
+from search.record.store import connect_existing
 
 MADE_BY = "paredown.search"
 """The tag of a registered model that names the search it was made for."""
@@ -107,7 +107,7 @@ class Registry:
         if held is None:
             raise TrackingError(
                 f"no version of {self.model!r} is registered for budget {budget!r}; expected a search that found it a "
-                "winner; run the search to its end, or raise the budget's limits"
+                "winner; run the search to its end, which registers a deleted one anew, or raise the budget's limits"
             )
         before = self.holder(alias)
         self._client.set_registered_model_alias(self.model, alias, str(held.version))
@@ -172,7 +172,7 @@ def version_tags(uri: str, name: str) -> Mapping[str, str]:
             f"{name!r} names no registered version; expected models:/NAME@ALIAS or models:/NAME/VERSION; correct it"
         )
     model, alias, number = found.groups()
-    client = connect(uri)
+    client = connect_existing(uri)
     try:
         one = client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, number)
     except MlflowException as error:

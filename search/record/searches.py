@@ -20,9 +20,9 @@ from search.record.store import (
     artifact,
     check_store,
     connect,
+    connect_existing,
     experiment_of,
     known_experiment,
-    sqlite_path,
     unwritable,
 )
 
@@ -94,11 +94,8 @@ def find_search(uri: str, name: str) -> Record:
 
 def find_begun(uri: str, name: str) -> Record:
     """The latest record of search `name`, however little it holds. Raises as `find_search` does."""
-    path = sqlite_path(uri)
-    if path is not None and not path.is_file():
-        raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
+    client = connect_existing(uri)
     check_store(uri)
-    client = connect(uri)
     found = known_experiment(client, uri, name)
     parents = client.search_runs([found.experiment_id], "tags.`paredown.started` != ''") if found else []
     if not found or not parents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -104,9 +105,14 @@ def check_artifacts(uri: str, name: str) -> None:
 
 
 def _quiet() -> None:
-    """Silence MLflow's own log."""
+    """Silence MLflow's own log, and keep it from making a database's folder by the name that the address has for it.
+
+    Where signs of that name are escaped, it would be another folder, perhaps in a place that nobody may write.
+    """
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    database: Any = importlib.import_module("mlflow.store.db.utils")
+    database._make_parent_dirs_if_sqlite = lambda address: None
 
 
 def unwritable(uri: str, reason: str) -> str:
@@ -249,6 +255,18 @@ def connect(uri: str) -> MlflowClient:
     absolute = uri if path is None else sqlite_address(path)
     mlflow.set_tracking_uri(absolute)
     return _Client(tracking_uri=absolute)
+
+
+def connect_existing(uri: str) -> MlflowClient:
+    """Return a client of a store that was made before: MLflow would make a new one beside whoever asks.
+
+    Raises:
+        TrackingError: there is no such file.
+    """
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
+    return connect(uri)
 
 
 def sqlite_path(uri: str) -> Path | None:

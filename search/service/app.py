@@ -1,8 +1,8 @@
 """The HTTP service: searches submitted, watched and stopped over HTTP, a page for people, OpenAPI for programs.
 
-It keeps no state: a search's id is that of its Ray job, and its results are in MLflow. `app` builds it, and
-`cluster.serve` runs it. `search.service.guard` stands before it, and `search.service.admission` judges submitted
-specs.
+It keeps no state: a search's id is that of its Ray job, its results are in MLflow, and all who read share what was
+seen of both within a second. `app` builds it, and `cluster.serve` runs it. `search.service.guard` stands before it, and
+`search.service.admission` judges submitted specs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from search.service import watching
 from search.service.admission import JSON, YAML, AdmissionRules, admit
 from search.service.guard import LARGEST_BYTES, Access, Guard, Refused
 from search.service.submit import submit
-from search.service.watching import Backends, View
+from search.service.watching import Backends, Looks, View
 from search.spec import SearchSpec
 from search.spec.reading import with_stores
 
@@ -94,8 +95,9 @@ class Told(BaseModel):
 def app(settings: Settings) -> ASGIApp:
     """Build the whole service behind its guard, as an ASGI app."""
     inner = FastAPI(title="Paredown", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_search_routes(inner, settings)
-    _add_result_routes(inner, settings.backends)
+    looks = Looks(settings.backends)
+    _add_search_routes(inner, settings, looks)
+    _add_result_routes(inner, looks)
     _add_pages(inner, settings)
     _add_error_answers(inner, settings.backends.uri)
     inner.openapi = lambda: _openapi(inner, needs_token=settings.access.digest is not None)  # type: ignore[method-assign]
@@ -127,7 +129,7 @@ EVENT = {
 }
 
 
-def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
+def _add_search_routes(inner: FastAPI, settings: Settings, looks: Looks) -> None:
     """Add the operations that submit, list, show and stop searches."""
     backends = settings.backends
     submitting: set[str] = set()
@@ -145,24 +147,27 @@ def _add_search_routes(inner: FastAPI, settings: Settings) -> None:
             return await run_in_threadpool(_submit_spec, spec, backends)
         finally:
             submitting.remove(spec.name)
+            looks.forget()
 
     @inner.get("/searches", responses=_refusals())
-    def list_searches() -> Searches:
+    async def list_searches() -> Searches:
         """All searches of the cluster, the latest first, without their results."""
-        return Searches(searches=[watching.summary(job) for job in watching.all_searches(backends)])
+        return Searches(searches=[watching.summary(job) for job in await looks.searches()])
 
     @inner.get("/searches/{id}", responses=_refusals(404))
-    def show_search(id: str) -> View:
+    async def show_search(id: str) -> View:
         """The progress of a search: its phase, trials, the best of each budget so far, and the seconds spent."""
-        return watching.take_snapshot(watching.find_job(backends, id), backends.uri).view
+        return (await looks.snapshot(id)).view
 
     @inner.delete("/searches/{id}", responses=_refusals(404))
-    def stop_search(id: str) -> View:
+    async def stop_search(id: str) -> View:
         """Stop a search; every finished trial is kept, and submitting its spec again resumes it."""
-        job = watching.find_job(backends, id)
+        looks.forget()
+        job = await looks.job(id)
         if not job.is_over:
-            job = watching.jobs_at(backends.jobs).stop(job.id)
-        return watching.take_snapshot(job, backends.uri).view
+            await run_in_threadpool(lambda: watching.jobs_at(backends.jobs).stop(job.id))
+            looks.forget()
+        return (await looks.snapshot(id)).view
 
 
 async def _read_body(request: Request) -> bytes:
@@ -195,20 +200,22 @@ def _check_room(name: str, running: set[str], most: int) -> None:
         raise Refused(429, f"{len(running)} searches run; expected fewer than {most}; wait for one, or stop one")
 
 
-def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
+def _add_result_routes(inner: FastAPI, looks: Looks) -> None:
     """Add the operations that give the results of a search, once or as they come."""
     watchers = 0
-    snapshots = watching.Snapshots(backends)
 
-    @inner.get("/searches/{id}/frontier", responses=_refusals(404))
-    def show_frontier(id: str) -> dict[str, Any]:
+    @inner.get("/searches/{id}/frontier", responses=_refusals(404), response_model=dict[str, Any])
+    async def show_frontier(id: str) -> Response:
         """The frontier and the winners so far, with the keys of `paredown frontier --json`."""
-        return _recorded_result(watching.find_job(backends, id), backends).to_json()
+        job = await looks.job(id)
+        read = partial(_frontier_json, job, looks.backends)
+        return Response(await looks.shared(("frontier", id), read), media_type="application/json")
 
     @inner.get("/searches/{id}/report", response_class=HTMLResponse, responses=_refusals(404))
-    def show_report(id: str) -> HTMLResponse:
+    async def show_report(id: str) -> HTMLResponse:
         """The report so far: one page that can be kept and opens anywhere."""
-        page = html.html(_recorded_result(watching.find_job(backends, id), backends))
+        job = await looks.job(id)
+        page = await looks.shared(("report", id), lambda: html.html(_recorded_result(job, looks.backends)))
         headers = {"content-security-policy": REPORT_POLICY, "cross-origin-opener-policy": "unsafe-none"}
         return HTMLResponse(page, headers=headers)
 
@@ -217,7 +224,7 @@ def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
     @inner.get("/searches/{id}/events", response_class=StreamingResponse, responses={200: stream, **_refusals(404)})
     async def watch_search(id: str) -> StreamingResponse:
         """Server-sent events: `progress` (a search as above), `points` (new candidates), `trouble`, at last `end`."""
-        await run_in_threadpool(watching.find_job, backends, id)
+        await looks.job(id)
         if watchers >= MOST_WATCHERS:
             raise Refused(429, f"{watchers} streams are open; expected fewer than {MOST_WATCHERS}; close one")
         return StreamingResponse(counted(id), media_type="text/event-stream")
@@ -226,10 +233,14 @@ def _add_result_routes(inner: FastAPI, backends: Backends) -> None:
         nonlocal watchers
         watchers += 1
         try:
-            async for event in watching.events(snapshots, id):
+            async for event in watching.events(looks, id):
                 yield event
         finally:
             watchers -= 1
+
+
+def _frontier_json(job: Job, backends: Backends) -> str:
+    return json.dumps(_recorded_result(job, backends).to_json(), allow_nan=False)
 
 
 def _recorded_result(job: Job, backends: Backends) -> SearchResult:

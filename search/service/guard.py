@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BYTES = 2**18
 """The largest body of a request: a hundred specs, and as much YAML as is read in less than a second."""
+HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", re.ASCII)
+"""A name or an address in the header `Host`, without a user, a path, or anything else of a URL."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/style.css", "/page.js", "/chart.js")
 """The paths that need no token: the page and the description of the service, which are the same for everyone."""
@@ -110,6 +112,7 @@ class Guard:
                 f"changes something counts as {CHANGE_COSTS:g}; wait {wait_s:.1f} s",
                 {"retry-after": str(int(wait_s) + 1)},
             )
+        _check_host(headers)
         if self._access.digest is None:
             _check_local(headers, is_safe=is_safe)
         elif scope["path"] not in OPEN_PATHS:
@@ -135,13 +138,25 @@ def _check_token(headers: Headers, digest: bytes) -> None:
         )
 
 
+def _check_host(headers: Headers) -> None:
+    """Refuse a call that does not say in one plain name or address whom it is for."""
+    hosts = headers.getlist("host")
+    if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+        raise Refused(
+            400,
+            f"the header Host is {', '.join(hosts)[:100]!r}; expected one name or address of this service, perhaps "
+            "with its port; correct it",
+        )
+
+
 def _check_local(headers: Headers, *, is_safe: bool) -> None:
     """Refuse calls of another site's page in a browser on this machine: such a page knows no token, but needs none.
 
     A name that its owner lets point to this machine is still in `Host`; a page's own address is in `Origin`.
     """
-    host = headers.get("host", "")
-    if _host_name(host) not in LOOPBACK:
+    host = headers["host"]
+    name = HOST.fullmatch(host)
+    if name is None or name[1].strip("[]").lower() not in LOOPBACK:
         raise Refused(
             421,
             f"the request is for the host {host[:100]!r}; expected {', '.join(LOOPBACK)}; call it by one of them, or "
@@ -154,14 +169,6 @@ def _check_local(headers: Headers, *, is_safe: bool) -> None:
             f"the request was made by a page of {origin[:100]!r}; expected one of this service; "
             "use its own page, or call it from outside a browser",
         )
-
-
-def _host_name(host: str) -> str | None:
-    """The name in a `Host` header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 class Buckets:

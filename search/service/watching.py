@@ -1,6 +1,6 @@
 """The state of searches for callers over HTTP: the list of all, and the progress, new points and end of each.
 
-A job is Ray's, and its results are MLflow's. This file keeps only the latest snapshot of each search that is watched.
+A job is Ray's, and its results are MLflow's. This file keeps only what it saw last, for a second.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from search.trials import Candidate, Teacher
 
 T = TypeVar("T")
 
+FRESH_S = 1.0
+"""Seconds for which what was seen of a search is told to others who ask."""
 EVERY_S = 2.0
 """Seconds between two snapshots of a watched search."""
 HEARTBEAT_S = 15.0
@@ -114,13 +116,13 @@ def running_names(backends: Backends) -> set[str]:
     return {name_of(job) for job in submitted_jobs(backends) if not job.is_over}
 
 
-def find_job(backends: Backends, id: str) -> Job:
-    """Find the job of a search.
+def job_of(searches: Sequence[Job], id: str) -> Job:
+    """Find the job of a search among those that are known.
 
     Raises:
         Refused: there is none of this id.
     """
-    for job in all_searches(backends) if id.endswith(PAST_SUFFIX) else submitted_jobs(backends):
+    for job in searches:
         if job.id == id:
             return job
     raise Refused(404, f"no search {id[:100]!r} here; expected one of those that GET /searches lists; check the id")
@@ -193,26 +195,49 @@ def _point_json(one: Candidate, teacher: Teacher, axes: list[str]) -> dict[str, 
     return named | {"top1": one.top1_validation, "costs": costs}
 
 
-class Snapshots:
-    """The latest snapshot of each search that is watched: one every `EVERY_S` seconds, for all its watchers."""
+class Looks:
+    """Looks at the cluster and the store, each shared by all who ask for it while it lasts and for `FRESH_S` after.
+
+    Everybody who reads asks here, so that many readers cost as much as one. Raises as the looks do.
+    """
 
     def __init__(self, backends: Backends) -> None:
         self.backends = backends
-        self._latest: dict[str, tuple[float, asyncio.Future[Snapshot]]] = {}
+        self._latest: dict[tuple[str, ...], tuple[float, asyncio.Future[Any]]] = {}
 
-    async def latest(self, id: str) -> Snapshot:
-        """Return a snapshot of the search that is at most `EVERY_S` seconds old, and take one if needed."""
+    async def searches(self) -> list[Job]:
+        """Return what `all_searches` does."""
+        return await self.shared(("searches",), lambda: all_searches(self.backends))
+
+    async def job(self, id: str) -> Job:
+        """Return the job of a search.
+
+        Raises:
+            Refused: there is none of this id.
+        """
+        if id.endswith(PAST_SUFFIX):
+            return job_of(await self.searches(), id)
+        return job_of(await self.shared(("jobs",), lambda: submitted_jobs(self.backends)), id)
+
+    async def snapshot(self, id: str) -> Snapshot:
+        """Return the state of a search."""
+        job = await self.job(id)
+        return await self.shared(("snapshot", id), lambda: take_snapshot(job, self.backends.uri))
+
+    async def shared(self, key: tuple[str, ...], look: Callable[[], T]) -> T:
+        """Return what `look` does: now in a thread, or what it did for another who asked with this key."""
         now = time.monotonic()
-        self._latest = {key: one for key, one in self._latest.items() if now - one[0] < EVERY_S or not one[1].done()}
-        if id not in self._latest:
-            self._latest[id] = now, asyncio.ensure_future(run_in_threadpool(self._take_snapshot, id))
-        return await asyncio.shield(self._latest[id][1])  # a watcher that hangs up must not cancel it for the others
+        self._latest = {key: one for key, one in self._latest.items() if now - one[0] < FRESH_S or not one[1].done()}
+        if key not in self._latest:
+            self._latest[key] = now, asyncio.ensure_future(run_in_threadpool(look))
+        return cast(T, await asyncio.shield(self._latest[key][1]))  # who hangs up must not cancel it for the others
 
-    def _take_snapshot(self, id: str) -> Snapshot:
-        return take_snapshot(find_job(self.backends, id), self.backends.uri)
+    def forget(self) -> None:
+        """Look again for all who ask from now on, since something was changed."""
+        self._latest = {}
 
 
-async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
+async def events(looks: Looks, id: str) -> AsyncIterator[str]:
     """Yield a search's server-sent events: `progress` and `points` whenever they changed, `end` with its last state.
 
     `points` holds those that were not sent before. `trouble` reports a store or a cluster that is away for a while.
@@ -223,12 +248,12 @@ async def events(snapshots: Snapshots, id: str) -> AsyncIterator[str]:
     now: View | None
     while True:
         try:
-            seen = await snapshots.latest(id)
+            seen = await looks.snapshot(id)
             now, new = seen.view, _new_points(seen.points, sent)
         except Refused:
             return  # its job is gone from the cluster
         except (ClusterError, TrackingError, *FAULTS) as error:
-            now, new = view, {"error": outage_reason(error, snapshots.backends.uri)}
+            now, new = view, {"error": outage_reason(error, looks.backends.uri)}
         silent_s = 0.0 if now != view or new else silent_s + EVERY_S
         if now is not None and now != view:
             yield _format_event("progress", now.model_dump())

@@ -19,6 +19,7 @@ from methods.training import Samples
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
 from search.workload.pictures import Preparation, decode
+from search.workload.usercode import blaming
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Indexed:
     source: Any
 
     def __len__(self) -> int:
-        return len(self.source)
+        with blaming("the length of the data set", "the number of its items; mend its __len__", DataError):
+            return len(self.source)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The pairs of these indices, stacked; raises `DataError` if one is no such pair or holds NaN."""
@@ -132,14 +134,10 @@ class Indexed:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        try:
+        expected = "a pair of an image tensor (c, h, w) and an integer label; mend the data set, or its length"
+        with blaming(f"item {index} of the data set", expected, DataError):
             image, label = self.source[index]
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
-        except Exception as error:
-            raise DataError(
-                f"item {index} of the data set raised {type(error).__name__}: {error}; "
-                "expected a pair of an image tensor (c, h, w) and an integer label; mend the data set"
-            ) from error
         if pixels.ndim != 3 or not torch.isfinite(pixels).all():
             fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
             raise DataError(

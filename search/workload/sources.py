@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,10 @@ def fashion_mnist(root: Path | None) -> tuple[Samples, Samples]:
     )
 
 
+MOST_ITEMS = 100_000_000
+"""More images than any data set of pictures has: an order of them alone takes a gigabyte."""
+
+
 def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     sets: list[Samples] = []
     for prefix, shift in (("train", 2), ("t10k", 0)):
@@ -67,16 +72,22 @@ def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
     return sets[0], sets[1]
 
 
+MOST_BYTES = 2**31
+"""The largest content of an IDX file; Fashion-MNIST's has 47 MB."""
+
+
 def _read_idx(path: Path) -> np.ndarray | None:
     """Read the bytes of an IDX file, plain or gzipped, in their shape; a missing file gives None."""
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         return None
     try:
-        content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        with path.open("rb") if path.is_file() else gzip.open(packed) as file:
+            dimensions = file.read(4)[3]
+            shape = np.frombuffer(file.read(4 * dimensions), ">i4").tolist()
+            if math.prod(shape) > MOST_BYTES or min(shape, default=0) < 0:
+                raise ValueError(f"its shape is {tuple(shape)}")
+            return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)  # what is packed may be more
     except (ValueError, IndexError, OSError, EOFError) as error:
         raise DataError(f"{path} is no whole IDX file: {error}; expected one of bytes; fetch it again") from error
 
@@ -196,7 +207,12 @@ def _to_samples(source: object) -> Samples:
         return _check_arrays(_to_array(source["images"]), _to_array(source["labels"]))
     is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
-        return Indexed(source)
+        found = Indexed(source)
+        if len(found) > MOST_ITEMS:
+            raise DataError(
+                f"the data set says that it has {len(found):,} items; expected at most {MOST_ITEMS:,}; mend its __len__"
+            )
+        return found
     raise DataError(
         f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
         "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them"

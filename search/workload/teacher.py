@@ -21,7 +21,7 @@ from search.workload import zoo
 from search.workload.checkpoints import load_weights
 from search.workload.forms import unwrapped
 from search.workload.splits import Splits
-from search.workload.usercode import call_factory, importable
+from search.workload.usercode import blaming, call_factory, importable
 
 
 def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -159,8 +159,10 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
             "the network's outputs hold NaN or infinity on the calibration images; expected finite logits; "
             "check model.weights"
         )
+    with blaming("copying the network", "one that copy.deepcopy takes; open locks and files where they are used"):
+        copied = copy.deepcopy(teacher)
     with torch.random.fork_rng(devices=[]):
-        _logits(copy.deepcopy(teacher).train(), images)
+        _logits(copied.train(), images)
     try:
         exported(teacher, images)
     except Exception as error:
@@ -173,14 +175,9 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The outputs `(n, classes)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
-    try:
-        with torch.no_grad():
-            logits = model(images.clone())
-    except Exception as error:
-        raise WorkloadError(
-            f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: {one_line(error)}; expected it "
-            f"to accept the data's images; {_advice(model, error)}"
-        ) from error
+    refused = f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: it"
+    with blaming(refused, lambda error: f"it to accept the data's images; {_advice(model, error)}"), torch.no_grad():
+        logits = model(images.clone())
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits
     what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -190,7 +187,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     )
 
 
-def _advice(model: nn.Module, error: Exception) -> str:
+def _advice(model: nn.Module, error: BaseException) -> str:
     """Say what to look at where a network does not take the images: its types of numbers, or their sizes."""
     types = sorted({str(one.dtype)[6:] for one in model.parameters() if one.is_floating_point()})
     if "type" in str(error).lower() and types != ["float32"]:

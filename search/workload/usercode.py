@@ -7,7 +7,8 @@ import importlib.util
 import math
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,37 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from search.base import WorkloadError, one_line
+from search.base import SearchError, WorkloadError, one_line
 from search.units import TOP1, Scale
 
 T = TypeVar("T")
 
 ROUNDING = 1e-6
 """How far a share may lie outside [0, 1] and still be meant to be in it."""
+
+OURS = ("cluster", "search", "methods", "paredown")
+"""The names of our packages, which a user's modules may have too."""
+ALIAS = "paredown_user_"
+"""The beginning of the names by which a user's files are kept, so that none takes the place of ours."""
+
+
+@contextmanager
+def blaming(
+    what: str, expected: str | Callable[[BaseException], str], kind: type[SearchError] = WorkloadError
+) -> Iterator[None]:
+    """Turn whatever a user's code raises, an exit of the process too, into an error of this `kind` that names it.
+
+    Args:
+        what: the code that runs in the block, at the beginning of a sentence.
+        expected: the rest of the message, with what to do, or how to tell it by the error.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        rest = expected if isinstance(expected, str) else expected(error)
+        raise kind(f"{what} raised {type(error).__name__}: {one_line(error)}; expected {rest}") from error
 
 
 @dataclass(frozen=True)
@@ -55,13 +80,9 @@ class UserMetric:
 
     def value(self, logits: Tensor, labels: Tensor) -> float:
         """The metric's own finite value."""
-        try:
+        expected = "a number for logits (n, classes) and labels (n,); run it by itself to mend it"
+        with blaming(f"the metric {self.name}", expected):
             value = float(self.function(logits, labels))
-        except Exception as error:
-            raise WorkloadError(
-                f"the metric {self.name} raised {type(error).__name__}: {one_line(error)}; expected a number "
-                "for logits (n, classes) and labels (n,); run it by itself to mend it"
-            ) from error
         if not math.isfinite(value):
             raise WorkloadError(f"the metric {self.name} gave {value}; expected a finite number; mend it")
         return value
@@ -70,20 +91,14 @@ class UserMetric:
 def call_factory(name: str, args: dict[str, Any], folder: str) -> object:
     """Return what the user's factory returns."""
     factory = load_function(name, folder)
-    try:
-        with importable(folder):
-            return factory(**args)
-    except (Exception, SystemExit) as error:
-        raise WorkloadError(
-            f"the factory {name} raised {type(error).__name__}: {one_line(error)}; expected it to return; "
-            "run it by itself to mend it"
-        ) from error
+    with blaming(f"the factory {name}", "it to return; run it by itself to mend it"), importable(folder):
+        return factory(**args)
 
 
 def load_function(name: str, folder: str) -> Callable[..., Any]:
     """Load the function `pkg.mod:fn` or `./file.py:fn`, looked for in the spec's folder first.
 
-    A file is loaded under a name of its own, so a user's `search.py` never takes the place of ours.
+    A file is loaded under a name of its own, and so are modules with a name of ours, which never takes its place.
     """
     source, _, attribute = name.rpartition(":")
     with importable(folder):
@@ -101,20 +116,51 @@ _user_module_names: set[str] = set()
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """Let modules in `folder` be imported while the context is open, and remember all that are imported then."""
+    """Let modules in `folder` be imported while the context is open, and remember all that are imported then.
+
+    Those with the name of a package of ours go before it in the block, and are kept by another name after it.
+    """
     before = set(sys.modules)
+    clashing = [name for name in OURS if _is_users(Path(folder), name)]
+    ours = {name: sys.modules.pop(name) for name in _below(clashing)}
+    sys.modules.update({name.removeprefix(ALIAS): sys.modules[name] for name in _below(map(ALIAS.__add__, clashing))})
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         sys.path.remove(folder)
+        for name in _below(clashing):
+            _rename(sys.modules.pop(name), ALIAS + name)
+        sys.modules.update(ours)
         _user_module_names.update(sys.modules.keys() - before)
+
+
+def _is_users(folder: Path, name: str) -> bool:
+    """Whether the folder has a module of this name that is not our own package."""
+    places = [place for place in (folder / name / "__init__.py", folder / f"{name}.py") if place.is_file()]
+    ours = getattr(sys.modules.get(name), "__file__", None)
+    return bool(places) and not (ours and places[0].samefile(ours))
+
+
+def _rename(module: ModuleType, name: str) -> None:
+    """Keep a module by another name, by which it is also sent to workers."""
+    module.__name__ = name
+    if module.__spec__ is not None:
+        module.__spec__.name = name
+        module.__package__ = module.__spec__.parent
+    sys.modules[name] = module
+
+
+def _below(packages: Iterable[str]) -> list[str]:
+    """The names of these modules and of all in them, as far as they are imported."""
+    roots = tuple(packages)
+    return [name for name in sys.modules if name in roots or name.startswith(tuple(f"{root}." for root in roots))]
 
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise WorkloadError(f"no file {path}; expected a Python file beside the spec; correct the path")
-    name = f"paredown_user_{path.stem}"
+    name = ALIAS + path.stem
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
@@ -130,13 +176,8 @@ def _load_package(source: str) -> ModuleType:
 
 
 def _run_import(load: Callable[[], T], source: str) -> T:
-    try:
+    with blaming(f"importing {source}", "it to import; run it by itself from the spec's folder to mend it"):
         return load()
-    except (Exception, SystemExit) as error:
-        raise WorkloadError(
-            f"importing {source} raised {type(error).__name__}: {one_line(error)}; expected it to import; "
-            "run it by itself from the spec's folder to mend it"
-        ) from error
 
 
 def user_modules() -> list[ModuleType]:
@@ -148,11 +189,18 @@ def user_modules() -> list[ModuleType]:
     return [module for module in modules if module is not None and _is_user_code(module)]
 
 
+def place_of(error: BaseException) -> str | None:
+    """The place in a user's code where an error came up, or passed through; None if it is none of theirs."""
+    files = {module.__file__ for module in user_modules()}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None
+
+
 def _is_user_code(module: ModuleType) -> bool:
     name, file = module.__name__, Path(getattr(module, "__file__", None) or "")
     if not file.is_absolute():  # torch.ops says "_ops.py"
         return False
-    is_ours = name.partition(".")[0] in ("cluster", "search", "methods", "paredown", "__main__")
+    is_ours = name.partition(".")[0] in (*OURS, "__main__")
     is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
     standard = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
     return not (is_ours or is_installed or any(file.is_relative_to(place) for place in standard))

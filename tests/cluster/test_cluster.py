@@ -27,11 +27,13 @@ def test_generators_yield_steps_then_their_result(cluster: Cluster) -> None:
 
 
 def test_an_error_is_one_items_result(cluster: Cluster) -> None:
-    events = {event.index: event for event in cluster.run(refusing, [(0,), (1,), (2,)])}
+    events = {event.index: event for event in cluster.run(refusing, [(0,), (1,), (2,), (3,), (0,)])}
     assert isinstance(events[1], Failed)
     assert events[1].error == "ValueError: no 1"
     assert "refusing" in events[1].trace
-    assert results(events.values()) == {0: 0, 2: 2}
+    assert isinstance(events[3], Failed)
+    assert events[3].error == "SystemExit: 3"  # which is not that of the process
+    assert results(events.values()) == {0: 0, 2: 2, 4: 0}
     assert all(event.seconds >= 0 for event in events.values() if not isinstance(event, Step))
 
 

@@ -31,6 +31,7 @@ from tests.support.cluster_items import (
     telling_its_process,
     total,
 )
+from tests.support.sockets import beyond_loopback
 from tests.support.waiting import wait_until
 
 
@@ -233,12 +234,14 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(
     ray_cluster.close()
     ray.shutdown()
     monkeypatch.delenv("RAY_worker_niceness")
+    Path("cluster.py").write_text("raise RuntimeError('a module of the user has the name of ours')")
     broken = RayCluster(Unloadable(), max_parallel=1)
     try:
         with pytest.raises(ClusterError, match="a_module_only_the_driver_has"):
             list(broken.run(total, [(1,)]))
         assert results(broken.alone(held, [()]))[0][1] == {"paredown_meter": 1.0}
         assert results(broken.alone(os.nice, [(0,)])) == {0: os.nice(0)}  # no lower priority than the command's
+        assert beyond_loopback() == []
     finally:
         broken.close()
     assert not ray.is_initialized()

@@ -41,6 +41,8 @@ def hanging(context: np.ndarray, number: int, folder: str) -> Generator[int, Non
 def refusing(context: np.ndarray, number: int) -> int:
     if number == 1:
         raise ValueError(f"no {number}")
+    if number == 3:
+        raise SystemExit(3)
     return number
 
 

@@ -24,6 +24,7 @@ from search.service.watching import Backends
 from search.spec.reading import with_stores
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browsing
 from tests.support.searches import SPEC, inline, parsed, place, quiet
+from tests.support.sockets import beyond_loopback
 
 LONG = SPEC.replace("name: digits", "name: long").replace("trials: 3", "trials: 500") + "cluster: {max_parallel: 1}\n"
 LONG_S = 240
@@ -68,6 +69,7 @@ PHASE = "document.getElementById('phase').textContent"
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_search_is_read_and_another_submitted_watched_and_stopped_on_the_page(page: Browser, url: str) -> None:
+    assert beyond_loopback() == []
     page.go(url)
     page.wait("document.querySelector('#searches a')", LONG_S)
     page.ask("document.querySelector('#searches a').click()")

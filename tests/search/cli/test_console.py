@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +65,34 @@ def test_no_sign_of_a_file_or_of_an_error_is_obeyed_by_a_terminal(capsys: pytest
     told = capsys.readouterr().err
     assert "failed: \\x1b[31mred\n" in told
     assert "paredown: no \\u202ename\n" in told
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_output_that_nobody_takes_ends_the_command_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_gone: bool
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w") if is_gone else open("/dev/full", "w")  # noqa: SIM115 - closed below
+    monkeypatch.setattr(sys, "stdout", stream)
+    print("a result")
+    with pytest.raises(SystemExit) as ended:
+        output.settle_output()
+    assert ended.value.code == 1
+    stream.close()
+    told = capsys.readouterr().err
+    assert told == "" if is_gone else told.startswith("paredown: cannot write the output: No space left on device;")
+
+
+def test_closed_streams_are_opened_so_that_no_file_takes_their_place() -> None:
+    script = (
+        "import os, sys; from search.cli.output import open_closed_streams; open_closed_streams(); "
+        "print('lost'); print('lost', file=sys.stderr); sys.exit(os.open(os.devnull, os.O_RDONLY))"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} <&- >&- 2>&-"
+    ended = subprocess.run(["sh", "-c", command], cwd=Path(output.__file__).parents[2], capture_output=True)
+    assert ended.returncode > 2
+    assert ended.stdout + ended.stderr == b""
 
 
 def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> None:

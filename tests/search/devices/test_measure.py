@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,22 @@ def test_models_that_cannot_be_measured_are_refused(saved: Saved, tmp_path: Path
             run(model, "cpu-1")
 
 
+@pytest.mark.parametrize("side", [-3, 10**7, 2**62])
+def test_an_onnx_file_of_absurd_shape_is_refused(saved: Saved, side: int) -> None:
+    file = onnx.load_from_string(Path(saved.onnx).read_bytes())
+    for dimension in file.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dimension.dim_value = side
+    onnx.save(file, "absurd.onnx")
+    with pytest.raises(SearchError, match=r"absurd.onnx takes images \(3, .* bytes .*; expected sides of at least 1"):
+        run("absurd.onnx", "cpu-1")
+
+
+def test_a_folder_without_a_store_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"no MLflow store at sqlite:///paredown.db; expected the file paredown.db"):
+        run("models:/tiny@edge", "cpu-1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_onnx_file_runs_on_onnxruntime_alone(saved: Saved) -> None:
     with pytest.raises(SearchError, match=r"the runtime torch cannot read an ONNX file; expected a .pt2 program"):
         run(saved.onnx, "eager", saved.spec)
@@ -195,8 +212,6 @@ def test_an_onnx_file_runs_on_onnxruntime_alone(saved: Saved) -> None:
 
 
 def test_a_program_for_one_batch_alone_says_so(saved: Saved, tmp_path: Path) -> None:
-    import onnx
-
     file = onnx.load_from_string(Path(saved.onnx).read_bytes())
     file.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(file, tmp_path / "one.onnx")

@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = Outcome(0.1, 0.2, 0.9, macs=9, params=9, size_bytes=36, seconds=1.0, state={})
     record.trials.complete(run_id, outcome, 1.0, top1_drop=0.05, keep_weights=False)
     assert sorted(one.name for one in folder.iterdir()) == ["paredown.artifacts", "paredown.db"]
+    assert list(folder.parent.iterdir()) == [folder]
     return folder
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Message
 from starlette.websockets import WebSocketDisconnect
 
 import cluster.jobs
@@ -22,7 +23,7 @@ from search.service import guard
 from search.service.admission import AdmissionRules
 from search.service.app import Settings, app
 from search.service.guard import LARGEST_BYTES, MOST_CLIENTS, Access, Buckets
-from search.service.watching import Backends, Snapshot, Snapshots
+from search.service.watching import Backends, Looks, Snapshot
 from tests.support.services import KEY, TOKEN, YAML, quick
 
 JSON = {"Content-Type": "application/json"}
@@ -196,14 +197,29 @@ def test_a_cluster_that_is_away_is_told_and_asked_again(client: TestClient) -> N
 
 
 def test_all_who_watch_a_search_share_one_look() -> None:
-    snapshots = Snapshots(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies"))
+    looks = Looks(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies"))
 
     async def watched() -> list[Snapshot | BaseException]:
-        return await asyncio.gather(*(snapshots.latest("digits-1") for _ in range(8)), return_exceptions=True)
+        return await asyncio.gather(*(looks.snapshot("digits-1") for _ in range(8)), return_exceptions=True)
 
     told = asyncio.run(watched())
     assert isinstance(told[0], ClusterError)
     assert {id(one) for one in told} == {id(told[0])}
+
+
+def test_a_look_is_taken_once_for_many_readers_and_anew_after_a_change() -> None:
+    looks, taken = Looks(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies")), []
+
+    def look() -> int:
+        taken.append(1)
+        return len(taken)
+
+    async def read() -> list[int]:
+        found = await asyncio.gather(*(looks.shared(("a",), look) for _ in range(200)))
+        looks.forget()
+        return [*found, await looks.shared(("a",), look), await looks.shared(("b",), look)]
+
+    assert asyncio.run(read()) == [1] * 200 + [2, 3]
 
 
 def test_without_a_token_only_this_machine_is_answered(root: Path) -> None:
@@ -211,7 +227,7 @@ def test_without_a_token_only_this_machine_is_answered(root: Path) -> None:
     with TestClient(service, base_url="http://localhost:8700") as client:
         assert client.get("/").status_code == 200
         assert client.get("/", headers={"Host": "[::1]:8700"}).status_code == 200
-        for host in ("rebound.example.org", "localhost.example.org:8700", "", "[", "localhost@example.org"):
+        for host in ("rebound.example.org", "localhost.example.org:8700", "[::2]"):
             answer = client.get("/searches", headers={"Host": host})
             assert answer.status_code == 421, host
             assert "localhost" in answer.json()["error"]
@@ -219,6 +235,31 @@ def test_without_a_token_only_this_machine_is_answered(root: Path) -> None:
             answer = client.delete("/searches/digits-1", headers={"Origin": origin})
             assert answer.status_code == 403, origin
         assert client.delete("/searches/digits-1", headers={"Origin": "http://localhost:8700"}).status_code == 503
+
+
+@pytest.mark.parametrize("host", [
+    "", "[", "evil@localhost", "localhost@example.org", "localhost/", "localhost:", "localhost:port", "local host",
+    "localhost,example.org", "\\localhost", "localhost#",
+])  # fmt: skip
+def test_a_host_that_is_none_is_refused_with_and_without_a_token(client: TestClient, host: str) -> None:
+    service = app(Settings(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies")))
+    for answering in (client, TestClient(service, base_url="http://localhost:8700")):
+        answer = answering.get("/openapi.json", headers=KEY | {"Host": host})
+        assert answer.status_code == 400
+        assert "Host" in answer.json()["error"]
+
+
+def test_a_request_for_no_host_or_for_two_is_refused() -> None:
+    service = app(Settings(Backends(NOWHERE, "sqlite:///paredown.db", "paredown.studies")))
+    for hosts in ([], [(b"host", b"localhost"), (b"host", b"localhost")]):
+        sent: list[Message] = []
+
+        async def send(message: Message, sent: list[Message] = sent) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": hosts, "client": None}
+        asyncio.run(service(scope, lambda: asyncio.sleep(0, {"type": "http.request"}), send))
+        assert sent[0]["status"] == 400
 
 
 def test_who_calls_too_often_waits_and_others_do_not() -> None:

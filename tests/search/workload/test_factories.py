@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,21 @@ def test_a_set_that_raises_names_the_item() -> None:
     short.__class__ = type("Longer", (Pairs,), {"__len__": lambda self: 8})
     with pytest.raises(DataError, match=r"item [567] of the data set raised IndexError"):
         parted(Indexed(short))
+
+
+def test_a_set_that_exits_or_has_no_length_is_named() -> None:
+    leaving = type("Leaving", (Pairs,), {"__getitem__": lambda self, index: sys.exit(0)})(*pairs(5))
+    with pytest.raises(DataError, match=r"item \d of the data set raised SystemExit: 0; expected a pair of an image"):
+        parted(Indexed(leaving))
+    negative = type("Negative", (Pairs,), {"__len__": lambda self: -1})(*pairs(5))
+    with pytest.raises(DataError, match=r"the length of the data set raised ValueError: .*; expected the number"):
+        parted(Indexed(negative))
+
+
+def test_a_set_of_absurd_length_is_refused() -> None:
+    endless = type("Endless", (Pairs,), {"__len__": lambda self: 10**12})(*pairs(5))
+    with pytest.raises(DataError, match=r"says that it has 1,000,000,000,000 items; expected at most 100,000,000"):
+        from_factory(endless)
 
 
 def test_lists_and_arrays_of_another_byte_order_are_read() -> None:

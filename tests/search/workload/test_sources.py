@@ -74,6 +74,9 @@ def test_fashion_mnist_that_is_missing_or_damaged(tmp_path: Path) -> None:
         damaged.read_bytes()[:30],
         b"not gzipped",
         gzip.compress(b""),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x02" + b"\0" * 10_000_000),  # more than it says
+        gzip.compress(b"\0\0\x08\x02" + b"\x7f\xff\xff\xff" * 2),
+        gzip.compress(b"\0\0\x08\x01" + b"\xff" * 8),
     ):
         damaged.write_bytes(content)
         with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte is no whole IDX file: .*; fetch it again"):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 from torch import nn
 
+import methods
+from search.base import SpecError
 from search.spec import reading
-from search.workload import loading
+from search.workload import loading, usercode
 from search.workload.usercode import user_modules
 from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec, users_code
 
@@ -28,13 +33,52 @@ def test_a_users_file_may_import_its_neighbours(folder: Path) -> None:
 
 
 def test_a_users_own_search_never_shadows_ours(folder: Path) -> None:
-    (folder / "search.py").write_text("import search.spec\n" + THINGS)
+    (folder / "search.py").write_text(THINGS)
     (folder / "methods.py").write_text("raise RuntimeError('imported')")
-    found = load(folder, factory("./search.py:network"))
-    assert isinstance(found.teacher, nn.Sequential)
-    assert Path(sys.modules["search"].__file__ or "").name == "__init__.py"
+    for name in ("./search.py:network", "search:network"):
+        assert isinstance(load(folder, factory(name)).teacher, nn.Sequential)
+        assert Path(sys.modules["search"].__file__ or "").name == "__init__.py"
     assert reading.parse.__module__ == "search.spec.reading"
-    assert "has no function 'network'" in refused(folder, factory("search:network"))
+    assert importlib.import_module("search.spec.reading") is reading
+    assert "importing methods raised RuntimeError: imported" in refused(folder, factory("methods:network"))
+    assert sys.modules["methods"] is methods
+
+
+def test_a_users_modules_with_names_of_ours_work_beside_them_and_are_sent_to_workers(folder: Path) -> None:
+    (folder / "methods").mkdir()
+    (folder / "methods" / "__init__.py").write_text("from .net import SIDE\n\ndef twice(x):\n    return 2 * x\n")
+    (folder / "methods" / "net.py").write_text("from torch import nn\n\nSIDE = 8\n\nclass Part(nn.ReLU):\n    pass\n")
+    (folder / "cluster.py").write_text("import methods\n\ndef once(x):\n    return methods.twice(x) / 2\n")
+    (folder / "entry.py").write_text(
+        "import cluster\nimport things\nfrom methods.net import Part\nfrom torch import nn\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.inner, self.part = things.network(), Part()\n\n"
+        "    def forward(self, x):\n        return self.inner(self.part(cluster.once(x)))\n"
+    )
+    teacher = load(folder, factory("./entry.py:Net")).teacher
+    assert load(folder, factory("./entry.py:Net")).fingerprint
+    assert sys.modules["methods"] is methods
+    aliases = {"paredown_user_methods", "paredown_user_methods.net", "paredown_user_cluster"}
+    assert users(folder) == aliases | {"paredown_user_entry", "paredown_user_things", "things"}
+    for module in user_modules():
+        cloudpickle.register_pickle_by_value(module)
+    sent = cloudpickle.dumps(teacher)
+    reading_it = "import pickle, sys, torch\nprint(pickle.load(sys.stdin.buffer)(torch.ones(2, 1, 8, 8)).shape)"
+    command = [sys.executable, "-c", reading_it]
+    root = Path(methods.__file__).parent.parent
+    found = subprocess.run(command, input=sent, capture_output=True, check=True, cwd=root)
+    assert found.stdout.decode().strip() == "torch.Size([2, 3])"
+
+
+def test_an_error_in_a_users_code_is_told_with_its_place(folder: Path) -> None:
+    (folder / "entry.py").write_text("from things import network\n\ndef late():\n    raise RuntimeError('late')\n")
+    late = usercode.load_function("./entry.py:late", str(folder))
+    with pytest.raises(RuntimeError) as caught:
+        late()
+    assert usercode.place_of(caught.value) == f"{folder}/entry.py, line 4"
+    with pytest.raises(SpecError) as ours:
+        reading.parse("name: [", folder=folder)
+    assert usercode.place_of(ours.value) is None
 
 
 def test_user_modules_are_those_of_the_folder(folder: Path) -> None:

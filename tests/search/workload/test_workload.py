@@ -261,7 +261,12 @@ def test_networks_that_do_not_fit_the_data(folder: Path) -> None:
             "Auxiliary",
             "in training, the network returned tuple for inputs of shape (2, 1, 8, 8); expected logits (n, c",
         ),
-        ("Untrainable", "in training, the network does not take inputs of shape (2, 1, 8, 8): no training; expected"),
+        (
+            "Untrainable",
+            "in training, the network does not take inputs of shape (2, 1, 8, 8): it raised RuntimeError: no training;",
+        ),
+        ("Leaving", "in evaluation, the network does not take inputs of shape (2, 1, 8, 8): it raised SystemExit: 3;"),
+        ("Holding", "copying the network raised TypeError: cannot pickle '_thread.lock' object; expected one that"),
         ("Branching", "torch.export cannot export the network: "),
     ],
 )
@@ -308,7 +313,10 @@ def test_the_metric_is_top1_or_the_users(folder: Path) -> None:
     logits, labels = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])
     assert load(folder, factory()).metric(logits, labels) == 0.5
     assert load(folder, factory(), metric="./things.py:agreement").metric(logits, labels) == 0.25
-    for name, told in (("broken", "raised TypeError"), ("nothing", "gave nan; expected a finite number")):
+    for name, told in (
+        ("broken", "raised TypeError"), ("nothing", "gave nan; expected a finite number"),
+        ("ending", "raised SystemExit: 0; expected a number"), ("odd", "raised Odd: at all; expected a number"),
+    ):  # fmt: skip
         with pytest.raises(WorkloadError, match=rf"the metric \./things\.py:{name} {told}"):
             load(folder, factory(), metric=f"./things.py:{name}").metric(logits, labels)
     loss = {"function": "./things.py:agreement", "direction": "minimize", "range": [0, 2]}
