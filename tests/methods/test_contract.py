@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def scored_on(teacher: nn.Module) -> Scored:
     return scored
 
 
-@lru_cache(maxsize=1)
+@cache
 def case(method: str, network: str) -> tuple[nn.Module, Profile, dict[float, Plan | Infeasible]]:
     """A teacher, its profile, and for each share of its MACs the plan, or the error if none fits."""
     teacher = NETWORKS[network]()
