@@ -14,6 +14,11 @@ Scores: TypeAlias = Mapping[str, np.ndarray]
 Shard: TypeAlias = tuple[Any, ...]
 """A small picklable description of one piece of scoring work: a batch index, a layer, a block."""
 
+
+class SharedShard(tuple[Any, ...]):
+    """A shard that all methods score alike: a search does it once for all that ask for it."""
+
+
 KnobValue: TypeAlias = float | int | str | bool
 
 

@@ -125,14 +125,17 @@ def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[st
     return method.allocate(*scored(method, ()), budget, knobs)
 
 
-def student_of(teacher: nn.Module, steps: Sequence[tuple[Method, Plan]], calibration: Tensor | None) -> nn.Module:
+def student_of(
+    teacher: nn.Module, steps: Sequence[tuple[Method, Plan]], calibration: Tensor | None, *, refit: bool = True
+) -> nn.Module:
     """Build the student that `steps` lead to, one after the other; without steps it is the teacher itself.
 
-    With calibration images `(n, c, h, w)` each step's student is settled before the next one, if anything was cut.
+    With calibration images `(n, c, h, w)` each step's student is settled before the next one, if anything was cut;
+    unless it is `refit` to them, its weights are its teacher's.
     """
     student = teacher
     for method, plan in steps:
-        student = method.apply(student, plan, calibration)
+        student = method.apply(student, plan, calibration if refit else None)
         if calibration is not None and plan.loss > 0:
             method.settle(student, plan, calibration)
     return student

@@ -2,6 +2,7 @@
 
 from methods.alds import ALDS
 from methods.chain import AnyMethod, Chain
+from methods.channels import Channels
 from methods.itpruner import ITPruner
 from methods.manidp import ManiDP
 from methods.names import links_of
@@ -9,7 +10,9 @@ from methods.practise import PRACTISE
 from methods.protocol import Method
 from methods.uniform import Uniform
 
-METHODS: dict[str, Method] = {method.name: method for method in (ITPruner(), ManiDP(), PRACTISE(), ALDS(), Uniform())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (ITPruner(), Channels(), ManiDP(), PRACTISE(), ALDS(), Uniform())
+}
 
 
 def named(name: str) -> AnyMethod:

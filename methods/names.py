@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-NAMES: dict[str, bool] = {"itpruner": False, "manidp": True, "practise": False, "alds": False, "uniform": False}
+NAMES: dict[str, bool] = {
+    "itpruner": False,
+    "channels": False,
+    "manidp": True,
+    "practise": False,
+    "alds": False,
+    "uniform": False,
+}
 """Every method of `METHODS`, in its order, and its `is_last`: whether no link of a chain may follow it."""
 
 

@@ -31,13 +31,17 @@ Before: TypeAlias = tuple[tuple[Method, str], ...]
 
 @dataclass(frozen=True, eq=False)
 class WorkerInputs:
-    """The teacher and the data that a worker may see (never the test set), loaded once."""
+    """The teacher and the data that a worker may see (never the test set), loaded once.
+
+    Without `refit` the weights of students are those of their teacher, as far as the surgery left them.
+    """
 
     teacher: nn.Module
     train: Samples
     validation: Samples
     calibration: np.ndarray
     metric: Metric
+    refit: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def _student_of(inputs: WorkerInputs, before: Before) -> nn.Module:
     """Build the student of the links so far; it is kept, because the shards of one link come one after the other."""
     teacher, calibration = on_device(inputs)
     steps = [(method, Plan.from_json(json.loads(text))) for method, text in before]
-    return student_of(teacher, steps, calibration)
+    return student_of(teacher, steps, calibration, refit=inputs.refit)
 
 
 def trial(
@@ -96,7 +100,7 @@ def trial(
     """
     started = time.perf_counter()
     teacher, calibration = on_device(inputs)
-    student = method.apply(teacher, plan, calibration)
+    student = method.apply(teacher, plan, calibration if inputs.refit else None)
     example = calibration[:1]
     macs, params = count_macs(student, example), count_params(student)
     if (macs, params) != (plan.macs, plan.params):

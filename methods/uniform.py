@@ -12,43 +12,46 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
+from methods.base import Budget, Knob, KnobValue, Plan, Scores, Shard
 from methods.network import Profile
-from methods.network.cut import cut
-from methods.network.widths import from_choices, levels, to_choices, uncut, width_costs, widths_out_of_reach
-from methods.protocol import recover_student, settle_norms
+from methods.network.widths import levels, nothing_to_cut, uncut, width_costs, widths_out_of_reach
+from methods.protocol import collected, recover_student, settle_norms
+from methods.refit.narrow import CRITERION, narrowed, width_choices
+from methods.refit.removal import removal_keys, removal_shards, score_removal
 
 
 @dataclass(frozen=True)
 class Uniform:
     """One remain rate for all channel groups, rounded down to each group's legal widths, at least one step.
 
-    It measures nothing; the `loss` of a plan is one minus the remain rate. Knob: `criterion` chooses the channels that
-    stay, see `methods.network.cut.channel_scores`.
+    What rounding left of the budget is spent on one more step for some groups, those that it cost most first. The
+    `loss` of a plan is one minus the remain rate. Knob: `criterion` chooses the channels that stay, see
+    `methods.refit.removal` and `methods.network.cut.channel_scores`.
     """
 
     name: ClassVar[str] = "uniform"
     is_last: ClassVar[bool] = False
-    knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": Choice(("l1", "l2", "bn_gamma"), "l1")})
+    knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"criterion": CRITERION})
 
     def accepts(self, profile: Profile) -> str | None:
         """Return `None`, or the reason why no channel of this network can be cut."""
-        if any(group.fixed is None for group in profile.groups):
-            return None
-        reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
-        return f"uniform pruning needs a channel group that can be cut, but every one is fixed ({reasons})"
+        return nothing_to_cut(self.name, profile)
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """Return no shards: widths need no scores."""
-        return []
+        """The elimination of every group's channels; widths need no scores."""
+        return removal_shards(profile, len(calibration))
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """Return no scores."""
-        return {}
+        """The order in which channels of some groups go, see `score_removal`; raises as it does."""
+        return score_removal(shard, teacher, calibration)
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """Return no scores."""
-        return {}
+        """The orders of all groups.
+
+        Raises:
+            ScoreError: one is missing, or two of the same group differ.
+        """
+        return collected(partials, lambda _: removal_keys(profile))
 
     def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
         """The layers whose channel groups are all fixed, with the reasons."""
@@ -66,37 +69,43 @@ class Uniform:
             {Fraction(width, group.width) for group, row in zip(groups, legal, strict=True) for width in row}
         )
 
-        def widths(rate: Fraction) -> np.ndarray:
-            return np.array(
-                [
-                    row[max(bisect_right(row, int(rate * group.width)) - 1, 0)]
-                    for group, row in zip(groups, legal, strict=True)
-                ]
-            )
+        def places(rate: Fraction) -> list[int]:
+            return [
+                max(bisect_right(row, int(rate * group.width)) - 1, 0) for group, row in zip(groups, legal, strict=True)
+            ]
 
-        def fits(rate: Fraction) -> bool:
-            chosen = widths(rate)
+        def widths(places: Sequence[int]) -> np.ndarray:
+            return np.array([row[place] for row, place in zip(legal, places, strict=True)])
+
+        def fits(chosen: np.ndarray) -> bool:
             return all(costs[cost](chosen) <= limit for cost, limit in budget.limits().items())
 
-        fitting = bisect_right(rates, False, key=lambda rate: not fits(rate))
+        fitting = bisect_right(rates, False, key=lambda rate: not fits(widths(places(rate))))
         if fitting == 0:
-            least = {name: cost(widths(rates[0])) for name, cost in costs.items()}
+            least = {name: cost(widths(places(rates[0]))) for name, cost in costs.items()}
             raise widths_out_of_reach(self.name, budget, profile, least)
         rate = rates[fitting - 1]
-        chosen = widths(rate)
-        named = {group.name: int(width) for group, width in zip(groups, chosen, strict=True)}
+        levelled = places(rate)
+        cut = [
+            (rate * group.width - row[place], i)
+            for i, (group, row, place) in enumerate(zip(groups, legal, levelled, strict=True))
+        ]
+        for _, i in sorted(cut, key=lambda item: (-item[0], item[1])):
+            raised = [place + (j == i) for j, place in enumerate(levelled)]
+            if raised[i] < len(legal[i]) and fits(widths(raised)):
+                levelled = raised
+        chosen = widths(levelled)
         return Plan(
             method=self.name,
             macs=costs["macs"](chosen),
             params=costs["params"](chosen),
-            choices=to_choices(groups, named, str(knobs["criterion"])),
+            choices=width_choices(groups, chosen, str(knobs["criterion"]), scores),
             loss=1.0 - float(rate),
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A copy of the teacher, cut to the plan's widths."""
-        groups, widths, criterion = from_choices(plan.choices)
-        return cut(teacher, groups, widths, criterion)
+        """A copy of the teacher, cut to the plan's widths and refit."""
+        return narrowed(teacher, plan.choices, calibration)
 
     settle = settle_norms
     recover = recover_student

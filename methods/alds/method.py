@@ -12,18 +12,16 @@ Layer-wise Decomposition" (arXiv 2107.11442).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.alds.moments import IMAGES, second_moments
 from methods.alds.options import (
-    WORK_PER_SECOND,
     Option,
     fitting_seconds,
     foldings,
@@ -34,17 +32,16 @@ from methods.alds.options import (
     spectrum_seconds,
 )
 from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_of, paired
-from methods.alds.whitening import FITTED, fit_in_order, fitted_curves, fitted_factors
+from methods.alds.whitening import FITTED, fitted_curves, fitted_factors, fitting
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network import Layer, Profile
 from methods.network.graph import shares_weights
 from methods.network.reach import UNITS
 from methods.protocol import collected, defaults, recover_student, settle_norms
+from methods.refit import refit
+from methods.refit.bundles import bundles
+from methods.refit.moments import IMAGES, second_moments
 
-BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
-"""Tasks are bundled up to this predicted time, far above the cost of sending one, or up to this much memory."""
-FORWARDS = 2
-"""A bundle that passes the calibration images through the network has work for this many passes, memory permitting."""
 PAPER_SLICES = (3, 5, 7, 9)
 LARGEST_POWER = 16
 
@@ -107,14 +104,13 @@ class ALDS:
 
         A bundle of the second kind passes the calibration images through the network once, for all its layers.
         """
-        spectra = _bundles("spectra", [(task, seconds, 0) for task, seconds in self._tasks(profile)], BUNDLE_SECONDS)
+        spectra = bundles("spectra", [(task, seconds, 0) for task, seconds in self._tasks(profile)])
         images = min(len(calibration), IMAGES)
-        forward = images * profile.macs / WORK_PER_SECOND
         weighed = [
             ((layer.name, counts), fitting_seconds(layer, counts, images), moment_bytes(layer))
             for layer, counts in self._fitted_tasks(profile)
         ]
-        fitted = _bundles("fitted", weighed, max(BUNDLE_SECONDS, FORWARDS * forward))
+        fitted = bundles("fitted", weighed, macs=images * profile.macs)
         return [shard for _, shard in sorted(spectra + fitted, key=lambda item: -item[0])]
 
     @torch.no_grad()
@@ -200,8 +196,9 @@ class ALDS:
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """A copy of the teacher with the plan's pairs of layers.
 
-        For `refit` and `white` the factors are those of the layers' outputs on the calibration images; for `refit`,
-        each is then fitted again to the student's own inputs (`whitening.fit_in_order`). Without images they are the
+        For `refit` and `white` the factors are those of the layers' outputs on the calibration images; with images,
+        the layers left whole are then fitted to the student's own inputs, and for `refit` the pairs too: the weight
+        that maps those best to the teacher's outputs is decomposed like any other. Without images they are the
         truncated weights, of the same shapes.
         """
         student = copy.deepcopy(teacher)
@@ -219,9 +216,12 @@ class ALDS:
             for alias in (alias for alias, module in modules.items() if module is layer):
                 parent, _, attribute = alias.rpartition(".")
                 setattr(student.get_submodule(parent), attribute, pair)
-        if images is not None and measure == "refit":
-            ranks = {name: (choice["slices"], choice["rank"]) for name, choice in choices.items()}
-            fit_in_order(student, teacher, ranks, images)
+        if calibration is not None and choices:
+            fitted = choices.items() if measure == "refit" else ()
+            pairs = {
+                name: fitting(teacher.get_submodule(name), choice["slices"], choice["rank"]) for name, choice in fitted
+            }
+            refit(student, teacher, calibration, pairs=pairs)
         return student
 
     settle = settle_norms
@@ -278,21 +278,6 @@ class ALDS:
 
 def _key(name: str, slices: int, kind: int | str) -> str:
     return f"{name}|{slices}|{kind}"
-
-
-def _bundles(
-    kind: str, tasks: Iterable[tuple[tuple[Any, ...], float, int]], seconds: float
-) -> list[tuple[float, Shard]]:
-    """Bundles of (task, seconds, bytes) of so many `seconds`, or of `BUNDLE_BYTES`, each with its own seconds."""
-    bundles: list[tuple[float, Shard]] = []
-    bundle: Shard = (kind,)
-    spent, held = 0.0, 0
-    for task, share, size in sorted(tasks, key=lambda item: -item[1]):
-        if len(bundle) > 1 and (spent >= seconds or held + size > BUNDLE_BYTES):
-            bundles.append((spent, bundle))
-            bundle, spent, held = (kind,), 0.0, 0
-        bundle, spent, held = (*bundle, task), spent + share, held + size
-    return [*bundles, (spent, bundle)] if len(bundle) > 1 else bundles
 
 
 def _weight(model: nn.Module, name: str) -> Tensor | None:

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from methods.alds.knapsack import least_sum
-from methods.alds.moments import ROWS, ROWS_PER_COLUMN
 from methods.alds.spectra import encoder_owns
 from methods.alds.staircase import joint, lexi
 from methods.alds.whitening import FITTED
 from methods.base import Budget, Infeasible, grid_step
 from methods.network import Layer, Profile
 from methods.network.reach import UNITS, out_of_reach
+from methods.refit.bundles import WORK_PER_SECOND
+from methods.refit.moments import ROWS, ROWS_PER_COLUMN
 
-WORK_PER_SECOND = 2e10
 WORK_PER_CALL = 2e6
-"""One core's rate in multiply-adds, and the fixed price of one small eigenvalue problem."""
+"""The fixed price of one small eigenvalue problem, in multiply-adds."""
 
 
 class Option(NamedTuple):

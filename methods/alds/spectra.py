@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Unsupported
+from methods.refit.moments import numeric_padding, spans
 
 SCHEMES = (0, 1, 2, 3)
 
@@ -226,17 +227,6 @@ def paired(layer: nn.Module, left: Tensor, right: Tensor, *, scheme: int) -> nn.
     return pair.train(layer.training)
 
 
-def numeric_padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """The padding of each axis in pixels, also where it was given as 'same' (not uneven) or 'valid'."""
-    if layer.padding == "same":
-        height, width = (span // 2 for span in _spans(layer))
-        return height, width
-    if layer.padding == "valid":
-        return 0, 0
-    assert not isinstance(layer.padding, str)
-    return layer.padding[0], layer.padding[1]
-
-
 def obstacle_of(module: nn.Module) -> str | None:
     """The reason why `module` cannot be replaced by two layers, or `None`. A subclass may compute something else."""
     if type(module) not in (nn.Conv2d, nn.Linear):
@@ -247,7 +237,7 @@ def obstacle_of(module: nn.Module) -> str | None:
         return None
     if module.groups > 1 and module.groups == module.in_channels:
         return "it is depthwise"
-    if module.padding == "same" and any(span % 2 for span in _spans(module)):
+    if module.padding == "same" and any(span % 2 for span in spans(module)):
         return f"padding 'same' is uneven for kernel {module.kernel_size} and dilation {module.dilation}"
     return None
 
@@ -261,11 +251,6 @@ def _gram(matrices: Tensor) -> Tensor:
     """Gram matrix of the shorter side."""
     is_wide = matrices.shape[-2] <= matrices.shape[-1]
     return matrices @ matrices.mT if is_wide else matrices.mT @ matrices
-
-
-def _spans(layer: nn.Conv2d) -> list[int]:
-    """The reach of the dilated kernel beyond one pixel, per axis, for which padding 'same' makes up."""
-    return [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
 
 
 def _conv_pair(layer: nn.Conv2d, left: Tensor, right: Tensor, scheme: int) -> nn.Sequential:

@@ -9,31 +9,20 @@ truncation weighted by C has no closed form.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.alds.moments import IMAGES, input_rows, output_rows, ridged
 from methods.alds.spectra import fold, paired
-from methods.hooks import hooked, only_input
-from methods.training import recalibrate
+from methods.refit.fit import Solve
 
 FITTED = ("white", "refit")
 """The measures that need data, in the order of the rows of `fitted_curves`."""
 
 JITTER = 1e-9
 """Added to the Gram matrix of encoder outputs of unit variance: equal outputs are not told apart."""
-
-PRIOR = 1e-2
-"""The pull of a weight fitted to the student's inputs towards the teacher's, in units of the mean second moment."""
-
-PIXELS = 1 << 22
-"""The most pixels of the images that the student is fitted on, all at once."""
 
 
 def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
@@ -89,57 +78,14 @@ def fitted_factors(weight: Tensor, second: Tensor, *, slices: int, rank: int, me
     return decoder / scale.unsqueeze(-2), encoder * scale.unsqueeze(-1)
 
 
-@torch.no_grad()
-def fit_in_order(
-    student: nn.Module, teacher: nn.Module, choices: Mapping[str, tuple[int, int]], images: Tensor
-) -> None:
-    """Refit pairs of `student` in place, each to the student's own inputs and the outputs of the teacher's layer.
+def fitting(layer: nn.Module, slices: int, rank: int) -> Solve:
+    """How `refit` fits the pair in the place of `layer`: the fitted weight is decomposed like any other."""
 
-    The pairs run in order, so each makes good the loss of those before it. The weight that best maps the student's rows
-    to the teacher's outputs is found first, then decomposed like any other. The student's batch norms take their
-    statistics from the same pass, so the later `settle` finds them as they are. A layer that runs more than once keeps
-    the pair it has.
+    def solve(pair: nn.Module, weight: Tensor, second: Tensor) -> None:
+        left, right = fitted_factors(weight, second, slices=slices, rank=rank, measure="refit")
+        pair.load_state_dict(paired(layer, left, right, scheme=0).state_dict())
 
-    Args:
-        choices: by name, the (slices, rank) of each pair that `student` holds in the place of the teacher's layer.
-        images: `(n, c, h, w)`; as many are used as `IMAGES` and `PIXELS` allow, and none if that is a single one.
-    """
-    images = images[: min(IMAGES, max(2, PIXELS // images[0, 0].numel()))]
-    teacher = copy.deepcopy(teacher).eval()
-    targets: dict[str, list[Tensor]] = {name: [] for name in choices}
-
-    def keep(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        targets[name].append(output_rows(layer, outputs, len(images)).float())
-
-    def refit(name: str, pair: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
-        if len(targets[name]) == 1 and (given := only_input(inputs, named)) is not None:
-            layer, (slices, rank) = teacher.get_submodule(name), choices[name]
-            rows = input_rows(layer, given, len(images))
-            weight, second = _transported(layer, rows, targets[name].pop().double())
-            left, right = fitted_factors(weight, second, slices=slices, rank=rank, measure="refit")
-            pair.load_state_dict(paired(layer, left, right, scheme=0).state_dict())
-
-    for name in choices:
-        teacher.get_submodule(name).register_forward_hook(partial(keep, name))
-    teacher(images.clone())
-    pairs = ((name, student.get_submodule(name)) for name in choices)
-    with hooked(pair.register_forward_pre_hook(partial(refit, name), with_kwargs=True) for name, pair in pairs):
-        recalibrate(student, images, batch_size=len(images))
-
-
-def _transported(layer: nn.Module, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight that takes `rows` closest to `targets`, held to the layer's own; and the rows' second moments.
-
-    Shapes: `(rows, groups, n)` and `(rows, groups, f / groups)` to the shape of the weight and `(groups, n, n)`.
-    """
-    assert isinstance(layer.weight, Tensor)
-    rows, targets = rows.transpose(0, 1), targets.transpose(0, 1)
-    groups, count, columns = rows.shape
-    moment = rows.mT @ rows / count
-    second = ridged(moment, count, least=PRIOR)
-    held = layer.weight.double().reshape(groups, -1, columns) @ (second - moment)
-    weight = torch.cholesky_solve(rows.mT @ targets / count + held.mT, torch.linalg.cholesky(second)).mT
-    return weight.reshape(layer.weight.shape), second
+    return solve
 
 
 class _Directions(NamedTuple):

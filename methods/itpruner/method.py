@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from methods.allocation.grid import Charge, Grid
+from methods.allocation.path import Path, build_path, least_loss, relative
 from methods.base import Budget, Choice, Knob, KnobValue, Plan, Range, ScoreError, Scores, Shard
 from methods.hooks import hooked, only_input
-from methods.itpruner.elimination import Charge, Grid
 from methods.itpruner.hsic import SMALLEST_BATCH, centred_gram, hsic, merge_batches, ratio
-from methods.itpruner.path import Path, build_path, price_bound, share
 from methods.itpruner.relaxation import Objective, Worth, upper_bound
 from methods.network import ChannelGroup, Profile
-from methods.network.cut import CRITERIA, cut
-from methods.network.widths import WidthCost, from_choices, levels, to_choices, uncut, width_costs, widths_out_of_reach
-from methods.protocol import recover_student, settle_norms
+from methods.network.widths import WidthCost, levels, nothing_to_cut, uncut, width_costs, widths_out_of_reach
+from methods.protocol import collected, recover_student, settle_norms
+from methods.refit.narrow import CRITERION, narrowed, width_choices
+from methods.refit.removal import KIND, removal_keys, removal_shards, score_removal
 
 _log = logging.getLogger(__name__)
 
@@ -61,26 +62,23 @@ class ITPruner:
             "objective": Choice(("quadratic", "linear", "log"), "quadratic"),
             "beta_rel": Range(0.0, 4.0, 1.0),
             "floor": Range(0.1, 0.4, 0.2),
-            "criterion": Choice(CRITERIA, "l1"),
+            "criterion": CRITERION,
         }
     )
 
     def accepts(self, profile: Profile) -> str | None:
         """`None`, or the reason why this network cannot be handled."""
-        groups = _prunable(profile)
-        if not groups:
-            reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
-            return (
-                f"itpruner needs a channel group that can be cut, but every one is fixed ({reasons}); try alds, or "
-                "rewrite the forward"
-            )
-        unread = [group.name for group in groups if not any(member.axis == "in" for member in group.members)]
+        if reason := nothing_to_cut(self.name, profile):
+            return reason
+        unread = [
+            group.name for group in _prunable(profile) if not any(member.axis == "in" for member in group.members)
+        ]
         return f"no convolution or linear layer reads channel group {unread[0]!r}" if unread else None
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
         """One shard per full batch of `calibration` `(n, c, h, w)`, or one of all samples if they fill no batch.
 
-        A shard is `(batch, batches, start, stop, readouts)`.
+        A shard is `(batch, batches, start, stop, readouts)`; those of the elimination of channels follow.
 
         Raises:
             ScoreError: fewer than 4 samples, too few for a debiased estimate.
@@ -94,14 +92,17 @@ class ITPruner:
             )
         readouts = tuple(_readout(group) for group in _prunable(profile))
         batches = samples // size
-        return [(batch, batches, batch * size, (batch + 1) * size, readouts) for batch in range(batches)]
+        own = [(batch, batches, batch * size, (batch + 1) * size, readouts) for batch in range(batches)]
+        return [*own, *removal_shards(profile, samples)]
 
     def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """One batch's HSIC of every two groups, `hsic` `(L, L)`, with `batch` and `batches`; `seed` is not needed.
+        """One batch's HSIC of every two groups, `hsic` `(L, L)`, with `batch` and `batches`; or see `score_removal`.
 
         Raises:
             ScoreError: a group's activation holds NaN or infinity, or its layers never run.
         """
+        if shard[0] == KIND:
+            return score_removal(shard, teacher, calibration)
         batch, batches, start, stop, readouts = shard
         model = copy.deepcopy(teacher).eval()
         cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
@@ -127,12 +128,14 @@ class ITPruner:
         return {"batch": np.array(batch), "batches": np.array(batches), "hsic": joint}
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """Normalised HSIC over all batches, `nhsic` `(L, L)`; groups that never vary have 0 on the diagonal.
+        """Normalised HSIC over all batches, `nhsic` `(L, L)`, 0 on the diagonal for groups that never vary; all orders.
 
         Raises:
-            ScoreError: a batch is missing or there twice.
+            ScoreError: a batch is missing or there twice, or an order is missing.
         """
-        scores = {"nhsic": ratio(torch.from_numpy(merge_batches(partials))).numpy()}
+        batches = [partial for partial in partials if "hsic" in partial]
+        removal = collected([one for one in partials if "hsic" not in one], lambda _: removal_keys(profile))
+        scores = {"nhsic": ratio(torch.from_numpy(merge_batches(batches))).numpy(), **removal}
         for name in _dead(scores, profile):
             _log.warning("channel group %r does not vary on the calibration set: taken as the most redundant", name)
         return scores
@@ -158,7 +161,6 @@ class ITPruner:
         if chosen is None:
             raise widths_out_of_reach(self.name, budget, profile, problem.path.least())
         widths = problem.path.widths[chosen]
-        named = {group.name: int(width) for group, width in zip(problem.groups, widths, strict=True)}
         loss, bounds = problem.loss(widths), problem.bounds(budget.limits())
         bound = min(loss, max(bounds.values()))
         macs, params = (problem.costs[name](widths) for name in ("macs", "params"))
@@ -166,7 +168,7 @@ class ITPruner:
             method=self.name,
             macs=macs,
             params=params,
-            choices=to_choices(problem.groups, named, str(knobs["criterion"]))
+            choices=width_choices(problem.groups, widths, str(knobs["criterion"]), scores)
             | {"objective": objective, "beta_rel": beta_rel, "floor": worth.floor}
             | {"bounds": bounds, "gap": (loss - bound) / (problem.loss(problem.smallest) or 1.0)},
             loss=loss,
@@ -175,8 +177,8 @@ class ITPruner:
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A copy of `teacher` cut to the plan's widths; each group keeps its best channels by the criterion."""
-        return cut(teacher, *from_choices(plan.choices))
+        """A copy of `teacher` cut to the plan's widths and refit; groups keep their best channels by the criterion."""
+        return narrowed(teacher, plan.choices, calibration)
 
     settle = settle_norms
     recover = recover_student
@@ -238,19 +240,13 @@ class _Problem:
 
     def bounds(self, limits: Mapping[str, int]) -> dict[str, float]:
         """Lower bounds on the loss of any plan within `limits`, from cvxpy and from prices on the grid."""
-        base = self.grid.pick(self.grid.top)
-        tight = {name: limit for name, limit in limits.items() if limit < self.costs[name](base)}
-        charges = {name: share(cost, base) for name, cost in self.costs.items()}
-        left = {name: (limit - self.costs[name].constant) / self.costs[name](base) for name, limit in tight.items()}
-        if not tight:
+        charges, left = relative(self.grid, self.costs, limits)
+        if not left:
             return {"cvxpy": 0.0, "prices": 0.0}
+        base = self.grid.pick(self.grid.top)
         rates = {name: Charge(c.linear * base, c.pairs * np.outer(base, base)) for name, c in charges.items()}
-        best = float(self.grid.gain(self.grid.top))
-        proven = {
-            "cvxpy": best - upper_bound(self.worth, rates, left, self.smallest / base),
-            "prices": best - price_bound(self.grid, charges, left),
-        }
-        return {name: max(0.0, float(value)) for name, value in proven.items()}
+        convex = float(self.grid.gain(self.grid.top)) - upper_bound(self.worth, rates, left, self.smallest / base)
+        return {"cvxpy": max(0.0, float(convex)), "prices": least_loss(self.grid, self.costs, limits)}
 
 
 @lru_cache(maxsize=8)

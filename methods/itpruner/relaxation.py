@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import cvxpy as cp
 import numpy as np
 
-from methods.itpruner.elimination import Charge, cliques
+from methods.allocation.grid import Charge, cliques
 
 Objective: TypeAlias = Literal["quadratic", "linear", "log"]
 

@@ -50,7 +50,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            hidden = F.relu(self.reduce(x.float().mean((2, 3))))
+            hidden = F.relu(self.reduce(x.type_as(self.reduce.weight).mean((2, 3))))
             return F.relu(self.expand(hidden)).clamp(max=CLAMP)
 
 

@@ -53,7 +53,7 @@ def quieten(student: Gated, images: Tensor) -> None:
 
     def shrink(gate: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(gate, Gate)
-        hidden = torch.relu(gate.reduce(inputs[0].float().mean((2, 3))))
+        hidden = torch.relu(gate.reduce(inputs[0].type_as(gate.reduce.weight).mean((2, 3))))
         deviation = (hidden @ gate.expand.weight.T).square().mean().sqrt()
         gate.expand.weight.mul_((allowed / deviation.clamp(min=1e-30)).clamp(max=1))
 

@@ -57,6 +57,17 @@ def cut_to(
     return student
 
 
+def outputs_kept(groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return, by layer, the rising indices of the outputs it keeps, for the layers that lose some to `cut_to`."""
+    lost = [group for group in groups if group.name in kept and len(kept[group.name]) < group.width]
+    return {
+        member.module: entries(member, kept[group.name])
+        for group in lost
+        for member in group.members
+        if member.axis == "out"
+    }
+
+
 def kept_channels(
     model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str
 ) -> dict[str, np.ndarray]:

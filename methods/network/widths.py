@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -83,16 +84,23 @@ def uncut(profile: Profile) -> dict[str, str]:
     return found
 
 
-def to_choices(groups: Sequence[ChannelGroup], widths: Mapping[str, int], criterion: str) -> dict[str, Any]:
-    """Return the `Plan.choices` that `methods.network.cut.cut` needs, as JSON values; `from_choices` restores them.
+def to_choices(
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    criterion: str,
+    kept: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return the `Plan.choices` that a cut to `widths` needs, as JSON values; `from_choices` restores them.
 
-    Groups that keep every channel are listed with their width alone, because nothing is cut from them.
+    Groups that keep every channel are listed with their width alone, because nothing is cut from them. `kept` names the
+    channels that stay where the weights alone cannot tell them.
     """
     rows = []
     for group in groups:
         is_cut = widths[group.name] < group.width
         members = [[m.module, m.axis, m.start, m.columns, m.params] for m in group.members if is_cut]
-        rows.append([group.name, widths[group.name], group.width, group.multiple, members])
+        chosen = [list(kept[group.name])] if group.name in kept else []
+        rows.append([group.name, widths[group.name], group.width, group.multiple, members, *chosen])
     return {"criterion": criterion, "groups": rows}
 
 
@@ -100,10 +108,26 @@ def from_choices(choices: Mapping[str, Any]) -> tuple[tuple[ChannelGroup, ...], 
     """Restore the groups, their widths by name and the criterion that `to_choices` wrote down."""
     groups = tuple(
         ChannelGroup(name, base, tuple(Member(*member) for member in members), multiple)
-        for name, _, base, multiple, members in choices["groups"]
+        for name, _, base, multiple, members, *_ in choices["groups"]
     )
     widths = {row[0]: row[1] for row in choices["groups"]}
     return groups, widths, choices["criterion"]
+
+
+def chosen_channels(choices: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the `kept` channels that `to_choices` wrote down, rising, by group."""
+    return {name: kept[0] for name, _, _, _, _, *kept in choices["groups"] if kept}
+
+
+def nothing_to_cut(method: str, profile: Profile) -> str | None:
+    """Say why `method` cannot cut any channel of the network; None if it can."""
+    if any(group.fixed is None for group in profile.groups):
+        return None
+    reasons = "; ".join(f"{group.name}: {group.fixed}" for group in profile.groups[:3])
+    return (
+        f"{method} needs a channel group that can be cut, but every one is fixed ({reasons}); try alds, or rewrite the "
+        "forward"
+    )
 
 
 def widths_out_of_reach(method: str, budget: Budget, profile: Profile, least: Mapping[str, int]) -> Infeasible:

@@ -26,6 +26,7 @@ from methods.practise.blocks import Blocks, drop, find_blocks
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error, select_jointly
 from methods.protocol import collected, defaults, recover_student, settle_norms
+from methods.refit import refit
 
 BUNDLE = 12
 """Recoverabilities in a shard: each shard passes the images through the teacher once, for all of them."""
@@ -163,9 +164,11 @@ class PRACTISE:
         )
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A copy of the teacher without the plan's blocks; all other weights are the teacher's."""
+        """A copy of the teacher without the plan's blocks; given images, what is left is refit to the teacher."""
         student = copy.deepcopy(teacher)
         drop(student, plan.choices["blocks"])
+        if calibration is not None and plan.choices["blocks"]:
+            refit(student, teacher, calibration)
         return student
 
     settle = settle_norms

@@ -8,14 +8,14 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from cluster import Cluster, ClusterError, Done, Failed, Item
 from methods import METHODS, named
-from methods.base import Budget, KnobValue, MethodError, Plan, ScoreError, Scores
+from methods.base import Budget, KnobValue, MethodError, Plan, ScoreError, Scores, SharedShard
 from methods.chain import plan_of, student_of
 from methods.network import Profile, profile
 from methods.pipeline import Before, score
@@ -94,9 +94,8 @@ class Planner:
 
     def _profile(self, plans: Sequence[Plan], before: Before) -> Profile:
         if before not in self._profiles:
-            calibration = torch.from_numpy(self._workload.splits.calibration.copy())
             steps = [(METHODS[plan.method], plan) for plan in plans]
-            student = student_of(self._workload.teacher.cpu(), steps, calibration)
+            student = student_of(self._workload.teacher.cpu(), steps, None)  # its form is all that a profile needs
             self._profiles[before] = profile(student, self._workload.example)
         return self._profiles[before]
 
@@ -107,13 +106,15 @@ class Planner:
             name: kept for name, path in paths.items() if (kept := _read(path)) is not None
         }
         calibration = torch.from_numpy(self._workload.splits.calibration.copy())
-        items: list[Item] = []
+        work: dict[object, _Work] = {}
         for method in methods:
             if method.name not in found:
                 with _noting(found, method.name, "scoring"):
-                    items += [(method, shard, 0, before) for shard in method.shards(profile, calibration)]
+                    for shard in method.shards(profile, calibration):
+                        key = shard if isinstance(shard, SharedShard) else (method.name, shard)
+                        work.setdefault(key, _Work((method, shard, 0, before), [])).names.append(method.name)
         missing = [method for method in methods if method.name not in found]
-        partials = self._run(items, found)
+        partials = self._run(list(work.values()), found)
         for method in missing:
             if method.name not in found:
                 with _noting(found, method.name, "merging its scores"):
@@ -122,28 +123,39 @@ class Planner:
                     _write(paths[method.name], merged)
         return found
 
-    def _run(self, items: Sequence[Item], refusals: dict[str, Scores | MethodError]) -> dict[str, list[Scores]]:
-        """Score all `items`, except those of a method that failed meanwhile: it is added to `refusals`."""
-        taken: list[Item] = []
+    def _run(self, work: Sequence[_Work], refusals: dict[str, Scores | MethodError]) -> dict[str, list[Scores]]:
+        """Score everything, except for methods that failed meanwhile: those are added to `refusals`."""
+        taken: list[_Work] = []
         partials: dict[str, list[Scores]] = {}
 
         def wanted() -> Iterator[Item]:
-            for item in items:
-                if item[0].name not in refusals:
-                    taken.append(item)
-                    yield item
+            for one in work:
+                if any(name not in refusals for name in one.names):
+                    taken.append(one)
+                    yield one.item
 
+        done = 0
         for event in self._cluster.run(score, wanted()):
-            name = taken[event.index][0].name
+            names = taken[event.index].names
             if isinstance(event, Failed):
-                _log.debug("scoring for %s failed: %s", name, event.trace)
-                refusals.setdefault(name, _refusal(name, "scoring", event.error))
+                _log.debug("scoring for %s failed: %s", ", ".join(names), event.trace)
+                for name in names:
+                    refusals.setdefault(name, _refusal(name, "scoring", event.error))
             if isinstance(event, Done):
+                done += 1
                 self._spent["scoring_shards"] += 1
                 self._spent["scoring_s"] += event.seconds
-                partials.setdefault(name, []).append(event.value)
-                self._report("scoring", sum(map(len, partials.values())), len(items), name)
+                for name in names:
+                    partials.setdefault(name, []).append(event.value)
+                self._report("scoring", done, len(work), ", ".join(names))
         return partials
+
+
+class _Work(NamedTuple):
+    """A piece of scoring, and the names of the methods that ask for it."""
+
+    item: Item
+    names: list[str]
 
 
 @contextmanager
@@ -187,7 +199,8 @@ def _before(plans: Sequence[Plan]) -> Before:
 
 
 def _path(method: Method, workload: Workload, before: Before) -> Path:
-    content = f"{VERSION} {method!r} {workload.fingerprint} {before!r}"
+    student = (before, workload.refit) if before else ()
+    content = f"{VERSION} {method!r} {workload.fingerprint} {student!r}"
     return cache.folder() / "scores" / f"{cache.digest(content)}.npz"
 
 

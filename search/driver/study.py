@@ -236,9 +236,15 @@ class BudgetStudy:
     def _suggest(self, trial: Trial, name: str, knob: Knob) -> KnobValue:
         """A value of its own seed: what a killed driver had written already draws nothing from the others."""
         self._seen.sampler = self._sampler(trial_seed(self._seed, self.budget, trial.number, name))
-        if isinstance(knob, Choice):
+        if not isinstance(knob, Choice):
+            return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
+        try:
             return cast(KnobValue, trial.suggest_categorical(name, list(knob.options)))
-        return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
+        except ValueError as error:
+            raise SearchError(
+                f"the study of budget {self.budget!r} was begun by an earlier paredown: {name} had other options than "
+                f"{list(knob.options)}; its results stay as they are; go on under another name with --fork NEW-NAME"
+            ) from error
 
 
 def _asked(trials: Sequence[FrozenTrial]) -> int:

@@ -32,6 +32,8 @@ def check_unchanged(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
     """Return the differences between two specs, as lines `key: old, now new`; added budgets and devices do not count.
 
+    Nor does a key that is off and that `old` lacks, since it is younger than that search.
+
     >>> changes({"seed": 0, "budgets": {"a": 1}}, {"seed": 1, "budgets": {"a": 1, "b": 2}})
     ['seed: 0, now 1']
     """
@@ -39,7 +41,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> 
     for key in dict.fromkeys([*old, *new]):
         place = f"{where}{key}"
         if key not in old:
-            found += [] if where in ("budgets.", "devices.") else [f"{place}: new, {json.dumps(new[key])}"]
+            is_off = new[key] is None or new[key] is False
+            found += [] if is_off or where in ("budgets.", "devices.") else [f"{place}: new, {json.dumps(new[key])}"]
         elif key not in new:
             found.append(f"{place}: {json.dumps(old[key])}, now gone")
         elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):

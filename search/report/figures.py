@@ -19,10 +19,17 @@ from search.results import SearchResult, history
 from search.trials import Candidate, Teacher
 from search.units import count, knobs, milliseconds, percent
 
-LABELS = {"itpruner": "ITPruner", "manidp": "ManiDP", "practise": "PRACTISE", "alds": "ALDS", "uniform": "Uniform"}
+LABELS = {
+    "itpruner": "ITPruner",
+    "channels": "Channels",
+    "manidp": "ManiDP",
+    "practise": "PRACTISE",
+    "alds": "ALDS",
+    "uniform": "Uniform",
+}
 
 # The methods and the baseline keep places 0 to 4 in every report; chains and others share the rest.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "hexagon", "cross", "triangle-down")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "hexagon", "cross", "triangle-down", "pentagon")
 
 # The width of a label's letter in percent of a narrow chart's width.
 LETTER_PERCENT = 2.2

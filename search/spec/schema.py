@@ -50,8 +50,8 @@ Channels = Annotated[tuple[float, ...], BeforeValidator(check_channels)]
 Deviation = Annotated[tuple[float, ...], BeforeValidator(check_deviation)]
 
 
-EVERY_METHOD = (*(name for name in NAMES if name != "uniform"), "practise+alds")
-"""The methods of a spec that names none, and the chain that has met the most budgets."""
+EVERY_METHOD = (*(name for name in NAMES if name != "uniform"), "channels+alds")
+"""The methods of a spec that names none, and the chain that loses least without training."""
 
 MOST_THREADS = 1024
 """The threads of one call, which no machine has more of."""
@@ -183,11 +183,13 @@ class SearchSettings(_Strict):
 class RecoverySpec(_Strict):
     """The training of students after the cut; without `labels` they mimic the teacher.
 
-    `images` is the number of training images they may see. Those of `data`, another source, take their place: any
-    pictures will do for mimicking. As many `workers` share each student's batches.
+    Before it, `refit` fits what the cut left to the teacher, layer by layer, on the calibration images. `images` is the
+    number of training images that students may see. Those of `data`, another source, take their place: any pictures
+    will do for mimicking. As many `workers` share each student's batches.
     """
 
     steps: Annotated[int, Field(ge=0, le=10_000_000)] = 400
+    refit: bool = True
     labels: bool = True
     images: Annotated[int, Field(ge=8, le=10**9)] | None = None
     data: DataSpec | None = None

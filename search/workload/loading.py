@@ -31,7 +31,8 @@ class Workload:
     """The teacher, data and metric of a search.
 
     The test set stays in the driver: workers are given `worker_inputs()` only. `recovery_images` are images of another
-    source, given if recovery is to see those instead of the training set.
+    source, given if recovery is to see those instead of the training set. Unless students are `refit`, their weights
+    are their teacher's until they are trained.
     """
 
     teacher: nn.Module
@@ -39,12 +40,13 @@ class Workload:
     metric: Metric
     fingerprint: str
     recovery_images: Samples | None = None
+    refit: bool = True
 
     def worker_inputs(self) -> WorkerInputs:
         """The part of the workload that workers may see."""
         splits = self.splits
         train = splits.train if self.recovery_images is None else self.recovery_images
-        return WorkerInputs(self.teacher, train, splits.validation, splits.calibration, self.metric)
+        return WorkerInputs(self.teacher, train, splits.validation, splits.calibration, self.metric, self.refit)
 
     @property
     def example(self) -> Tensor:
@@ -78,7 +80,8 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
         warn_of(logits, labels)
     if isinstance(metric, UserMetric):
         check_metric(metric, logits, labels)
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits), _recovery_images(spec, splits, report))
+    images = _recovery_images(spec, splits, report)
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), images, spec.recovery.refit)
 
 
 def _metric(spec: SearchSpec) -> Metric:

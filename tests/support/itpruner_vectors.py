@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from methods.itpruner.elimination import Charge
+from methods.allocation.grid import Charge
 
 
 @dataclass

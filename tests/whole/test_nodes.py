@@ -229,7 +229,7 @@ def test_scores_are_the_same_bits_for_one_two_and_four_workers(
             assert len(set(gather(cluster, count, tmp_path / f"met {count}"))) == count
             prepare(wanted, made, cluster, quiet)
         found[count] = {path.name: dict(np.load(path)) for path in (cache / "scores").iterdir()}
-    assert len(found[1]) == 4
+    assert len(found[1]) == 5
     for scores in (found[2], found[NODES]):
         assert scores.keys() == found[1].keys()
         for name, arrays in found[1].items():

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from methods.alds.moments import second_moments
 from methods.alds.spectra import MEASURES, curves, paired
-from methods.alds.whitening import FITTED, PRIOR, fit_in_order, fitted_curves, fitted_factors
+from methods.alds.whitening import FITTED, fitted_curves, fitted_factors, fitting
+from methods.refit import refit
+from methods.refit.fit import PRIOR, Solve
+from methods.refit.moments import second_moments
 from methods.training import recalibrate
 from tests.support.networks import NETWORKS
 
@@ -228,13 +230,17 @@ def decomposed(name: str) -> tuple[nn.Module, nn.Module, dict[str, tuple[int, in
     return teacher, student, choices
 
 
+def fittings(teacher: nn.Module, choices: dict[str, tuple[int, int]]) -> dict[str, Solve]:
+    return {name: fitting(teacher.get_submodule(name), slices, rank) for name, (slices, rank) in choices.items()}
+
+
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 @torch.no_grad()
 def test_the_student_comes_closer_when_it_is_fitted_in_order(name: str) -> None:
     teacher, student, choices = decomposed(name)
     before = copy.deepcopy(student)
     recalibrate(before, IMAGES)
-    fit_in_order(student, teacher, choices, IMAGES)
+    refit(student, teacher, IMAGES, pairs=fittings(teacher, choices))
     wanted = teacher(IMAGES)
     assert float((student(IMAGES) - wanted).norm()) < 0.9 * float((before(IMAGES) - wanted).norm())
     assert not student.training
@@ -258,7 +264,7 @@ def test_a_layer_is_fitted_to_what_the_student_reads(seed: int) -> None:
     images = tensor(seed, 256, 1, 2, 2)
     student[1] = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 2, bias=False))
     student[3] = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
-    fit_in_order(student, teacher, {"1": (1, 1), "3": (1, 2)}, images)
+    refit(student, teacher, images, pairs=fittings(teacher, {"1": (1, 1), "3": (1, 2)}))
     read, wanted, own = student[:3](images).double(), teacher(images).double(), teacher[3].weight.double()
     pull = (PRIOR * read.square().sum() / 2).sqrt() * torch.eye(2).double()
     expected = torch.linalg.lstsq(torch.cat([read, pull]), torch.cat([wanted, pull @ own.T])).solution
@@ -271,7 +277,7 @@ def test_full_rank_in_order_changes_nothing_but_the_norms() -> None:
     teacher = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)).eval()
     student = copy.deepcopy(teacher)
     student[0] = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 4, 1))
-    fit_in_order(student, teacher, {"0": (1, 3)}, IMAGES)
+    refit(student, teacher, IMAGES, pairs=fittings(teacher, {"0": (1, 3)}))
     torch.testing.assert_close(student(IMAGES), teacher(IMAGES), rtol=1e-4, atol=1e-4)
 
 
@@ -290,9 +296,9 @@ def test_a_layer_that_runs_twice_and_a_single_image_are_left_as_they_are() -> No
     student = copy.deepcopy(teacher)
     student.conv = fitted_pair(plain(teacher, "conv"), second_moments(teacher, ["conv"], IMAGES)["conv"], 1, 2, "refit")
     before = student(IMAGES)
-    fit_in_order(student, teacher, {"conv": (1, 2)}, IMAGES)
+    refit(student, teacher, IMAGES, pairs=fittings(teacher, {"conv": (1, 2)}))
     assert torch.equal(student(IMAGES), before)
     teacher, student, choices = decomposed("plain")
     before = student(IMAGES)
-    fit_in_order(student, teacher, choices, IMAGES[:1])
+    refit(student, teacher, IMAGES[:1], pairs=fittings(teacher, choices))
     assert torch.equal(student(IMAGES), before)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.optimize import minimize
 
-from methods.itpruner.elimination import Charge, Grid
+from methods.allocation.grid import Charge, Grid
 from methods.network.widths import WidthCost
 
 _MILLION = 1e6

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from methods.itpruner.elimination import Charge
+from methods.allocation.grid import Charge
 from methods.itpruner.relaxation import Worth, upper_bound
 
 _RANDOM_STARTS = 8

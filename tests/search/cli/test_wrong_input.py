@@ -147,7 +147,7 @@ def test_a_wrong_knob_is_told_before_any_work(run: Run, tmp_path: Path, knob: st
 def test_names_that_are_not_known(run: Run, tmp_path: Path) -> None:
     spec = write(tmp_path)
     reason = run(*compress(spec, method="magic")).reason(2)
-    assert reason.startswith("'magic' is not a method; known: itpruner, manidp,")
+    assert reason.startswith("'magic' is not a method; known: itpruner, channels,")
     reason = run(*compress(spec, budget="huge")).reason(2)
     assert reason == "no budget 'huge' in the spec; expected one of half, small; correct --budget"
     reason = run("check", tmp_path / "gone.yaml").reason(2)

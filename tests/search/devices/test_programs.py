@@ -17,7 +17,6 @@ from methods import named
 from methods.base import Budget
 from methods.network import profile
 from methods.pipeline import WorkerInputs
-from methods.protocol import defaults
 from methods.training import Samples, top1
 from search.devices.programs import Exporter, program
 from search.export import ExportError, onnx_program, parity
@@ -86,7 +85,7 @@ def test_a_program_has_the_students_shapes_and_no_number_that_slows_a_processor(
             parameter[0] = 1e-41  # a channel that training left dead
     found = profile(teacher, IMAGES)
     method = named("uniform")
-    plan = method.allocate({}, found, Budget("half", macs=found.macs // 2), defaults(method))
+    plan = method.allocate({}, found, Budget("half", macs=found.macs // 2), {"criterion": "l1"})
     for kind in (None, plan):
         written = program(bench(teacher), None if kind is None else method, kind, "onnx")
         assert isinstance(written, bytes)
@@ -112,7 +111,7 @@ def test_programs_are_made_once_and_a_refusal_stands_in_their_place() -> None:
     found = profile(teacher, IMAGES)
     method = named("uniform")
     plans = [
-        method.allocate({}, found, Budget("b", macs=found.macs * share // 4), defaults(method)) for share in (1, 2)
+        method.allocate({}, found, Budget("b", macs=found.macs * share // 4), {"criterion": "l1"}) for share in (1, 2)
     ]
     told: list[str] = []
     exporter = Exporter(InlineCluster(bench(teacher)), lambda stage, *_: told.append(stage))

@@ -31,7 +31,6 @@ from cluster import (
 from methods import named
 from methods.base import Budget, Plan
 from methods.network import count_macs, profile
-from methods.protocol import defaults
 from search.base import SpecError
 from search.devices.device import LatencyError
 from search.devices.layer_table import BATCH, LayerTable, layers_of
@@ -111,7 +110,7 @@ def stopwatch(
 def half(loaded: Workload, divisor: int = 2) -> Plan:
     found = profile(loaded.teacher, loaded.example)
     method = named("uniform")
-    return method.allocate({}, found, Budget("b", macs=found.macs // divisor), defaults(method))
+    return method.allocate({}, found, Budget("b", macs=found.macs // divisor), {"criterion": "l1"})
 
 
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
@@ -324,7 +323,7 @@ def test_a_student_that_a_device_cannot_run_has_a_reason(loaded: Workload, folde
     """The plan is of another network, so the worker cannot build its student."""
     foreign = profile(NETWORKS["residual"](), IMAGES)
     method = named("uniform")
-    plan = method.allocate({}, foreign, Budget("b", macs=foreign.macs // 2), defaults(method))
+    plan = method.allocate({}, foreign, Budget("b", macs=foreign.macs // 2), {"criterion": "l1"})
     watch = stopwatch(loaded, folder, InlineCluster(loaded.worker_inputs()), "cpu-1")
     broken, fine = (method, plan), (method, half(loaded))
     first, second = watch.time([broken, fine], ["cpu-1"])

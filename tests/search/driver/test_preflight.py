@@ -9,10 +9,13 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
 from cluster import Cluster, Event, InlineCluster, Item, always
 from methods import METHODS
+from methods.base import Shard
 from methods.names import NAMES
+from methods.network import Profile
 from methods.protocol import Method
 from search.driver.preflight import preflight
 from search.spec import reading
@@ -130,8 +133,11 @@ class Broken:
     def _raise(self, *_: object) -> None:
         raise ZeroDivisionError(f"{self.name} divides by zero")
 
-    def shards(self, *_: object) -> list[tuple[int]]:
-        return self._raise() or [] if self.name == "shards" else [(0,), (1,)]
+    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
+        """Pieces of its own, or the baseline would score them."""
+        if self.name == "shards":
+            self._raise()
+        return [tuple(shard) for shard in METHODS["uniform"].shards(profile, calibration)]
 
 
 def test_a_method_that_crashes_is_refused_and_spares_the_others(

@@ -19,7 +19,6 @@ from torch import Tensor
 from methods.base import Budget, Plan
 from methods.network import profile
 from methods.pipeline import Outcome, size_bytes, trial
-from methods.protocol import defaults
 from methods.training import Recipe, Samples, evaluate
 from methods.training.recipe import WHOLE, Chance
 from methods.uniform import Uniform
@@ -109,7 +108,7 @@ class Search:
         """A uniform plan for a share of the teacher's MACs."""
         rows = profile(self.workload.teacher, self.workload.example)
         budget = Budget("half", macs=round(macs * rows.macs), channels=1)
-        return Uniform().allocate({}, rows, budget, defaults(Uniform()))
+        return Uniform().allocate({}, rows, budget, {"criterion": "l1"})
 
     def begin(self, budget: str, plan: Plan, latency_ms: float) -> str:
         """The run of a trial that was planned and timed."""

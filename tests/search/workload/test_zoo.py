@@ -163,7 +163,7 @@ def test_without_recovery_the_norms_have_the_last_word(method: str) -> None:
     steps, outcome = ended(trial(bench("resnet14"), METHODS[method], plan, replace(RECIPE, steps=0), 0))
     assert steps == []
     assert outcome.top1_validation == outcome.top1_bn
-    assert (outcome.top1_bn == outcome.top1_surgery) == (method == "alds")  # which follows the norms as it fits
+    assert outcome.top1_bn != outcome.top1_surgery
 
 
 def test_a_plan_that_misstates_its_cost_is_caught() -> None:

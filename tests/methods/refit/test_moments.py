@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.alds import moments
-from methods.alds.moments import input_rows, output_rows, positions, ridged, second_moments
 from methods.base import ScoreError
 from methods.hooks import hooked
+from methods.refit import moments
+from methods.refit.moments import input_rows, output_rows, positions, ridged, second_moments
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_where_positions_abound_the_same_few_stand_for_all() -> None:
     assert chosen.equal(chosen.sort().values)
     assert chosen.equal(positions(layer, 1000, images=256))
     assert len(positions(layer, 50, images=256)) == 50
-    assert len(positions(nn.Linear(4608, 1), 1000, images=256)) == 8 * 4608 / 256
+    assert len(positions(nn.Linear(4608, 1), 1000, images=256)) == moments.ROWS_PER_COLUMN * 4608 / 256
     image = torch.arange(1000.0).reshape(1, 1, 20, 50)
     assert input_rows(layer, image, images=256).flatten().long().equal(chosen)
     assert (output_rows(layer, layer(image), images=256) / layer.weight.item()).flatten().round().long().equal(chosen)

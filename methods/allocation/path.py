@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from methods.itpruner.elimination import Charge, Grid, Levels, ascend, cliques, largest_table, maximise, tables
+from methods.allocation.grid import Charge, Grid, Levels, ascend, cliques, largest_table, maximise, tables
 from methods.network.widths import WidthCost
 
 _MIXES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -100,6 +100,26 @@ def uniform(grid: Grid) -> Levels:
     fitting = [np.searchsorted(widths, rates * widths[-1], side="right") - 1 for widths in grid.widths]
     levels: np.ndarray = np.maximum(np.stack(fitting, 1), 0)
     return levels
+
+
+def relative(
+    grid: Grid, costs: Mapping[str, WidthCost], limits: Mapping[str, int]
+) -> tuple[dict[str, Charge], dict[str, float]]:
+    """Each cost as a share of its value at the top of `grid`; and what the limits below that leave to the widths."""
+    base = grid.pick(grid.top)
+    left = {
+        name: (limit - costs[name].constant) / whole
+        for name, limit in limits.items()
+        if limit < (whole := costs[name](base))
+    }
+    return {name: share(cost, base) for name, cost in costs.items()}, left
+
+
+def least_loss(grid: Grid, costs: Mapping[str, WidthCost], limits: Mapping[str, int]) -> float:
+    """A lower bound on the gain that plans of `grid` within `limits` lose against its top, by `price_bound`."""
+    charges, left = relative(grid, costs, limits)
+    best = float(grid.gain(grid.top))
+    return max(0.0, best - price_bound(grid, charges, left)) if left else 0.0
 
 
 def price_bound(grid: Grid, charges: Mapping[str, Charge], limits: Mapping[str, float]) -> float:

@@ -8,38 +8,49 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.alds.spectra import numeric_padding
 from methods.base import ScoreError
 from methods.hooks import hooked, only_input
 
 IMAGES, BATCH = 256, 32
 """Calibration images read, and the number at a time."""
 
-ROWS, ROWS_PER_COLUMN = 1 << 14, 8
+ROWS, ROWS_PER_COLUMN = 1 << 14, 4
 """Rows that are enough for a layer: so many, and so many per column."""
 
-RIDGE, SHRINKAGE = 1e-6, 0.1
-"""Added to the diagonal, in units of its mean: always, and per column that a row is missing for."""
+WIDE = 2304
+"""Columns from which on products are summed in float32, twice as fast: there the ridge is far above their noise."""
+
+RIDGE, SHRINKAGE, FULL = 1e-6, 0.1, 8
+"""Added to the diagonal, in units of its mean: always, and per column that has fewer than so many rows."""
 
 
 @torch.no_grad()
-def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+def second_moments(
+    network: nn.Module,
+    names: Sequence[str],
+    images: Tensor,
+    *,
+    blocks: Mapping[str, tuple[int, int, int]] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """The mean of x x' over the rows x that each layer reads: float64 `(groups, n, n)`, positive definite.
 
     n is a convolution group's channels times its kernel in the order of its weight, or a linear layer's features.
     Padding counts, because the layer reads it. Where rows abound, a fixed random choice of positions stands for all;
-    where they are fewer than `ROWS_PER_COLUMN` per column, a ridge in proportion keeps them from looking exact. One
+    where they are fewer than `FULL` per column, a ridge in proportion keeps them from looking exact. One
     pass serves all layers, and no layer's moments depend on which others are asked for.
 
     Args:
         names: plain `Conv2d` and `Linear` modules of `network`, which is left untouched.
         images: `(n, c, h, w)`; the first `IMAGES` are read.
+        blocks: by name, layers too wide for moments of all columns: the first column, and the number and the size b of
+            the blocks of columns from there on that are taken each for itself, `(number, b, b)`.
 
     Raises:
         ScoreError: a layer reads NaN or infinity, or nothing at all.
@@ -53,8 +64,12 @@ def second_moments(network: nn.Module, names: Sequence[str], images: Tensor) -> 
     def add(name: str, layer: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
         if (given := only_input(inputs, named)) is None:
             return
-        rows = input_rows(layer, given, len(images)).transpose(0, 1)
-        product = rows.mT @ rows
+        rows = input_rows(layer, given, len(images))
+        if name in blocks:
+            first, number, size = blocks[name]
+            rows = rows[:, 0, first : first + number * size].reshape(-1, number, size)
+        rows = (rows if rows.shape[-1] >= WIDE else rows.double()).transpose(0, 1)
+        product = (rows.mT @ rows).double()
         sums[name] = sums[name].add_(product) if name in sums else product
         counts[name] += rows.shape[1]
 
@@ -79,22 +94,23 @@ def _check(name: str, product: Tensor | None) -> None:
 def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
     """`second` `(groups, n, n)` and the ridge that it needs, being a mean over so many rows."""
     columns = second.shape[-1]
-    share = least + SHRINKAGE * max(0.0, columns / rows - 1 / ROWS_PER_COLUMN)
+    share = least + SHRINKAGE * max(0.0, columns / rows - 1 / FULL)
     mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     return second + (share * mean).clamp(min=1e-30) * torch.eye(columns, dtype=second.dtype, device=second.device)
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
-    """The rows of `inputs` that `layer` reads at its chosen positions: float64 `(rows, groups, n)`.
+    """The rows of `inputs` that `layer` reads at its chosen positions: `(rows, groups, n)`.
 
     Args:
         images: their number in all; they share out the rows that are enough.
     """
     assert isinstance(layer, nn.Conv2d | nn.Linear)
+    inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, layer.in_features)
         chosen = positions(layer, rows.shape[1], images).to(inputs.device)
-        return rows[:, chosen].reshape(-1, 1, layer.in_features).double()
+        return rows[:, chosen].reshape(-1, 1, layer.in_features)
     height, width = numeric_padding(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, (width, width, height, height), mode=mode)
@@ -108,12 +124,13 @@ def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
         )
     )
     patches = padded[:, :, down[:, :, None], right[:, None, :]].transpose(1, 2)
-    return patches.reshape(len(inputs) * len(chosen), layer.groups, -1).double()
+    return patches.reshape(len(inputs) * len(chosen), layer.groups, -1)
 
 
 def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
-    """The outputs of `layer` at the positions of `input_rows`, less its bias: float64 `(rows, groups, f / groups)`."""
+    """The outputs of `layer` at the positions of `input_rows`, less its bias: `(rows, groups, f / groups)`."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
+    outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
     if isinstance(layer, nn.Conv2d):
         rows, groups = outputs.flatten(2).transpose(1, 2), layer.groups
     else:
@@ -121,7 +138,7 @@ def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
     if layer.bias is not None:
         rows = rows - layer.bias
     chosen = positions(layer, rows.shape[1], images).to(outputs.device)
-    return rows[:, chosen].reshape(len(rows) * len(chosen), groups, -1).double()
+    return rows[:, chosen].reshape(len(rows) * len(chosen), groups, -1)
 
 
 def positions(layer: nn.Module, count: int, images: int) -> Tensor:
@@ -130,3 +147,19 @@ def positions(layer: nn.Module, count: int, images: int) -> Tensor:
     enough = max(ROWS, ROWS_PER_COLUMN * layer.weight[0].numel())
     generator = np.random.default_rng(0)
     return torch.from_numpy(np.sort(generator.permutation(count)[: -(-enough // images)]))
+
+
+def numeric_padding(layer: nn.Conv2d) -> tuple[int, int]:
+    """The padding of each axis in pixels, also where it was given as 'same' (not uneven) or 'valid'."""
+    if layer.padding == "same":
+        height, width = (span // 2 for span in spans(layer))
+        return height, width
+    if layer.padding == "valid":
+        return 0, 0
+    assert not isinstance(layer.padding, str)
+    return layer.padding[0], layer.padding[1]
+
+
+def spans(layer: nn.Conv2d) -> list[int]:
+    """The reach of the dilated kernel beyond one pixel, per axis, for which padding 'same' makes up."""
+    return [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]

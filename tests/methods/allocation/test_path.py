@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from methods.itpruner.elimination import Charge, Grid, ascend, cliques, largest_table, maximise, tables
-from methods.itpruner.path import build_path, distinct, evaluate, price_bound, share, uniform
+from methods.allocation.grid import Charge, Grid, ascend, cliques, largest_table, maximise, tables
+from methods.allocation.path import build_path, distinct, evaluate, price_bound, share, uniform
 from methods.itpruner.relaxation import Worth, upper_bound
 from methods.network.widths import WidthCost
 from tests.methods.itpruner.authors import reference_rates, reference_widths
