@@ -6,7 +6,7 @@ A link's scores belong to the network it cuts, so they are asked for while the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Score
 from methods.names import check_chain
 from methods.network import Profile
 from methods.protocol import Method
+from methods.refit.fit import too_wide
 from methods.training import Recipe, Samples
 
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
@@ -61,8 +62,10 @@ class Chain:
             Infeasible: a link cannot handle its student, or the last one cannot make the rest of the cut.
         """
         plans: list[Plan] = []
+        notes: tuple[str, ...] = ()
         for link in self.links:
             scores, profile = scored(link, tuple(plans))
+            notes = notes if plans else too_wide(profile)
             if reason := link.accepts(profile):
                 message = f"budget {budget.name!r}: {link.name} cannot go on from {self.name}'s student: {reason}"
                 raise Infeasible(f"{message}; try its methods alone", {"macs": profile.macs, "params": profile.params})
@@ -78,7 +81,7 @@ class Chain:
             params=plans[-1].params,
             choices={"links": [plan.to_json() for plan in plans]},
             loss=sum(plan.loss for plan in plans),
-            notes=tuple(note for plan in plans for note in plan.notes),
+            notes=(*(note for plan in plans for note in plan.notes), *notes),
             macs_expected=plans[-1].macs_expected,
         )
 
@@ -115,14 +118,16 @@ def links_of(method: AnyMethod) -> tuple[Method, ...]:
 
 
 def plan_of(method: AnyMethod, scored: Scored, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
-    """Plan a method or a chain for a budget.
+    """Plan a method or a chain for a budget; the notes name the layers that are not refit.
 
     Raises:
         Infeasible: no plan fits.
     """
     if isinstance(method, Chain):
         return method.plan(scored, budget, knobs)
-    return method.allocate(*scored(method, ()), budget, knobs)
+    scores, profile = scored(method, ())
+    plan = method.allocate(scores, profile, budget, knobs)
+    return plan if method.is_last else replace(plan, notes=(*plan.notes, *too_wide(profile)))
 
 
 def student_of(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from methods.hooks import hooked, only_input
 from methods.network.graph import shares_weights
 from methods.network.reading import read_elsewhere
+from methods.network.rows import Profile
 from methods.refit.moments import IMAGES, input_rows, output_rows, ridged
 
 PRIOR = 1e-2
@@ -95,6 +97,12 @@ def refit(
     fits = [layer.register_forward_pre_hook(partial(fit, name), with_kwargs=True) for name, layer in layers]
     with hooked([*fits, *(norm.register_forward_pre_hook(_take_statistics, with_kwargs=True) for norm in norms)]):
         student.eval()(images.clone())
+
+
+def too_wide(profile: Profile) -> tuple[str, ...]:
+    """Return, as the note of a plan, which layers of a network are wider than `WIDEST`; nothing where none is."""
+    wide = [layer.name for layer in profile.layers if prod(layer.weight_shape[1:]) > WIDEST]
+    return (f"too wide to be refit: {', '.join(wide)}",) if wide else ()
 
 
 def _plain(student: nn.Module, teacher: nn.Module) -> list[str]:

@@ -122,3 +122,10 @@ def test_layers_that_cannot_be_fitted_stay_as_they_are(monkeypatch: pytest.Monke
     refit(student, teacher, IMAGES)
     refit(student, teacher, IMAGES[:1])
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_a_plan_names_the_layers_that_are_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile(NETWORKS["flatten"](), IMAGES)
+    assert fit.too_wide(found) == ()
+    monkeypatch.setattr(fit, "WIDEST", 255)
+    assert fit.too_wide(found) == ("too wide to be refit: 7",)
