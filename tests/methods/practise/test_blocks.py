@@ -126,9 +126,8 @@ COUNTS = {
     "swin_t": 12, "densenet121": 0,
 }  # fmt: skip
 MORE_COUNTS = {
-    "resnet34": 13, "resnet50": 12, "resnext50_32x4d": 12, "mobilenet_v3_large": 10, "efficientnet_v2_s": 35,
-    "mnasnet1_0": 10, "regnet_x_400mf": 18, "convnext_tiny": 18, "vit_b_32": 12, "swin_v2_t": 12,
-    "shufflenet_v2_x1_0": 0, "vgg11": 0, "squeezenet1_1": 0,
+    "resnet34": 13, "resnet50": 12, "mobilenet_v3_large": 10, "mnasnet1_0": 10, "regnet_x_400mf": 18,
+    "convnext_tiny": 18, "vit": 3, "shufflenet_v2_x1_0": 0, "squeezenet1_1": 0,
 }  # fmt: skip
 
 
@@ -141,9 +140,11 @@ def test_the_blocks_of_torchvision_are_found(name: str, count: int) -> None:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None)
-    side = 224 if name.startswith("vit") else 64
-    found = removable_blocks(model, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)))
+        if name == "vit":  # the ones that torchvision names are too large
+            model = torchvision.models.VisionTransformer(64, 16, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64)
+        else:
+            model = torchvision.models.get_model(name, weights=None)
+    found = removable_blocks(model, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert len(found) == count
     if name == "mobilenet_v2":  # the list in the code of PRACTISE's authors
         assert found == [f"features.{place}" for place in (3, 5, 6, 8, 9, 10, 12, 13, 15, 16)]
