@@ -21,7 +21,7 @@ from methods.pipeline import rebuild
 from methods.protocol import Method, defaults
 from tests.support.networks import NETWORKS
 
-CHAINS = ("practise+alds", "itpruner+alds", "itpruner+manidp")
+CHAINS = ("practise+alds", "channels+alds", "itpruner+manidp")
 WITHOUT_BLOCKS = ("plain", "concat", "flatten")
 REFUSED = [(method, network) for method in (*METHODS, *CHAINS) if "practise" in method for network in WITHOUT_BLOCKS]
 EVERY = [pair for pair in itertools.product((*METHODS, *CHAINS), NETWORKS) if pair not in REFUSED]
