@@ -10,18 +10,16 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
-from methods.base import Budget, Knob, KnobValue, Plan, Scores, Shard
+from methods.base import Budget, Knob, KnobValue, Plan, Scores
+from methods.narrowing import Narrowing
 from methods.network import Profile
-from methods.network.widths import levels, nothing_to_cut, uncut, width_costs, widths_out_of_reach
-from methods.protocol import collected, recover_student, settle_norms
-from methods.refit.narrow import CRITERION, narrowed, width_choices
-from methods.refit.removal import removal_keys, removal_shards, score_removal
+from methods.network.widths import levels, nothing_to_cut, width_costs, widths_out_of_reach
+from methods.refit.narrow import CRITERION, width_choices
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Narrowing):
     """One remain rate for all channel groups, rounded down to each group's legal widths, at least one step.
 
     What rounding left of the budget is spent on one more step for some groups, those that it cost most first. The
@@ -36,26 +34,6 @@ class Uniform:
     def accepts(self, profile: Profile) -> str | None:
         """Return `None`, or the reason why no channel of this network can be cut."""
         return nothing_to_cut(self.name, profile)
-
-    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """The elimination of every group's channels; widths need no scores."""
-        return removal_shards(profile, len(calibration))
-
-    def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """The order in which channels of some groups go, see `score_removal`; raises as it does."""
-        return score_removal(shard, teacher, calibration)
-
-    def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """The orders of all groups.
-
-        Raises:
-            ScoreError: one is missing, or two of the same group differ.
-        """
-        return collected(partials, lambda _: removal_keys(profile))
-
-    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
-        """The layers whose channel groups are all fixed, with the reasons."""
-        return uncut(profile)
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """Plan the largest remain rate at which the network fits every limit of `budget`.
@@ -102,10 +80,3 @@ class Uniform:
             choices=width_choices(groups, chosen, str(knobs["criterion"]), scores),
             loss=1.0 - float(rate),
         )
-
-    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A copy of the teacher, cut to the plan's widths and refit."""
-        return narrowed(teacher, plan.choices, calibration)
-
-    settle = settle_norms
-    recover = recover_student

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor, nn
 
 from methods.allocation.grid import Grid
 from methods.allocation.path import Path, build_path, least_loss
-from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores, Shard
+from methods.base import Budget, Choice, Knob, KnobValue, Plan, Scores
+from methods.narrowing import Narrowing
 from methods.network import Profile
-from methods.network.widths import levels, nothing_to_cut, uncut, width_costs, widths_out_of_reach
-from methods.protocol import collected, recover_student, settle_norms
-from methods.refit.narrow import ELIMINATION, narrowed, width_choices
-from methods.refit.removal import errors_of, removal_keys, removal_shards, score_removal
+from methods.network.widths import levels, nothing_to_cut, width_costs, widths_out_of_reach
+from methods.refit.narrow import ELIMINATION, width_choices
+from methods.refit.removal import errors_of
 
 
 @dataclass(frozen=True)
-class Channels:
+class Channels(Narrowing):
     """Widths that cost the layers which read them least, each group's channels removed by elimination.
 
     Per channel group, elimination (`methods.refit.removal`) gives the order in which channels go and the relative
@@ -41,26 +40,6 @@ class Channels:
     def accepts(self, profile: Profile) -> str | None:
         """`None`, or the reason why no channel of this network can be cut."""
         return nothing_to_cut(self.name, profile)
-
-    def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
-        """The elimination of every group's channels; `calibration` is `(n, c, h, w)`."""
-        return removal_shards(profile, len(calibration))
-
-    def score(self, shard: Shard, teacher: nn.Module, calibration: Tensor, seed: int) -> Scores:
-        """Orders and errors of some groups, see `score_removal`; raises as it does."""
-        return score_removal(shard, teacher, calibration)
-
-    def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
-        """Orders and errors of all groups.
-
-        Raises:
-            ScoreError: one is missing, or two of the same group differ.
-        """
-        return collected(partials, lambda _: removal_keys(profile))
-
-    def untouched(self, scores: Scores, profile: Profile) -> Mapping[str, str]:
-        """The layers whose channel groups are all fixed, with the reasons."""
-        return uncut(profile)
 
     def allocate(self, scores: Scores, profile: Profile, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
         """The plan of least error within every limit, out of one path of candidates for all budgets (`build_path`).
@@ -85,13 +64,6 @@ class Channels:
             loss=loss,
             bound=min(loss, least_loss(grid, costs, budget.limits())),
         )
-
-    def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
-        """A copy of the teacher, cut to the plan's widths and refit."""
-        return narrowed(teacher, plan.choices, calibration)
-
-    settle = settle_norms
-    recover = recover_student
 
 
 @lru_cache(maxsize=8)
