@@ -18,7 +18,7 @@ from methods.chain import AnyMethod, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
-from methods.training import Metric, Recipe, Samples, evaluate
+from methods.training import Metric, Recipe, Samples, judge
 
 
 class PlanMismatch(AssertionError):
@@ -59,7 +59,8 @@ class Outcome:
 
     The three moments are after `apply`, after `settle` and at the end. `macs` and `params` are counted on the student
     itself. A gated student also has the mean over the calibration images, the mean over the validation images and the
-    most of any calibration image. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()`
+    most of any calibration image. `hits` `(n,)` tells whether each validation image is classified right at the end, if
+    the metric is top-1. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()`
     to its array: with the plan, it is the whole student.
     """
 
@@ -71,6 +72,7 @@ class Outcome:
     size_bytes: int
     seconds: float
     state: Mapping[str, np.ndarray]
+    hits: np.ndarray | None = None
     macs_expected: int | None = None
     macs_expected_validation: int | None = None
     macs_worst: int | None = None
@@ -107,19 +109,20 @@ def trial(
         raise PlanMismatch(
             f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
         )
-    surgery = evaluate(student, inputs.validation, inputs.metric)
+    surgery = judge(student, inputs.validation, inputs.metric)
     method.settle(student, plan, calibration)
-    top1 = settled = evaluate(student, inputs.validation, inputs.metric)
+    last = settled = judge(student, inputs.validation, inputs.metric)
     for step in method.recover(student, teacher, inputs.train, recipe, seed):
-        top1 = evaluate(student, inputs.validation, inputs.metric)
-        yield Progress(step, recipe.steps, top1)
+        last = judge(student, inputs.validation, inputs.metric)
+        yield Progress(step, recipe.steps, last.value)
     if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
-        top1 = evaluate(student, inputs.validation, inputs.metric)
+        last = judge(student, inputs.validation, inputs.metric)
     return Outcome(
-        top1_surgery=surgery,
-        top1_bn=settled,
-        top1_validation=top1,
+        top1_surgery=surgery.value,
+        top1_bn=settled.value,
+        top1_validation=last.value,
+        hits=last.hits,
         macs=macs,
         params=params,
         size_bytes=size_bytes(student),

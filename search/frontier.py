@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from search.limits import AXES, Costs, Limits, latencies_in
+from search.noise import is_noise
 from search.trials import Candidate, Latency, Teacher
 
 
@@ -43,28 +44,55 @@ def point_of(one: Teacher | Candidate, axis: str) -> tuple[float, float]:
 def _point_json(one: Teacher | Candidate) -> dict[str, Any]:
     known = {"run_id": None, "method": "teacher", "budget": None, "macs_expected": None} | vars(one)
     known["top1_validation"] = one.top1_validation
-    keys = ("run_id", "method", "budget", "top1_validation", "macs", "macs_expected", "params", "size_bytes")
-    return {key: known[key] for key in keys} | {"latency_ms": plain_latency(one.latency_ms)}
+    known["top1_error"] = one.top1_error
+    names = ("run_id", "method", "budget", "top1_validation", "top1_error")
+    counted = ("macs", "macs_expected", "params", "size_bytes")
+    return {key: known[key] for key in (*names, *counted)} | {"latency_ms": plain_latency(one.latency_ms)}
 
 
-def winner(candidates: Sequence[Candidate], limits: Limits) -> Candidate | None:
+Rule: TypeAlias = Literal["simplest", "best"]
+"""What wins a budget: of all candidates whose top-1 is the best but for noise the cheapest, or the best as it is."""
+
+
+def winner(candidates: Sequence[Candidate], limits: Limits, rule: Rule = "simplest") -> Candidate | None:
     """The best validation top-1 among all complete candidates that meet every limit, whatever budget they were for.
 
-    Ties go to fewer MACs, then fewer params, then the earlier trial, then the budget's name.
+    By the rule `simplest`, candidates count as equal if the best lies above them by no more than one standard error of
+    the difference, and the one that leaves most room in its limits wins. Ties go to fewer MACs, then fewer params, then
+    the earlier trial, then the budget's name. No winner is dominated: who costs no more and is no worse would win.
     """
 
-    def rank(candidate: Candidate) -> tuple[Any, ...]:
-        assert candidate.top1_validation is not None
-        return (
-            -candidate.top1_validation,
-            candidate.macs,
-            candidate.params,
-            candidate.trial,
-            candidate.budget,
-            candidate.run_id,
-        )
+    fitting = [candidate for candidate in candidates if candidate.fits(limits)]
+    best = min(fitting, key=_rank, default=None)
+    if best is None or rule == "best":
+        return best
+    least = min(limits.fill(one.costs) for one in _equals(best, fitting))
+    return min((one for one in fitting if limits.fill(one.costs) <= least), key=_rank)
 
-    return min((candidate for candidate in candidates if candidate.fits(limits)), key=rank, default=None)
+
+def standing(candidates: Sequence[Candidate], limits: Limits) -> tuple[int, int]:
+    """Count the candidates that meet `limits`, and those among them that are the best but for noise."""
+    fitting = [candidate for candidate in candidates if candidate.fits(limits)]
+    best = min(fitting, key=_rank, default=None)
+    return len(fitting), 0 if best is None else len(_equals(best, fitting))
+
+
+def _rank(candidate: Candidate) -> tuple[Any, ...]:
+    """Return the order of complete candidates, the best first."""
+    assert candidate.top1_validation is not None
+    costs = candidate.macs, candidate.params
+    return -candidate.top1_validation, *costs, candidate.trial, candidate.budget, candidate.run_id
+
+
+def _equals(best: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return `best` and the complete candidates whose top-1 is no worse, or worse by no more than noise."""
+    return [one for one in candidates if one is best or _is_equal(best, one)]
+
+
+def _is_equal(best: Candidate, other: Candidate) -> bool:
+    if best.top1 is None or other.top1 is None or best.top1.hits is None or other.top1.hits is None:
+        return best.top1_validation == other.top1_validation
+    return is_noise(best.top1.hits, other.top1.hits)
 
 
 class Costed(Protocol):

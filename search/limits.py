@@ -57,6 +57,15 @@ class Limits(dict[str, float]):
         """The costs above their limits."""
         return [cost for cost, limit in self.items() if not costs.get(cost, math.inf) <= limit]
 
+    def fill(self, costs: Costs) -> float:
+        """Return how full the fullest limit on a cost is, as a share of it; the MACs where none is limited.
+
+        >>> Limits(macs=100, params=10).fill({"macs": 50, "params": 8})
+        0.8
+        """
+        shares = [costs.get(cost, math.inf) / limit for cost, limit in self.items() if cost != TOP1_DROP and limit > 0]
+        return max(shares) if shares else costs["macs"]
+
     def excess(self, costs: Costs) -> dict[str, float]:
         """Return each cost's excess over its limit, as a share of it: negative if there is room, infinite if missing.
 

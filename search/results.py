@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from search.frontier import frontier, hypervolume, non_dominated, plain_latency, point_of, volume
+from search.frontier import Rule, frontier, hypervolume, non_dominated, plain_latency, point_of, volume
 from search.limits import AXES, Limits, device_of, latency_on
 from search.trials import Candidate, Teacher
 from search.units import TOP1, Scale
@@ -16,7 +16,8 @@ from search.units import TOP1, Scale
 class BudgetResult:
     """One budget's limits in absolute units, and the candidate that won (None: nothing fits).
 
-    `model_uri` is what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it and `top1_test` exist only where a
+    `fitting` candidates meet its limits; of these `equal` are the best but for noise, the best included. `model_uri` is
+    what `mlflow.pytorch.load_model` takes, `models:/NAME@ALIAS`; it and `top1_test` exist only where a
     winner is registered. Where a better model of another search holds the alias, it is None and the URI names the
     version.
     """
@@ -27,6 +28,8 @@ class BudgetResult:
     model_uri: str | None = None
     alias: str | None = None
     top1_test: float | None = None
+    fitting: int = 0
+    equal: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The contract's `{name, limits, winner}`; a limit on latency is `latency_ms: {device: ms}`, as in a winner."""
@@ -39,7 +42,7 @@ class BudgetResult:
         return {
             **_pick(winner, "run_id"),
             **_pick(self, "model_uri", "alias"),
-            **_pick(winner, "method", "top1_validation"),
+            **_pick(winner, "method", "top1_validation", "top1_error"),
             **_pick(self, "top1_test"),
             **_pick(winner, "macs", "macs_expected", "params", "size_bytes"),
             "latency_ms": plain_latency(winner.latency_ms),
@@ -67,7 +70,8 @@ class SearchResult:
 
     `devices` say for each device its `runtime`, `threads`, `batch`, `host` and whether its latency `is_predicted`;
     `importance` is per budget how much each knob decided of top-1, as shares; `unreachable` is per budget why methods
-    were known to be unable to meet it before any training. Every top-1 here is a share on the scale of `metric`.
+    were known to be unable to meet it before any training. Every top-1 here is a share on the scale of `metric`. By
+    `rule` each budget's winner was chosen.
     """
 
     name: str
@@ -81,6 +85,7 @@ class SearchResult:
     importance: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     unreachable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     metric: Scale = TOP1
+    rule: Rule = "best"
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from search.limits import TOP1_DROP, Costs, Limits, latency_on
+from search.noise import standard_error
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import KnobValue, Plan
@@ -42,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network the search was given."""
+    """The network the search was given; `top1_error` is the standard error of its validation top-1, if it is known."""
 
     top1_validation: float
     top1_test: float | None
@@ -50,6 +51,7 @@ class Teacher:
     params: int
     size_bytes: int
     latency_ms: Latency = field(default_factory=dict)
+    top1_error: float | None = None
 
     @property
     def costs(self) -> Costs:
@@ -62,13 +64,20 @@ class Top1:
     """Validation top-1 of a student: after recovery, by which the search decides, and on the way there.
 
     `surgery` and `bn` are top-1 right after `apply` and after the batch norms saw data again. `drop` is the teacher's
-    top-1 minus `validation`; searches of early versions did not record it.
+    top-1 minus `validation`; searches of early versions did not record it. `hits` tells whether each validation image
+    was classified right, as `search.noise` writes it; a metric of the user's own tells nothing of single images.
     """
 
     validation: float
     surgery: float | None = None
     bn: float | None = None
     drop: float | None = None
+    hits: str | None = None
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of `validation`, if it is known."""
+        return None if self.hits is None else standard_error(self.hits)
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,11 @@ class Candidate:
     def top1_validation(self) -> float | None:
         """Validation top-1 after recovery, if the trial is complete."""
         return None if self.top1 is None else self.top1.validation
+
+    @property
+    def top1_error(self) -> float | None:
+        """The standard error of validation top-1, if it is known."""
+        return None if self.top1 is None else self.top1.error
 
     @property
     def latency_ms(self) -> Latency:

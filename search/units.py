@@ -76,6 +76,16 @@ class Scale:
         """A share as a person reads it, in percent or as the metric's own value."""
         return percent(share) if share is None or self.is_share else f"{self.value(share):.4g}"
 
+    def with_error(self, share: float | None, error: float | None) -> str:
+        """A share and its standard error as a person reads them.
+
+        >>> TOP1.with_error(0.9972, 0.0028), TOP1.with_error(0.9972, None)
+        ('99.7 % ± 0.3', '99.7 %')
+        """
+        if share is None or error is None:
+            return self.shown(share)
+        return f"{self.shown(share)} ± {100 * error:.1f}" if self.is_share else self.shown(share)
+
     def told(self, share: float) -> str:
         """A share in a line of progress, with the metric's name."""
         return f"{self.name} {share:.4f}" if self.is_share else f"{self.name} {self.shown(share)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -44,9 +44,21 @@ def recalibrate(
         norm.eval()
 
 
-@torch.no_grad()
+class Judgement(NamedTuple):
+    """The value of a metric over some images and, where it is top-1, whether each was classified right, `(n,)` bool."""
+
+    value: float
+    hits: np.ndarray | None
+
+
 def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
-    """Return `metric` of `model` in eval mode over all of `data`; several processes that do the same share the images.
+    """Return `metric` of `model` over all of `data`, as `judge` finds it."""
+    return judge(model, data, metric, batch_size).value
+
+
+@torch.no_grad()
+def judge(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> Judgement:
+    """Judge `model` in eval mode by `metric` over all of `data`; several processes that do the same share the images.
 
     Raises:
         FloatingPointError: a logit is NaN, which an argmax would take for the first class.
@@ -60,7 +72,9 @@ def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 
         labels.append(distributed.joined(truth.to(device), len(indices)).cpu())
     if any(bool(part.isnan().any()) for part in logits):
         raise FloatingPointError("the network returned NaN logits; expected numbers; lower the learning rate")
-    return float(metric(torch.cat(logits), torch.cat(labels)))
+    found, wanted = torch.cat(logits), torch.cat(labels)
+    is_right = (found.argmax(1) == wanted).numpy() if metric is top1 else None
+    return Judgement(float(metric(found, wanted)), is_right)
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

@@ -110,7 +110,8 @@ def show_result(result: SearchResult, report: Path | None) -> None:
         table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
     teacher, score = result.teacher, result.metric.shown
     wholes = [costs.shown(cost, costs.of_teacher(result, cost)) for cost in columns]
-    table.add_row("", "teacher", score(teacher.top1_validation), score(teacher.top1_test), *wholes, style="dim")
+    judged = result.metric.with_error(teacher.top1_validation, teacher.top1_error)
+    table.add_row("", "teacher", judged, score(teacher.top1_test), *wholes, style="dim")
     for budget in result.budgets:
         rows = costs.rows(result, budget)
         method = "[red]nothing fits[/]" if budget.winner is None else "\n+ ".join(budget.winner.method.split("+"))
@@ -118,6 +119,8 @@ def show_result(result: SearchResult, report: Path | None) -> None:
         cells = [_cost_cell(rows[cost]) for cost in columns]
         table.add_row(budget.name, method, top1, score(budget.top1_test), *cells)
     out.print(table)
+    if note := costs.noise_note(result):
+        out.print(note, highlight=False, markup=False)
     _show_effort(result)
     for budget in result.budgets:
         if budget.model_uri:
@@ -149,7 +152,8 @@ def _cost_cell(row: CostRow) -> str:
 def _top1_cell(result: SearchResult, budget: BudgetResult, drop: CostRow) -> str:
     """Write the winner's validation top-1, and the least that the budget asks for."""
     score, is_falling = result.metric.shown, result.metric.best < result.metric.worst
-    lines = [score(None if budget.winner is None else budget.winner.top1_validation)]
+    best = budget.winner
+    lines = ["—" if best is None else result.metric.with_error(best.top1_validation, best.top1_error)]
     if drop.limit is not None:
         least = score(result.teacher.top1_validation - drop.limit)
         lines.append(_limit_text(drop, least, "≤" if is_falling else "≥"))

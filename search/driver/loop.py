@@ -151,6 +151,7 @@ def _write(prepared: Prepared, record: Record) -> None:
     record.search.write_limits({target.name: target.limits for target in prepared.targets})
     if prepared.spec.times_all():  # else the device is looked at when something is timed on it
         record.search.write_devices(prepared.fitter.stopwatch.described())
+    record.search.write_rule(prepared.spec.search.winner)
     record.search.write_metric(prepared.spec.metric.scale)
     record.search.write_teacher(prepared.teacher)
     unreachable = {

@@ -14,11 +14,12 @@ from methods.chain import AnyMethod, links_of
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import Method
-from methods.training import Recipe, evaluate
+from methods.training import Recipe, judge
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import Fitter
 from search.driver.planner import Planner, refusing
+from search.noise import packed, standard_error
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
@@ -109,13 +110,15 @@ def _obstacle(name: str, found: Profile) -> str | None:
 
 
 def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:
+    judged = judge(workload.teacher, workload.splits.validation, workload.metric)
     return Teacher(
-        top1_validation=evaluate(workload.teacher, workload.splits.validation, workload.metric),
+        top1_validation=judged.value,
         top1_test=None,
         macs=found.macs,
         params=found.params,
         size_bytes=size_bytes(workload.teacher),
         latency_ms=latency_ms,
+        top1_error=None if judged.hits is None else standard_error(packed(judged.hits)),
     )
 
 

@@ -24,8 +24,8 @@ def check_unchanged(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
     lines = "\n".join(f"  - {line}" for line in differing)
     raise SpecChanged(
         f"search {name!r} is on record with another spec:\n{lines}\n"
-        "expected the spec it began with, where only trials, timeout, cluster, tracking and what was added to budgets "
-        "and devices may differ; restore it, or keep both with --fork NEW-NAME"
+        "expected the spec it began with, where only trials, timeout, winner, cluster, tracking and what was added to "
+        "budgets and devices may differ; restore it, or keep both with --fork NEW-NAME"
     )
 
 

@@ -37,6 +37,7 @@ def teacher_of(figures: Mapping[str, float]) -> Teacher:
         params=int(figures["teacher/params"]),
         size_bytes=int(figures["teacher/size_bytes"]),
         latency_ms=_nested("teacher/latency_ms", figures),
+        top1_error=figures.get("teacher/top1_error"),
     )
 
 
@@ -74,7 +75,7 @@ def candidate_of(
         knobs=json.loads(tags["paredown.knobs"]),
         state=cast(State, tags["paredown.state"]),
         timings=_timings(figures),
-        top1=_top1(figures) if is_complete else None,
+        top1=_top1(figures, tags) if is_complete else None,
         stop=Stop(int(figures["stopped_at"]), figures["top1_last"]) if is_stopped else None,
         same_as=tags.get("paredown.same_as"),
         seconds=figures.get("seconds", 0.0),
@@ -110,10 +111,10 @@ def _timings(figures: Mapping[str, float]) -> dict[str, Timing]:
     }
 
 
-def _top1(figures: Mapping[str, float]) -> Top1:
+def _top1(figures: Mapping[str, float], tags: Mapping[str, str]) -> Top1:
     """Return what a complete trial reached."""
     surgery, bn, drop = (figures.get(f"top1_{key}") for key in ("surgery", "bn", "drop"))
-    return Top1(figures["top1_validation"], surgery, bn, drop)
+    return Top1(figures["top1_validation"], surgery, bn, drop, tags.get("paredown.hits"))
 
 
 def prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

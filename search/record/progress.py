@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from search.base import TrackingError
 from search.frontier import winner
+from search.record.reading import rule_of
 from search.record.record import Record
 from search.record.search_run import Phase
 from search.record.searches import find_begun
@@ -56,7 +57,7 @@ def so_far(record: Record, name: str, trials: Sequence[Candidate]) -> Progress:
     """Return the progress of the search `record` is of, of which these trials have ended."""
     run = record.client.get_run(record.search.run_id)
     tags, limits = run.data.tags, record.read.limits()
-    winners = {budget: winner(trials, limit) for budget, limit in limits.items()}
+    winners = {budget: winner(trials, limit, rule_of(tags)) for budget, limit in limits.items()}
     return Progress(
         name=name,
         phase=cast(Phase, tags.get("paredown.phase", "starting")),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import safetensors.numpy
 from mlflow.tracking import MlflowClient
 
-from search.frontier import winner
+from search.frontier import Rule, standing, winner
 from search.limits import Limits
 from search.record.entries import candidate_of_run, teacher_of
 from search.record.registry import Registry
@@ -65,7 +65,7 @@ class Reader:
         return SearchResult(
             name=self._client.get_experiment(self._experiment).name,
             teacher=teacher_of(figures),
-            budgets=[self._budget(name, limits, candidates) for name, limits in self.limits().items()],
+            budgets=[self._budget(name, limits, candidates, rule_of(tags)) for name, limits in self.limits().items()],
             candidates=candidates,
             cost=Cost(
                 wall_s=figures.get("wall_s", 0.0),
@@ -80,6 +80,7 @@ class Reader:
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
             metric=Scale(**json.loads(tags.get("paredown.metric", "{}"))),
+            rule=rule_of(tags),
         )
 
     def limits(self) -> dict[str, Limits]:
@@ -87,18 +88,20 @@ class Reader:
         tags = self._client.get_run(self._run_id).data.tags
         return {name: Limits(limits) for name, limits in json.loads(tags["paredown.limits"]).items()}
 
-    def _budget(self, name: str, limits: Limits, candidates: Sequence[Candidate]) -> BudgetResult:
-        best = winner(candidates, limits)
+    def _budget(self, name: str, limits: Limits, candidates: Sequence[Candidate], rule: Rule) -> BudgetResult:
+        best = winner(candidates, limits, rule)
         if best is None:
             return BudgetResult(name, limits)
+        fitting, equal = standing(candidates, limits)
         best = replace(best, plan=self._plan(best.run_id))
+        known = BudgetResult(name, limits, best, fitting=fitting, equal=equal)
         found = self._registry.version_of(best.run_id, name)
         if found is None:
-            return BudgetResult(name, limits, best)
+            return known
         held = self._registry.holder(name)
         alias = name if held is not None and held.run_id == best.run_id else None
         uri = f"models:/{self._registry.model}" + (f"@{name}" if alias else f"/{found.version}")
-        return BudgetResult(name, limits, best, uri, alias, float(found.tags["top1_test"]))
+        return replace(known, model_uri=uri, alias=alias, top1_test=float(found.tags["top1_test"]))
 
     def _plan(self, run_id: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(artifact(self._client, run_id, "plan.json"))
@@ -110,6 +113,11 @@ class Reader:
             return {}
         found: dict[str, Any] = json.loads(artifact(self._client, self._run_id, name))
         return found
+
+
+def rule_of(tags: Mapping[str, str]) -> Rule:
+    """Return the rule by which budgets are won, by the tags of its run; before there was a choice: the best."""
+    return cast(Rule, tags.get("paredown.winner", "best"))
 
 
 def _state(run: Any) -> str | None:

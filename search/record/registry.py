@@ -61,10 +61,10 @@ class Registry:
             )
 
     def register(self, budget: str, run_id: str, uri: str, tags: Mapping[str, object], limits: Limits) -> Version:
-        """The version of a trial's model for a budget, added with `tags` if it is not there; its alias moves if better.
+        """The version of a trial's model for a budget, added with `tags` if it is not there; its alias moves to it.
 
-        Better than none, than a version whose own tags do not meet `limits`, than one of lower validation top-1, and
-        than one of the same top-1 that needs more MACs.
+        A version of another search keeps the alias if it is better: its own tags meet `limits`, and it has more
+        validation top-1, or as much for fewer MACs.
 
         Args:
             uri: of the stored model, which another run may have stored that trained the very same.
@@ -73,7 +73,8 @@ class Registry:
         """
         made = self.version_of(run_id, budget) or self._add(budget, run_id, uri, tags)
         held = self.holder(budget)
-        if held is None or not limits.met_by(costs_of_tags(held.tags)) or _rank(held.tags) < _rank(made.tags):
+        is_better = held is None or not limits.met_by(costs_of_tags(held.tags)) or _rank(held.tags) < _rank(made.tags)
+        if held is None or is_better or self._is_of_one_search(held.run_id, run_id):
             self._client.set_registered_model_alias(self.model, budget, str(made.version))
         return made
 
@@ -120,6 +121,14 @@ class Registry:
             "run_id": held.run_id,
             "model_uri": f"models:/{self.model}@{alias}",
         }
+
+    def _is_of_one_search(self, *run_ids: str | None) -> bool:
+        """Whether all runs belong to the same search; one that is gone belongs to none."""
+        try:
+            found = {self._client.get_run(run_id).info.experiment_id for run_id in run_ids if run_id is not None}
+        except MlflowException:
+            return False
+        return len(found) == 1 and None not in run_ids
 
     def _add(self, budget: str, run_id: str, uri: str, tags: Mapping[str, object]) -> Version:
         search = self._client.get_experiment(self._client.get_run(run_id).info.experiment_id).name

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from search.frontier import Rule
 from search.limits import Limits
 from search.record.entries import metrics_of, now_ms, of_teacher, teacher_of
 from search.trials import Teacher
@@ -52,6 +53,10 @@ class SearchRun:
         """Record the scale that every top-1 is a share of, unless that is top-1 itself."""
         if metric.described:
             self._client.set_tag(self.run_id, "paredown.metric", json.dumps(metric.described["metric"]))
+
+    def write_rule(self, rule: Rule) -> None:
+        """Record which of a budget's candidates wins it."""
+        self._client.set_tag(self.run_id, "paredown.winner", rule)
 
     def write_limits(self, limits: Mapping[str, Limits]) -> None:
         """Record every budget's limits in absolute units."""

@@ -16,6 +16,7 @@ import safetensors.numpy
 from mlflow.entities import Metric, Param, RunData, RunTag, ViewType
 from mlflow.tracking import MlflowClient
 
+from search.noise import packed
 from search.record.entries import FIGURES, candidate_of_run, metrics_of, now_ms, of_fitted, of_timings, prefixed
 from search.record.store import child_runs
 from search.trials import Candidate, Fitted, Proposal, State, Timing
@@ -91,13 +92,16 @@ class TrialRuns:
         if keep_weights:
             self._log_weights(run_id, outcome.state)
         spent = {"seconds": outcome.seconds, "device_s": device_s}
-        return self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent)
+        hits = {} if outcome.hits is None else {"paredown.hits": packed(outcome.hits)}
+        return self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent, hits)
 
     def reuse(self, run_id: str, source: str) -> Candidate:
         """Ends a trial's run with what came of `source`, a run of the same plan and recipe; the trial cost nothing."""
         found = self._client.get_run(source).data
         figures = {key: found.metrics[key] for key in (*FIGURES, "top1_drop") if key in found.metrics}
-        return self._end(run_id, "complete", figures | {"seconds": 0.0, "device_s": 0.0}, {"paredown.same_as": source})
+        tags = {key: found.tags[key] for key in ("paredown.hits",) if key in found.tags}
+        spent = {"seconds": 0.0, "device_s": 0.0}
+        return self._end(run_id, "complete", figures | spent, {**tags, "paredown.same_as": source})
 
     def stop(self, run_id: str, step: int, top1: float, device_s: float) -> Candidate:
         """Ends the run of a trial that was given up at `step`; the trial."""

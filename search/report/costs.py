@@ -88,6 +88,16 @@ def effort(candidates: Sequence[Candidate]) -> Effort:
     )
 
 
+def noise_note(result: SearchResult) -> str:
+    """Say, in a sentence, of how many candidates the noise leaves open which is the best; nothing where it is none."""
+    open_ones = [budget for budget in result.budgets if budget.equal > 1]
+    if not open_ones:
+        return ""
+    counts = ", ".join(f"{budget.name} {budget.equal} of {budget.fitting}" for budget in open_ones)
+    wins = "the one that leaves most room in its limits wins" if result.rule == "simplest" else "the best as it is wins"
+    return f"Within one standard error of the best {result.metric.name}: {counts} that fit; of these {wins}."
+
+
 def name(cost: str, devices: Mapping[str, Mapping[str, Any]], metric: Scale = TOP1) -> str:
     """The name of a cost, which says of a predicted latency that it is one, and of a loss what is lost.
 

@@ -85,6 +85,7 @@ def _template_values(result: SearchResult) -> dict[str, Any]:
     own = {budget.name: [one for one in result.candidates if one.budget == budget.name] for budget in result.budgets}
     plans = {budget.name: budget.winner.plan for budget in result.budgets if budget.winner and budget.winner.plan}
     return {
+        "noise_note": costs.noise_note(result),
         "headlines": [headline(result, budget) for budget in result.budgets],
         "reasons": _reasons_without_winner(result),
         "registered": [budget for budget in result.budgets if budget.model_uri],

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from methods.names import NAMES
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES
+from search.frontier import Rule
 from search.limits import TOP1_DROP, Limits, latency_on
 from search.spec.amounts import Amount, Time, amount, drop, latency, seconds, size
 from search.spec.checks import (
@@ -170,7 +171,8 @@ class SearchSettings(_Strict):
 
     An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but its proposals
     then depend on which trial ended first, so it cannot be repeated. With `timing: auto` students are timed in the
-    search only where a budget limits latency or the spec names a device; else what is registered is, at the end.
+    search only where a budget limits latency or the spec names a device; else what is registered is, at the end. The
+    `winner` of a budget is the simplest of its candidates that are the best but for noise, or the best as it is.
     """
 
     trials: Annotated[int, Field(gt=0, le=100_000)] = 8
@@ -178,6 +180,7 @@ class SearchSettings(_Strict):
     seed: Seed = 0
     asynchronous: bool = False
     timing: Literal["auto", "all"] = "auto"
+    winner: Rule = "simplest"
 
 
 class RecoverySpec(_Strict):
@@ -256,7 +259,7 @@ class SearchSpec(_Strict):
             mode="json",
             exclude={
                 **dict.fromkeys(("cluster", "tracking", "budgets", "name"), True),
-                "search": {"trials", "timeout", "timing"},
+                "search": {"trials", "timeout", "timing", "winner"},
                 "recovery": {"workers"},
             },
         )

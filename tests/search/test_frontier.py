@@ -6,12 +6,14 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.frontier import beats, frontier, hypervolume, non_dominated, volume, winner
+from search.frontier import beats, frontier, hypervolume, non_dominated, standing, volume, winner
 from search.limits import Limits
+from search.noise import packed
 from search.results import BudgetResult, Cost, Moment, SearchResult, history
 from search.trials import Candidate, Teacher, Timing, Top1
 from tests.support.results import nested
@@ -120,6 +122,42 @@ def test_ties_go_to_macs_then_params_then_trial_then_run_id() -> None:
             assert winner(rest, Limits()) is ladder[start]
 
 
+few = st.integers(0, 2)
+
+
+def judged(run_id: str, right: int, **values: Any) -> Candidate:
+    """A candidate that gets the first `right` of 400 images right."""
+    hits = np.arange(400) < right
+    return candidate(run_id, top1_validation=float(hits.mean()), hits=packed(hits), **values)
+
+
+def test_of_equals_the_simplest_wins_on_the_axis_that_is_limited() -> None:
+    """Of 400 images one that another gets right is noise, and nine are not."""
+    best, near = judged("best", 390, macs=500, params=50), judged("near", 389, macs=300, params=90)
+    far = judged("far", 381, macs=100, params=10)
+    found = [far, best, near]
+    assert winner(found, Limits(macs=500)) is near
+    assert winner(found, Limits(params=100)) is best
+    assert winner(found, Limits(macs=600, params=100)) is best  # near fills 90 % of params, best 83 % of MACs
+    assert winner(found, Limits(macs=500), "best") is best
+    assert winner(found, Limits(macs=200)) is far
+    assert standing(found, Limits(macs=500)) == (3, 2)
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.booleans(), min_size=9, max_size=9), few, few), min_size=1, max_size=6),
+    st.sampled_from([Limits(macs=2), Limits(macs=1, params=1), Limits()]),
+)
+def test_no_winner_is_dominated(drawn: list[tuple[list[bool], int, int]], limits: Limits) -> None:
+    found = [
+        candidate(str(place), macs=macs, params=params, top1_validation=sum(right) / 9, hits=packed(np.array(right)))
+        for place, (right, macs, params) in enumerate(drawn)
+    ]
+    best = winner(found, limits)
+    assert (best is None) == (not any(one.fits(limits) for one in found))
+    assert best is None or not any(beats(one, best) for one in found)
+
+
 def test_frontier_holds_the_teacher_until_a_student_beats_it() -> None:
     small, bad = candidate("small", macs=400, params=199), candidate("bad", macs=450, params=10, top1_validation=0.7)
     failed = candidate("failed", state="failed", macs=1, top1_validation=1.0)
@@ -130,7 +168,6 @@ def test_frontier_holds_the_teacher_until_a_student_beats_it() -> None:
     assert [point["run_id"] for point in frontier(TEACHER, [better], "macs")] == ["better"]
 
 
-few = st.integers(0, 2)
 TIMED = replace(TEACHER, latency_ms={"cpu": {"p50": 9.0}, "nano": {"p50": 9.0}})
 EVERY_AXIS = ("macs", "macs_expected", "params", "latency_ms/cpu", "latency_ms/nano")
 LIMITED = (*EVERY_AXIS, "size_bytes", "top1_drop")
@@ -299,7 +336,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
     assert values == {
         "name": "digits",
         "teacher": {"top1_validation": 0.9, "top1_test": 0.88, "macs": 1000, "params": 200, "size_bytes": 800}
-        | {"latency_ms": {}},
+        | {"latency_ms": {}, "top1_error": None},
         "budgets": [
             {
                 "name": "half",
@@ -310,6 +347,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "alias": "half",
                     "method": "alds",
                     "top1_validation": 0.8,
+                    "top1_error": None,
                     "top1_test": 0.79,
                     "macs": 500,
                     "macs_expected": 410,
@@ -327,6 +365,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "method": "alds",
                     "budget": "half",
                     "top1_validation": 0.8,
+                    "top1_error": None,
                     "macs": 500,
                     "macs_expected": 410,
                     "params": 100,
@@ -338,6 +377,7 @@ def test_json_has_exactly_the_keys_other_programs_read() -> None:
                     "method": "teacher",
                     "budget": None,
                     "top1_validation": 0.9,
+                    "top1_error": None,
                     "macs": 1000,
                     "macs_expected": 1000 if axis == "macs_expected" else None,
                     "params": 200,

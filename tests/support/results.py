@@ -41,7 +41,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     latency, beside, noise = (flat.pop(name, {}) for name in ("latency_ms", "teacher_latency_ms", "noise"))
     timings = {one: Timing(times, beside.get(one, {}), noise.get(one)) for one, times in latency.items()}
     validation, surgery, bn, drop = (flat.pop(f"top1_{name}", None) for name in ("validation", "surgery", "bn", "drop"))
-    top1 = None if validation is None else Top1(validation, surgery, bn, drop)
+    top1 = None if validation is None else Top1(validation, surgery, bn, drop, flat.pop("hits", None))
     return flat | {"timings": timings, "top1": top1}
 
 
