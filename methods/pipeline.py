@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -95,7 +95,7 @@ def _student_of(inputs: WorkerInputs, before: Before) -> nn.Module:
 def trial(
     inputs: WorkerInputs, method: AnyMethod, plan: Plan, recipe: Recipe, seed: int
 ) -> Generator[Progress, None, Outcome]:
-    """Apply, settle and recover: yields progress, returns the outcome.
+    """Apply, settle and recover: yields progress, first that of step 0, returns the outcome.
 
     Raises:
         PlanMismatch: the student's counted cost differs from the plan's.
@@ -112,6 +112,8 @@ def trial(
     surgery = judge(student, inputs.validation, inputs.metric)
     method.settle(student, plan, calibration)
     last = settled = judge(student, inputs.validation, inputs.metric)
+    if recipe.steps:
+        yield Progress(0, recipe.steps, settled.value)
     for step in method.recover(student, teacher, inputs.train, recipe, seed):
         last = judge(student, inputs.validation, inputs.metric)
         yield Progress(step, recipe.steps, last.value)
@@ -130,6 +132,20 @@ def trial(
         state=arrays_of(student),
         **(_expected(student, inputs, calibration) if isinstance(student, PerInput) else {}),
     )
+
+
+def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan, seed: int) -> Outcome:
+    """Apply and settle, but do not train: returns the outcome of no steps of recovery, without the student's state.
+
+    Raises:
+        PlanMismatch: as `trial` does.
+    """
+    try:
+        next(trial(inputs, method, plan, Recipe(steps=0), seed))
+    except StopIteration as end:
+        outcome: Outcome = replace(end.value, state={})
+        return outcome
+    raise AssertionError("a recovery of no steps made progress")
 
 
 def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:

@@ -31,8 +31,8 @@ def volume(teacher: Teacher, candidates: Sequence[Candidate], axis: str) -> floa
 
 def _measured(found: Sequence[Teacher | Candidate], axis: str) -> list[Teacher | Candidate]:
     """Those with a place on `axis`: measured to the end, and on the axis's device where it is one of latency."""
-    complete = [one for one in found if isinstance(one, Teacher) or one.state == "complete"]
-    return [one for one in complete if axis in one.costs]
+    models = [one for one in found if isinstance(one, Teacher) or one.is_model]
+    return [one for one in models if axis in one.costs]
 
 
 def point_of(one: Teacher | Candidate, axis: str) -> tuple[float, float]:

@@ -39,13 +39,13 @@ def unpacked(text: str) -> np.ndarray:
     return np.unpackbits(bits, count=int(count)).astype(bool)
 
 
-def standard_error(hits: str) -> float:
-    """Return the standard error of a mean over images.
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean of `values` `(n,)`, which may tell whether images were right.
 
-    >>> round(standard_error(packed(np.arange(100) < 90)), 4)
+    >>> round(standard_error(np.arange(100) < 90), 4)
     0.0302
     """
-    return _error(unpacked(hits).astype(float))
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def is_noise(best: str, other: str) -> bool:
@@ -58,8 +58,4 @@ def is_noise(best: str, other: str) -> bool:
     if len(ours) != len(theirs):
         return False
     difference = ours.astype(float) - theirs.astype(float)
-    return bool(difference.mean() <= _error(difference) * (1 + 1e-9))
-
-
-def _error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    return bool(difference.mean() <= standard_error(difference) * (1 + 1e-9))

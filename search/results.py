@@ -99,9 +99,9 @@ class SearchResult:
         timed = {device for candidate in self.candidates for device in candidate.timings}
         return counted + tuple(latency_on(device) for device in self.teacher.latency_ms if device in timed)
 
-    def complete(self) -> list[Candidate]:
+    def models(self) -> list[Candidate]:
         """The candidates that were measured to the end."""
-        return [candidate for candidate in self.candidates if candidate.state == "complete"]
+        return [candidate for candidate in self.candidates if candidate.is_model]
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `paredown frontier --json` prints; other programs read it, so the keys are fixed.
@@ -138,7 +138,7 @@ def history(result: SearchResult) -> list[Moment]:
     points, best = list[tuple[float, float]](), dict[str, float]()
     for found in sorted(result.candidates, key=lambda one: (one.ended, one.trial)):
         device_s += found.device_s
-        if found.state == "complete":
+        if found.is_model:
             point = point_of(found, "macs")
             top1 = point[1]
             points = [*points, point]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from search.limits import TOP1_DROP, Costs, Limits, latency_on
-from search.noise import standard_error
+from search.noise import standard_error, unpacked
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import KnobValue, Plan
@@ -77,7 +77,7 @@ class Top1:
     @property
     def error(self) -> float | None:
         """The standard error of `validation`, if it is known."""
-        return None if self.hits is None else standard_error(self.hits)
+        return None if self.hits is None else standard_error(unpacked(self.hits))
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ class Stop:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One evaluated candidate. A trial without a plan has no costs; one that is complete has them all.
+    """One evaluated candidate. A trial without a plan has no costs; one that `is_model` has them all.
 
     `macs_expected` is the mean over inputs of a gated model, measured on the calibration set, and None for any other.
-    `plan` is what `Plan.to_json` gave. `timings` are per device. `top1` is there if the trial is complete, `stop` if it
+    `plan` is what `Plan.to_json` gave. `timings` are per device. `top1` is there if the trial is a model, `stop` if it
     was stopped early. `same_as` is the run that trained this very plan with this very recipe; nothing was trained
     again. `ended` is a Unix time in seconds.
 
     Raises:
-        ValueError: a complete candidate lacks a cost or a finite top-1.
+        ValueError: a complete candidate, or one stopped at step 0, lacks a cost or a finite top-1.
     """
 
     run_id: str
@@ -122,19 +122,24 @@ class Candidate:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        if self.state != "complete":
+        if not self.is_model:
             return
         for name in ("macs", "params", "size_bytes", "top1_validation"):
             value = getattr(self, name)
             if value is None or not math.isfinite(value):
                 raise ValueError(
-                    f"candidate {self.run_id!r} is complete, but its {name} is {value}; "
-                    "a complete candidate has a finite value there: record it, or give the state 'failed'"
+                    f"candidate {self.run_id!r} is {self.state}, but its {name} is {value}; "
+                    "a candidate that is a model has a finite value there: record it, or give the state 'failed'"
                 )
 
     @property
+    def is_model(self) -> bool:
+        """Whether it was measured to the end of what it was given: a whole recovery, or none where it stopped at 0."""
+        return self.state == "complete" or (self.stop is not None and self.stop.step == 0)
+
+    @property
     def top1_validation(self) -> float | None:
-        """Validation top-1 after recovery, if the trial is complete."""
+        """Validation top-1 after recovery, if the trial is a model."""
         return None if self.top1 is None else self.top1.validation
 
     @property
@@ -154,7 +159,7 @@ class Candidate:
 
     def fits(self, limits: Limits) -> bool:
         """Whether this candidate was measured to the end and meets every limit."""
-        return self.state == "complete" and limits.met_by(self.costs)
+        return self.is_model and limits.met_by(self.costs)
 
 
 def costs_of(counted: object, latency_ms: Latency, *, top1_drop: float | None) -> Costs:

@@ -23,6 +23,7 @@ from search.driver.prepare import Prepared, prepare, recipe
 from search.driver.sizing import Request
 from search.driver.study import RECOVERY
 from search.export import exported
+from search.noise import standard_error
 from search.spec import SearchSpec
 from search.trials import Fitted, costs_of
 from search.workload import Workload, load
@@ -77,13 +78,14 @@ def compress(
         cluster.close()
     student = rebuild(workload.teacher.cpu(), named(method), fitted.plan, outcome.state)
     latency_ms = {device: timing.latency_ms for device, timing in fitted.timings.items()}
-    figures = {name: value for name, value in vars(outcome).items() if name != "state"}
+    figures = {name: value for name, value in vars(outcome).items() if name not in ("state", "hits")}
     figures |= {
         "method": method,
         "budget": budget,
         "limits": prepared.target(budget).limits,
         "top1_test": evaluate(student, workload.splits.test, workload.metric),
         "top1_drop": prepared.teacher.top1_validation - outcome.top1_validation,
+        "top1_error": None if outcome.hits is None else standard_error(outcome.hits),
         "teacher": teacher,
         "latency_ms": latency_ms,
         "teacher_latency_ms": {device: timing.teacher_latency_ms for device, timing in fitted.timings.items()},
@@ -107,7 +109,8 @@ def _fitted(prepared: Prepared, method: str, budget: str, knobs: Mapping[str, Kn
     (found,) = prepared.fitter.fit([Request(method, prepared.target(budget), knobs)])
     if isinstance(found, MethodError):
         raise found
-    return found
+    (timed,) = prepared.fitter.timed([found])
+    return timed
 
 
 def _make_folder(out: Path) -> None:

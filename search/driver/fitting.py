@@ -7,7 +7,7 @@ built and measured, and the prediction's limit is moved by as much as it was wro
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 from torch import nn
@@ -59,8 +59,9 @@ class Fitter:
     def fit(self, requests: Sequence[Request]) -> list[Fitted | MethodError]:
         """Return a plan for each request, or why there is none.
 
-        Students are timed on all devices, those of a round together. A request that limits neither latency nor size
-        gets the method's own plan for its budget. All other limits hold for every plan that is tried.
+        Students whose budget limits latency are timed on all devices, those of a round together; the others are not. A
+        request that limits neither latency nor size gets the method's own plan for its budget. All other limits hold
+        for every plan that is tried.
         """
         pursuits = [self._pursue(request) for request in requests]
         found = [_advance(pursuit, None) for pursuit in pursuits]
@@ -68,15 +69,18 @@ class Fitter:
             timed = self._measure([(requests[place].target.device, point.plan) for place, point in waiting.items()])
             for place, timing in zip(waiting, timed, strict=True):
                 found[place] = _advance(pursuits[place], timing)
-        return self._timed([one for one in found if not isinstance(one, Point)])
+        ended = [_fitted(one) for one in found if not isinstance(one, Point)]
+        in_need = [one for one in ended if isinstance(one, Fitted) and one.rounds]
+        known = dict(zip(map(id, in_need), self.timed(in_need), strict=True))
+        return [known.get(id(one), one) for one in ended]
 
-    def _timed(self, ended: Sequence[tuple[Plan, int] | MethodError]) -> list[Fitted | MethodError]:
-        """Time the students of all plans on all devices, if every student is to be timed."""
+    def timed(self, found: Sequence[Fitted]) -> list[Fitted]:
+        """Return these plans with their students' timings on all devices, if every student is to be timed."""
         if not self.times_all:
-            return [one if isinstance(one, MethodError) else Fitted(one[0], {}, one[1]) for one in ended]
-        students = [_student(one[0]) for one in ended if isinstance(one, tuple)]
-        rows = iter(self.stopwatch.time(students, self.stopwatch.devices))
-        return [one if isinstance(one, MethodError) else Fitted(one[0], next(rows), one[1]) for one in ended]
+            return list(found)
+        untimed = [one for one in found if not one.timings]
+        rows = iter(self.stopwatch.time([_student(one.plan) for one in untimed], self.stopwatch.devices))
+        return [one if one.timings else replace(one, timings=next(rows)) for one in found]
 
     def reachable(self, method: str, target: Target) -> Plan | str:
         """Return a plan of a method with default knobs that is predicted to meet a budget, or why there is none.
@@ -202,6 +206,10 @@ class Fitter:
             "raise it or try another method",
             {latency_on(target.device): took},
         )
+
+
+def _fitted(ended: tuple[Plan, int] | MethodError) -> Fitted | MethodError:
+    return ended if isinstance(ended, MethodError) else Fitted(ended[0], {}, ended[1])
 
 
 def _advance(pursuit: Pursuit, timing: Timing | str | None) -> Point | tuple[Plan, int] | MethodError:

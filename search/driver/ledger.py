@@ -27,7 +27,7 @@ class Ledger:
     def add(self, found: Candidate) -> None:
         """Take in a trial that ended."""
         self.results[found.budget, found.trial] = found
-        if found.state == "complete" and not self.is_beaten(found):
+        if found.is_model and not self.is_beaten(found):
             self._unbeaten = [*(one for one in self._unbeaten if not beats(found, one)), found]
 
     def is_beaten(self, found: Candidate) -> bool:

@@ -18,11 +18,12 @@ from methods.pipeline import Progress
 from search.base import Report, masked
 from search.devices.predicted import rooflines
 from search.driver.account import Account
+from search.driver.exploring import worth_training
 from search.driver.ledger import Ledger
 from search.driver.prepare import Prepared, prepare, rung
 from search.driver.runner import Runner
 from search.driver.study import FULL, BudgetStudy, Start, Storage, Strategy, storage
-from search.driver.winners import check_model, register, time_registered
+from search.driver.winners import check_model, keep_untrained, register, time_registered
 from search.record.lease import locked
 from search.record.record import Record
 from search.record.searches import open_search
@@ -118,10 +119,11 @@ def _run(
     record.search.enter("scoring")
     prepared = prepare(spec, workload, cluster, report, known=record.search.teacher(), timed=spec.times_all())
     _write(prepared, record)
-    studies = _studies(prepared, record, studies_at, strategy)
-    by_budget = {study.budget: study for study in studies}
     ledger = Ledger(record.read.trials(), record.read.works())
-    before, trials = len(ledger.results), spec.search.trials * len(studies)
+    explore = record.search.settle_explore(_explore(spec, strategy), is_new=not ledger.results)
+    studies = _studies(prepared, record, studies_at, strategy, explore)
+    by_budget = {study.budget: study for study in studies}
+    before, trials = len(ledger.results), spec.search.trials * explore * len(studies)
 
     def tell(one: Proposal, note: str) -> None:
         report("trials", len(ledger.results), trials, f"{one.budget} {one.number} {one.method}: {note}")
@@ -132,11 +134,14 @@ def _run(
     runner = Runner(prepared, cluster, record.trials, ledger, account, report=tell, should_continue=should_continue)
     record.search.expect(trials)
     record.search.enter("trials")
-    propose = _asynchronously if spec.search.asynchronous else _in_rounds
-    propose(prepared, studies, runner, ledger, strategy)
+    if spec.search.asynchronous:
+        _asynchronously(prepared, studies, runner, ledger, strategy)
+    else:
+        _in_rounds(prepared, studies, runner, ledger, strategy, explore)
     importance = {study.budget: study.importance() for study in studies}
     record.search.write_importance({name: importance[name] for name in prepared.first_plans if name in importance})
-    if not spec.times_all() and time_registered(record, prepared.fitter.stopwatch):
+    keep_untrained(record, cluster)
+    if time_registered(record, prepared.fitter.stopwatch):
         account.owe()
         account.write(prepared.fitter)
     if (ended := len(ledger.results)) < trials:
@@ -163,7 +168,9 @@ def _write(prepared: Prepared, record: Record) -> None:
         log.warning(why)
 
 
-def _studies(prepared: Prepared, record: Record, studies_at: Storage, strategy: Strategy) -> list[BudgetStudy]:
+def _studies(
+    prepared: Prepared, record: Record, studies_at: Storage, strategy: Strategy, explore: int
+) -> list[BudgetStudy]:
     """Return a study per budget that some method can meet, the tightest first: neighbours lie side by side.
 
     The methods a budget's study began with stay its methods: predictions of latency differ from day to day, and a study
@@ -185,6 +192,7 @@ def _studies(prepared: Prepared, record: Record, studies_at: Storage, strategy: 
             spec.search.seed,
             labels=spec.recovery.labels,
             warmup=2 * rung(spec.recovery.steps),
+            explore=explore,
             strategy=strategy,
         )
         for name in capable
@@ -197,15 +205,25 @@ def _size(prepared: Prepared, budget: str) -> int:
     return max(plan.macs for plan in prepared.first_plans[budget].values() if not isinstance(plan, str))
 
 
+def _explore(spec: SearchSpec, strategy: Strategy) -> int:
+    """Return how many candidates are judged for each that is trained: one, where none is or there are no rounds."""
+    return spec.search.explore if strategy.explores and spec.recovery.steps and not spec.search.asynchronous else 1
+
+
 def _in_rounds(
-    prepared: Prepared, studies: Sequence[BudgetStudy], runner: Runner, ledger: Ledger, strategy: Strategy
+    prepared: Prepared,
+    studies: Sequence[BudgetStudy],
+    runner: Runner,
+    ledger: Ledger,
+    strategy: Strategy,
+    explore: int,
 ) -> None:
-    """Ask, run and tell whole rounds until every budget has its trials or time is up.
+    """Ask, judge, train and tell whole rounds until every budget has its trials or time is up.
 
     All budgets go through their rounds side by side, so that what one learns from its neighbours does not depend on
     when a driver was killed.
     """
-    trials = prepared.spec.search.trials
+    trials = prepared.spec.search.trials * explore
     deadline = time.monotonic() + prepared.spec.search.timeout
     while time.monotonic() < deadline:
         open_ones = [study for study in studies if study.told < trials]
@@ -214,13 +232,16 @@ def _in_rounds(
         turn = min(study.told // study.round for study in open_ones)
         now = [study for study in open_ones if study.told // study.round == turn]
         starts = {study.budget: _start(study, studies) if turn and strategy.shares else None for study in now}
-        rounds = {study.budget: list(_round(study, turn, trials, starts[study.budget])) for study in now}
-        asked = [proposal for one in rounds.values() for proposal in one]
-        missing = [proposal for proposal in asked if not ledger.knows(proposal)]
-        for _ in runner.run([missing]):
+        rounds = {study: list(_round(study, turn, trials, starts[study.budget])) for study in now}
+        if explore > 1:
+            ended = runner.train(worth_training(prepared, rounds, turn, runner, ledger, explore))
+        else:
+            asked = [proposal for one in rounds.values() for proposal in one]
+            ended = runner.run([[proposal for proposal in asked if not ledger.knows(proposal)]])
+        for _ in ended:
             pass
-        for study in now:
-            for proposal in rounds[study.budget]:
+        for study, proposals in rounds.items():
+            for proposal in proposals:
                 _tell(study, prepared, ledger.results[proposal.key])
 
 
@@ -275,7 +296,7 @@ def _tell(study: BudgetStudy, prepared: Prepared, found: Candidate) -> None:
     if found.state == "complete":
         excess = prepared.target(study.budget).limits.excess(found.costs)
         study.tell(found.trial, found.top1_validation, excess)
-    elif found.state == "stopped":
-        study.tell_stopped(found.trial)
+    elif found.stop is not None:
+        study.tell_stopped(found.trial, found.stop.step, found.stop.top1)
     else:
         study.tell(found.trial, None)

@@ -19,7 +19,7 @@ from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.fitting import Fitter
 from search.driver.planner import Planner, refusing
-from search.noise import packed, standard_error
+from search.noise import standard_error
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
@@ -118,7 +118,7 @@ def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher
         params=found.params,
         size_bytes=size_bytes(workload.teacher),
         latency_ms=latency_ms,
-        top1_error=None if judged.hits is None else standard_error(packed(judged.hits)),
+        top1_error=None if judged.hits is None else standard_error(judged.hits),
     )
 
 

@@ -46,17 +46,18 @@ class Strategy:
     """A search's means beyond drawing at random; the benchmark of its quality switches them off.
 
     It `models` told trials (TPE), `starts` with every method's defaults, `stops` trials that fall behind in recovery,
-    and `shares` good proposals between neighbouring budgets.
+    `shares` good proposals between neighbouring budgets, and `explores`: judges more trials than it trains.
     """
 
     models: bool = True
     starts: bool = True
     stops: bool = True
     shares: bool = True
+    explores: bool = True
 
 
 FULL = Strategy()
-RANDOM = Strategy(models=False, starts=False, stops=False, shares=False)
+RANDOM = Strategy(models=False, starts=False, stops=False, shares=False, explores=False)
 
 ENOUGH = 10
 """Complete trials, below which nothing is said of what decided top-1."""
@@ -101,6 +102,7 @@ class BudgetStudy:
         *,
         labels: bool,
         warmup: int = 0,
+        explore: int = 1,
         strategy: Strategy = FULL,
     ) -> None:
         self.budget = budget
@@ -108,6 +110,7 @@ class BudgetStudy:
         self._recovery = RECOVERY if labels else {"learning_rate": RECOVERY["learning_rate"]}
         self._seed = seed
         self._strategy = strategy
+        self._explore = explore
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -122,8 +125,8 @@ class BudgetStudy:
 
     @property
     def round(self) -> int:
-        """The proposals in a round: one per method, so that no search depends on its number of workers."""
-        return len(self._methods)
+        """The proposals in a round: `explore` per method, so that no search depends on its number of workers."""
+        return len(self._methods) * self._explore
 
     def unfinished(self) -> list[Proposal]:
         """The proposals asked but never told, in order: a killed driver leaves them behind."""
@@ -160,10 +163,7 @@ class BudgetStudy:
 
         It is compared with trials that were told as complete, never with those beside it: timing decides nothing.
         """
-        trial = self._trial(number)
-        if step not in self._study._storage.get_trial(trial._trial_id).intermediate_values:
-            trial.report(top1, step)
-        return not trial.should_prune()
+        return not self._reach(number, step, top1).should_prune()
 
     def tell(self, number: int, top1: float | None, excess: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ends a trial with its validation top-1, or as failed with None.
@@ -179,10 +179,20 @@ class BudgetStudy:
             trial.set_constraint(cost, excess[cost])
         self._study.tell(number, top1, state=TrialState.COMPLETE)
 
-    def tell_stopped(self, number: int) -> None:
-        """Ends a trial that `should_continue` stopped early; the sampler learns from what it reached."""
+    def tell_stopped(self, number: int, step: int, top1: float) -> None:
+        """Ends a trial that was stopped early at a step of recovery; the sampler learns from what it reached there."""
         self.told += 1
+        self._reach(number, step, top1)
         self._study.tell(number, state=TrialState.PRUNED)
+
+    def chosen(self, turn: int) -> list[int] | None:
+        """Return the trials of a round that were chosen to be trained, if that was decided."""
+        found: list[int] | None = self._study.user_attrs.get(f"chosen in round {turn}")
+        return found
+
+    def choose(self, turn: int, numbers: Sequence[int]) -> None:
+        """Decide which trials of a round are trained: once and for all, so that a kill changes nothing."""
+        self._study.set_user_attr(f"chosen in round {turn}", list(numbers))
 
     def importance(self) -> dict[str, float]:
         """Return each knob's share in what decided top-1; the shares add up to 1. Empty below `ENOUGH` complete trials.
@@ -199,6 +209,13 @@ class BudgetStudy:
         values = {name: {trial.params[name] for trial in complete if name in trial.params} for name in found}
         shares = {name: float(share) for name, share in found.items() if share > 0 and len(values[name]) > 1}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+    def _reach(self, number: int, step: int, top1: float) -> Trial:
+        """Take in what a trial reached at a step, once; the trial."""
+        trial = self._trial(number)
+        if step not in self._study._storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(top1, step)
+        return trial
 
     def _trial(self, number: int) -> Trial:
         storage = self._study._storage

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from cluster import Cluster, Done, Failed
 from methods import named
-from methods.pipeline import rebuild
-from methods.training import evaluate
-from search.base import Report, SpecError, TrackingError
+from methods.pipeline import rebuild, trial
+from methods.training import Recipe, evaluate
+from search.base import Report, SearchError, SpecError, TrackingError
 from search.cache import digest
 from search.devices.device import LatencyError
 from search.devices.stopwatch import Stopwatch
@@ -77,6 +78,26 @@ def time_registered(record: Record, stopwatch: Stopwatch) -> bool:
     for one, row in zip(untimed, rows, strict=True):
         record.trials.write_timings(one.run_id, row)
     return True
+
+
+def keep_untrained(record: Record, cluster: Cluster) -> None:
+    """Record the weights of every student to be stored that was never trained: on the workers that judged it.
+
+    Raises:
+        SearchError: one of them cannot be built again.
+    """
+    result = record.read.result()
+    known = {one.run_id: one for one in result.candidates}
+    missing = [run for run in _members(result) if known[run].state == "stopped" and not record.read.has_weights(run)]
+    plans = [record.read.plan(run_id) for run_id in missing]
+    for event in cluster.run(trial, [(named(plan.method), plan, Recipe(steps=0), 0) for plan in plans]):
+        if isinstance(event, Failed):
+            raise SearchError(
+                f"a student of {plans[event.index].method} that was judged before cannot be built again: "
+                f"{event.error}; expected the same student; run the same command again"
+            )
+        if isinstance(event, Done):
+            record.trials.write_weights(missing[event.index], event.value.state)
 
 
 def register(spec: SearchSpec, workload: Workload, record: Record, report: Report) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from search.base import SpecError
 
+YOUNGER = ("recovery.refit", "search.explore")
+"""Keys that are on where a spec says nothing of them; a search that was begun before they were there has neither."""
+
 
 class SpecChanged(SpecError):
     """A search of this name is on record with another spec; the message lists what differs."""
@@ -32,7 +35,7 @@ def check_unchanged(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
     """Return the differences between two specs, as lines `key: old, now new`; added budgets and devices do not count.
 
-    Nor does a key that is off and that `old` lacks, since it is younger than that search.
+    Nor does a key that `old` lacks if it is off or among the `YOUNGER`, since it is younger than that search.
 
     >>> changes({"seed": 0, "budgets": {"a": 1}}, {"seed": 1, "budgets": {"a": 1, "b": 2}})
     ['seed: 0, now 1']
@@ -41,7 +44,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> 
     for key in dict.fromkeys([*old, *new]):
         place = f"{where}{key}"
         if key not in old:
-            is_off = new[key] is None or new[key] is False
+            is_off = new[key] is None or new[key] is False or place in YOUNGER
             found += [] if is_off or where in ("budgets.", "devices.") else [f"{place}: new, {json.dumps(new[key])}"]
         elif key not in new:
             found.append(f"{place}: {json.dumps(old[key])}, now gone")

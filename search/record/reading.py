@@ -51,8 +51,12 @@ class Reader:
 
         return Plan.from_json(self._plan(run_id))
 
+    def has_weights(self, run_id: str) -> bool:
+        """Whether the state of a trial's student was kept."""
+        return any(file.path == "student.safetensors" for file in self._client.list_artifacts(run_id))
+
     def weights(self, run_id: str) -> dict[str, np.ndarray]:
-        """Return the state of a completed trial's student, if it was kept; a reused one's is its source's."""
+        """Return the state of a trial's student, if it was kept; a reused one's is its source's."""
         source = self._client.get_run(run_id).data.tags.get("paredown.same_as", run_id)
         return safetensors.numpy.load(artifact(self._client, source, "student.safetensors"))
 

@@ -75,6 +75,16 @@ class SearchRun:
         """Record the methods that each budget's study begins with."""
         self._client.set_tag(self.run_id, "paredown.able", json.dumps(capable))
 
+    def settle_explore(self, wanted: int, *, is_new: bool) -> int:
+        """Return how many candidates this search judges for each it trains: as it began, or `wanted` where it `is_new`.
+
+        One that was begun before there was a choice trains all of them.
+        """
+        known: str | None = self._client.get_run(self.run_id).data.tags.get("paredown.explore")
+        settled = int(known) if known else wanted if is_new else 1
+        self._client.set_tag(self.run_id, "paredown.explore", str(settled))
+        return settled
+
     def write_unreachable(self, reasons: Mapping[str, Mapping[str, str]]) -> None:
         """Record, per budget and method, why the method cannot meet it."""
         self._client.log_dict(self.run_id, dict(reasons), "beyond.json")

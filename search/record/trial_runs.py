@@ -88,12 +88,15 @@ class TrialRuns:
         self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float, keep_weights: bool
     ) -> Candidate:
         """Ends a trial's run with its figures and, where they may be needed again, its weights; the trial."""
-        figures = {key: float(value) for key in FIGURES if (value := getattr(outcome, key)) is not None}
         if keep_weights:
-            self._log_weights(run_id, outcome.state)
-        spent = {"seconds": outcome.seconds, "device_s": device_s}
-        hits = {} if outcome.hits is None else {"paredown.hits": packed(outcome.hits)}
-        return self._end(run_id, "complete", figures | {"top1_drop": top1_drop} | spent, hits)
+            self.write_weights(run_id, outcome.state)
+        return self._end(run_id, "complete", *_reached(outcome, device_s, top1_drop))
+
+    def pass_over(self, run_id: str, outcome: Outcome, device_s: float, *, top1_drop: float) -> Candidate:
+        """Ends the run of a trial that was stopped before its first step, with its figures there; the trial."""
+        figures, tags = _reached(outcome, device_s, top1_drop)
+        stop = {"stopped_at": 0.0, "top1_last": outcome.top1_validation}
+        return self._end(run_id, "stopped", figures | stop, tags)
 
     def reuse(self, run_id: str, source: str) -> Candidate:
         """Ends a trial's run with what came of `source`, a run of the same plan and recipe; the trial cost nothing."""
@@ -116,6 +119,13 @@ class TrialRuns:
     def write_timings(self, run_id: str, timings: Mapping[str, Timing]) -> None:
         """Records the timings of a trial that ended without any."""
         self._client.log_batch(run_id, metrics_of(of_timings(timings), now_ms()))
+
+    def write_weights(self, run_id: str, state: Mapping[str, np.ndarray]) -> None:
+        """Record the state of a student."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "student.safetensors")
+            safetensors.numpy.save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
+            self._client.log_artifact(run_id, str(path))
 
     def restore_deleted(self) -> None:
         """Restore the runs of trials that ended and were deleted by hand: nothing else deletes those."""
@@ -156,12 +166,6 @@ class TrialRuns:
         self._client.log_batch(run_id, run.metrics[metrics:], run.params[params:], run.tags[tags:])
         run.written = len(run.tags), len(run.params), len(run.metrics)
 
-    def _log_weights(self, run_id: str, state: Mapping[str, np.ndarray]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "student.safetensors")
-            safetensors.numpy.save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
-            self._client.log_artifact(run_id, str(path))
-
     def _end(
         self, run_id: str, state: State, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({})
     ) -> Candidate:
@@ -171,6 +175,13 @@ class TrialRuns:
         run, now = self._open.pop(run_id), now_ms()
         self._client.set_terminated(run_id, _status(state), end_time=now)
         return candidate_of_run(run_id, RunData(run.metrics, run.params, run.tags), now)
+
+
+def _reached(outcome: Outcome, device_s: float, top1_drop: float) -> tuple[dict[str, float], dict[str, str]]:
+    """Return an outcome as the metrics and the tags of its run."""
+    figures = {key: float(value) for key in FIGURES if (value := getattr(outcome, key)) is not None}
+    tags = {} if outcome.hits is None else {"paredown.hits": packed(outcome.hits)}
+    return figures | {"top1_drop": top1_drop, "seconds": outcome.seconds, "device_s": device_s}, tags
 
 
 def _status(state: str) -> str:

@@ -148,7 +148,7 @@ def columns(result: SearchResult) -> list[str]:
 
 def latencies(result: SearchResult) -> list[str]:
     """The latencies that were measured or predicted, as names of costs."""
-    found = [result.teacher.latency_ms, *(candidate.latency_ms for candidate in result.complete())]
+    found = [result.teacher.latency_ms, *(candidate.latency_ms for candidate in result.models())]
     return list(dict.fromkeys(latency_on(device) for latency_ms in found for device in latency_ms))
 
 

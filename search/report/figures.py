@@ -79,7 +79,7 @@ def figure(result: SearchResult, axis: str, marks: Mapping[str, Mark]) -> dict[s
     whole = result.teacher.costs[axis]
     strong = {point["run_id"] for point in best}
     steps = [(100 * point[axis] / whole, _height(result, point["top1_validation"])) for point in best]
-    placed = _measured_on(result.complete(), axis)
+    placed = _measured_on(result.models(), axis)
     edge = max([100.0] + [100 * candidate.costs[axis] / whole for candidate in placed])
     traces = [_step_line([*steps, (max(100.0, steps[-1][0]), steps[-1][1])])]
     for method, mark in marks.items():

@@ -172,7 +172,8 @@ class SearchSettings(_Strict):
     An `asynchronous` search starts a trial whenever a worker is free: it keeps a large cluster busy, but its proposals
     then depend on which trial ended first, so it cannot be repeated. With `timing: auto` students are timed in the
     search only where a budget limits latency or the spec names a device; else what is registered is, at the end. The
-    `winner` of a budget is the simplest of its candidates that are the best but for noise, or the best as it is.
+    `winner` of a budget is the simplest of its candidates that are the best but for noise, or the best as it is. For
+    each trial that is trained, `explore` are built and judged, and the best go on.
     """
 
     trials: Annotated[int, Field(gt=0, le=100_000)] = 8
@@ -181,6 +182,7 @@ class SearchSettings(_Strict):
     asynchronous: bool = False
     timing: Literal["auto", "all"] = "auto"
     winner: Rule = "simplest"
+    explore: Annotated[int, Field(gt=0, le=100)] = 3
 
 
 class RecoverySpec(_Strict):

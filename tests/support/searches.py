@@ -16,7 +16,7 @@ methods: [itpruner, alds]
 devices: {rock: {runtime: profile, file: rock.yaml}}
 budgets:
   - {name: half, macs: 50%}
-search: {trials: 3}
+search: {trials: 3, explore: 1}
 recovery: {steps: 5, batch_size: 64}
 """
 ROCK = "{macs_per_s: 2.0e+9, bytes_per_s: 1.0e+9, overhead_us: 5}"

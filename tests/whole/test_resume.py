@@ -34,9 +34,9 @@ BUDGETS = """budgets:
   - {name: half, macs: 50%}
   - {name: small, params: 30%, macs: 60%}
   - {name: edge, latency: 70%}
-search: {trials: 4}
+search: {trials: 4, explore: 2}
 """
-TEXT = SPEC.replace("budgets:\n  - {name: half, macs: 50%}\nsearch: {trials: 3}\n", BUDGETS).replace(
+TEXT = SPEC.replace("budgets:\n  - {name: half, macs: 50%}\nsearch: {trials: 3, explore: 1}\n", BUDGETS).replace(
     "steps: 5", "steps: 10"
 )
 KILLS = 10

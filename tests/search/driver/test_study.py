@@ -190,7 +190,7 @@ def test_what_is_behind_two_thirds_of_told_trials_is_given_up(tmp_path: Path) ->
     assert made.should_continue(ahead, 1, 0.9)
     assert made.should_continue(level, 1, 0.27)
     assert not made.should_continue(behind, 1, 0.26)
-    made.tell_stopped(behind)
+    made.tell_stopped(behind, 1, 0.26)
     assert made.told == 4
     again = study(tmp_path / "s")
     assert not again.should_continue(behind, 1, 0.26)

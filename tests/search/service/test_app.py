@@ -36,7 +36,7 @@ model: {source: zoo, name: resnet8}
 data: {source: digits, validation: 0.2, calibration: 128}
 methods: [itpruner, alds]
 budgets: [{name: half, macs: 50%}]
-search: {trials: 3}
+search: {trials: 3, explore: 1}
 recovery: {steps: 5, batch_size: 64}
 """
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
