@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from methods.base import Budget, Infeasible, Knob, KnobValue, Plan, Range, Scores
+from methods.base import Budget, Choice, Infeasible, Knob, KnobValue, Plan, Scores
 from methods.names import check_chain
 from methods.network import Profile
 from methods.protocol import Method
@@ -22,7 +22,15 @@ from methods.training import Recipe, Samples
 Scored: TypeAlias = Callable[[Method, Sequence[Plan]], tuple[Scores, Profile]]
 """A method's scores of the student that the plans of the links before it lead to, and that student's profile."""
 
-SHARE = Range(0.1, 0.9, 0.5)
+AUTO = "auto"
+"""The share of a link that is found by trying, where the planner can; elsewhere it is one half."""
+
+SHARE = Choice((AUTO, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), AUTO)
+
+
+def share_knob(link: Method) -> str:
+    """Return the name of the knob that is a link's share."""
+    return f"share.{link.name}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Chain:
     """Methods applied one after the other, `first+second` by name.
 
     Knobs: `share.LINK` is the part of the cut still to be made that a link takes, for all but the last, which takes
-    what is left; `LINK.KNOB` is a link's own. A link that cannot take its share takes as much as it can.
+    what is left: a number, or `auto`. `LINK.KNOB` is a link's own. A link that cannot take its share takes as much as
+    it can.
 
     Raises:
         ValueError: fewer than two links, one of them twice, or a gated one before the last: its student's cost depends
@@ -48,7 +57,7 @@ class Chain:
 
     @property
     def knobs(self) -> Mapping[str, Knob]:
-        shares = {f"share.{link.name}": SHARE for link in self.links[:-1]}
+        shares = {share_knob(link): SHARE for link in self.links[:-1]}
         return shares | {f"{link.name}.{name}": knob for link in self.links for name, knob in link.knobs.items()}
 
     def accepts(self, profile: Profile) -> str | None:
@@ -73,7 +82,8 @@ class Chain:
             if link is self.links[-1]:
                 plans.append(self._last(scores, profile, budget, own))
             else:
-                stage = _stage(budget, profile, float(knobs[f"share.{link.name}"]))
+                share = knobs[share_knob(link)]
+                stage = _stage(budget, profile, 0.5 if share == AUTO else float(share))
                 plans.append(_as_far_as_possible(link, scores, profile, stage, own))
         return Plan(
             method=self.name,

@@ -19,6 +19,10 @@ from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
 from methods.training import Metric, Recipe, Samples, judge
+from methods.training.objective import instance_losses
+
+COMPARED = 512
+"""Validation images on which the outputs of a student and its teacher are compared, labels aside."""
 
 
 class PlanMismatch(AssertionError):
@@ -146,6 +150,21 @@ def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan, seed: int) -> Outc
         outcome: Outcome = replace(end.value, state={})
         return outcome
     raise AssertionError("a recovery of no steps made progress")
+
+
+@torch.no_grad()
+def distance(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> float:
+    """Return how far a student is from the teacher before any training, on `COMPARED` validation images at most.
+
+    That is the mean Kullback-Leibler divergence of their outputs, softened as for distillation; labels are not read.
+    """
+    teacher, calibration = on_device(inputs)
+    student = method.apply(teacher, plan, calibration if inputs.refit else None)
+    method.settle(student, plan, calibration)
+    images, labels = inputs.validation.batch(np.arange(min(len(inputs.validation), COMPARED)))
+    images = images.to(calibration.device)
+    losses = instance_losses(student.eval()(images), labels, teacher(images), Recipe(steps=0, labels=False))
+    return float(losses.mean())
 
 
 def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:

@@ -14,13 +14,12 @@ from torch import nn
 
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
-from methods.chain import SHARE, Chain
-from methods.protocol import defaults
+from methods.chain import Chain, share_knob
 from search.devices.programs import Student
 from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
 from search.driver.planner import Planner
-from search.driver.sizing import Request, SizedPlans, built
+from search.driver.sizing import Request, SizedPlans, built, untried
 from search.limits import latency_on
 from search.spec.targets import Target
 from search.trials import Fitted, Timing
@@ -86,15 +85,16 @@ class Fitter:
         """Return a plan of a method with default knobs that is predicted to meet a budget, or why there is none.
 
         No student is measured. As predictions err, a plan that is a little over a limit on latency is given too. A
-        chain whose links differ in speed is also asked with its first link taking the most of the cut.
+        chain is asked with its first link taking half of the cut, and then most of it: no share is tried.
         """
-        found, usual = named(method), defaults(named(method))
+        found, usual = named(method), untried(method)
+        if not isinstance(found, Chain):
+            return self._predicted(Request(method, target, usual))
         plan = self._predicted(Request(method, target, usual))
-        if isinstance(found, Chain) and target.latency_ms is not None and not isinstance(plan, Plan):
-            first = f"share.{found.links[0].name}"
-            most = self._predicted(Request(method, target, usual | {first: SHARE.high}))
-            return most if isinstance(most, Plan) else plan
-        return plan
+        if isinstance(plan, Plan):
+            return plan
+        most = self._predicted(Request(method, target, usual | {share_knob(found.links[0]): 0.9}))
+        return most if isinstance(most, Plan) else plan
 
     def least_latency(self, method: str, budget: Budget, devices: Sequence[str]) -> dict[str, float]:
         """Return the predicted milliseconds, by device, of the plan of a method for `budget` with default knobs.
@@ -102,7 +102,7 @@ class Fitter:
         Raises:
             MethodError: it has no plan for it.
         """
-        student = built(self.planner.plan(method, budget, defaults(named(method))), self.teacher)
+        student = built(self.planner.plan(method, budget, untried(method)), self.teacher)
         return {device: self.stopwatch.predict(student, device) for device in devices}
 
     def _pursue(self, request: Request) -> Pursuit:

@@ -15,13 +15,14 @@ import torch
 
 from cluster import Cluster, ClusterError, Done, Failed, Item
 from methods import METHODS, named
-from methods.base import Budget, KnobValue, MethodError, Plan, ScoreError, Scores, SharedShard
-from methods.chain import plan_of, student_of
+from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, Scores, SharedShard
+from methods.chain import AUTO, AnyMethod, Chain, plan_of, share_knob, student_of
 from methods.network import Profile, profile
 from methods.pipeline import Before, score
 from methods.protocol import Method
 from search import cache
 from search.base import Report, SearchError, one_line
+from search.driver.shares import TriedShares
 from search.workload import Workload
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Planner:
         self._profiles: dict[Before, Profile] = {(): found}
         self._scores: dict[tuple[str, Before], Scores | MethodError] = {}
         self._spent = {"scoring_shards": 0.0, "scoring_s": 0.0}
+        self._shares = TriedShares(workload, cluster, self._plan, report)
 
     @property
     def macs(self) -> int:
@@ -49,6 +51,8 @@ class Planner:
     def spent(self) -> dict[str, float]:
         """Return the shards that ran, and their seconds of workers, since this was last asked."""
         taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        taken["scoring_s"] += self._shares.seconds
+        self._shares.seconds = 0.0
         return taken
 
     def score(self, methods: Sequence[Method], plans: Sequence[Plan] = ()) -> dict[str, str]:
@@ -72,8 +76,25 @@ class Planner:
             Infeasible: no plan fits.
             MethodError: the method, or a link of a chain, cannot be scored or planned.
         """
+        method = named(name)
         with refusing(name, "planning"):
-            return plan_of(named(name), self._scored, budget, knobs)
+            if isinstance(method, Chain) and AUTO in (knobs[share_knob(link)] for link in method.links[:-1]):
+                return self._plan_trying(method, budget, knobs)
+            return self._plan(method, budget, knobs)
+
+    def _plan(self, method: AnyMethod, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        return plan_of(method, self._scored, budget, knobs)
+
+    def _plan_trying(self, chain: Chain, budget: Budget, knobs: Mapping[str, KnobValue]) -> Plan:
+        """Plan a chain with the best of the tried shares that has a plan; shares that are given stay."""
+        whole, refusals = self._profiles[()], list[Infeasible]()
+        given = {name: value for name, value in knobs.items() if value != AUTO}
+        for shares in self._shares.ranked(chain, budget, {"macs": whole.macs, "params": whole.params}):
+            try:
+                return self._plan(chain, budget, {**shares, **given})
+            except Infeasible as error:
+                refusals.append(error)
+        raise refusals[0]
 
     def untouched(self, method: Method) -> Mapping[str, str]:
         """Return, by layer of the teacher, why a method leaves it as it is.

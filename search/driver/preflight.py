@@ -14,10 +14,10 @@ from cluster import Cluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.chain import links_of
-from methods.protocol import defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.driver.prepare import Prepared, prepare
+from search.driver.sizing import untried
 from search.limits import Limits, latency_on
 from search.results import BudgetReach, LayerReach, MethodReach, Preflight
 from search.spec import SearchSpec
@@ -111,7 +111,7 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
         limit = {cost: 1}
         nothing = Budget("nothing", limit.get("macs"), limit.get("params"), channels)
         try:
-            plan = prepared.fitter.planner.plan(name, nothing, defaults(named(name)))
+            plan = prepared.fitter.planner.plan(name, nothing, untried(name))
             least[cost] = getattr(plan, cost)
         except Infeasible as error:
             least[cost] = error.least[cost]

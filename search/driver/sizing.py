@@ -10,7 +10,9 @@ from torch import nn
 
 from methods import named
 from methods.base import Budget, Infeasible, KnobValue, Plan
+from methods.chain import AUTO
 from methods.pipeline import size_bytes
+from methods.protocol import defaults
 from search.driver.planner import Planner, refusing
 from search.spec.targets import Target
 from search.units import size
@@ -100,6 +102,11 @@ class SizedPlans:
             f"{size(found)} ({found / limit - 1:.0%} more), with {params:,} params; raise it or try another method",
             {"size_bytes": found},
         )
+
+
+def untried(method: str) -> dict[str, KnobValue]:
+    """Return every knob of a method at its default, for a plan that need not be the best: no share is tried for it."""
+    return {name: 0.5 if value == AUTO else value for name, value in defaults(named(method)).items()}
 
 
 def built(plan: Plan, teacher: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from search.devices.stopwatch import Stopwatch
 from search.driver.bracket import Bracket, Point
 from search.driver.fitting import ROOM, ROUNDS, Fitter
 from search.driver.planner import Planner
-from search.driver.sizing import Request
+from search.driver.sizing import Request, untried
 from search.limits import Limits, latency_on
 from search.spec import reading, schema
 from search.spec.targets import Target
@@ -67,7 +67,7 @@ class Shop:
     ) -> Request:  # fmt: skip
         given = {"macs": macs, "params": params, "size_bytes": size_bytes, latency_on("edge"): ms}
         limits = Limits({cost: limit for cost, limit in given.items() if limit is not None})
-        return Request(method, Target("tight", limits, "edge", channels=4), defaults(named(method)))
+        return Request(method, Target("tight", limits, "edge", channels=4), untried(method))
 
 
 @pytest.fixture(scope="module")
