@@ -4,8 +4,8 @@ Read `recipe` first (the words), then `objective` (losses), `evaluation` (top-1,
 (a step that processes share).
 """
 
-from methods.training.evaluation import evaluate, outputs, recalibrate, top1
+from methods.training.evaluation import evaluate, recalibrate, top1
 from methods.training.loop import recover, train
 from methods.training.recipe import Metric, Recipe, Samples
 
-__all__ = ["Metric", "Recipe", "Samples", "evaluate", "outputs", "recalibrate", "recover", "top1", "train"]
+__all__ = ["Metric", "Recipe", "Samples", "evaluate", "recalibrate", "recover", "top1", "train"]

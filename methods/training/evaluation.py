@@ -44,16 +44,9 @@ def recalibrate(
         norm.eval()
 
 
-def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
-    """Return `metric` of `model` in eval mode over all of `data`. Raises as `outputs` does."""
-    return float(metric(*outputs(model, data, batch_size)))
-
-
 @torch.no_grad()
-def outputs(model: nn.Module, data: Samples, batch_size: int = 512) -> tuple[Tensor, Tensor]:
-    """Return the logits `(n, classes)` of `model` in eval mode for all of `data`, and the labels `(n,)`.
-
-    Several processes that do the same share the images.
+def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
+    """Return `metric` of `model` in eval mode over all of `data`; several processes that do the same share the images.
 
     Raises:
         FloatingPointError: a logit is NaN, which an argmax would take for the first class.
@@ -67,7 +60,7 @@ def outputs(model: nn.Module, data: Samples, batch_size: int = 512) -> tuple[Ten
         labels.append(distributed.joined(truth.to(device), len(indices)).cpu())
     if any(bool(part.isnan().any()) for part in logits):
         raise FloatingPointError("the network returned NaN logits; expected numbers; lower the learning rate")
-    return torch.cat(logits), torch.cat(labels)
+    return float(metric(torch.cat(logits), torch.cat(labels)))
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

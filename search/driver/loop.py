@@ -183,6 +183,7 @@ def _studies(prepared: Prepared, record: Record, studies_at: Storage, strategy: 
             [named(method) for method in capable[name]["methods"]],
             spec.search.seed,
             labels=spec.recovery.labels,
+            steps=spec.recovery.steps,
             warmup=2 * rung(spec.recovery.steps),
             strategy=strategy,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class Reader:
             devices=json.loads(tags.get("paredown.devices", "{}")),
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
-            metric=Scale(**json.loads(tags.get("paredown.metric", "{}"))),
+            metric=metric_of(tags),
         )
 
     def limits(self) -> dict[str, Limits]:
@@ -110,6 +110,11 @@ class Reader:
             return {}
         found: dict[str, Any] = json.loads(artifact(self._client, self._run_id, name))
         return found
+
+
+def metric_of(tags: Mapping[str, str]) -> Scale:
+    """Return the scale that every top-1 of a search is a share of, by the tags of its run."""
+    return Scale(**json.loads(tags.get("paredown.metric", "{}")))
 
 
 def _state(run: Any) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.training import Samples, outputs
+from methods.training import Samples
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
 from search.workload.pictures import Preparation, decode
@@ -192,10 +192,13 @@ class Answered:
         return len(self.source)
 
     @cached_property
+    @torch.no_grad()
     def labels(self) -> np.ndarray:
-        """The class `(n,)` that the teacher gives each image, in the batches in which students are judged."""
-        found: np.ndarray = outputs(self.teacher, self.source)[0].argmax(1).numpy()
-        return found
+        """The class `(n,)` that the teacher, in eval mode, gives each image, in batches of the size of `evaluate`'s."""
+        device = next(self.teacher.parameters()).device
+        parts = np.array_split(np.arange(len(self)), max(1, -(-len(self) // 512)))
+        found = [self.teacher(self.source.batch(part)[0].to(device)).argmax(1).cpu() for part in parts]
+        return torch.cat(found).numpy()
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """The source's inputs `(n, c, h, w)`, and the teacher's answers `(n,)`."""
