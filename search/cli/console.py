@@ -209,7 +209,7 @@ def show_preflight(found: Preflight) -> None:
     out.print(table)
     if found.teacher_top1 is not None:
         out.print(
-            f"Beside yes: validation {found.metric.name} of the method's first plan, without any training; the teacher's "
+            f"Beside yes: validation {found.metric.name} of the method's first plan, without training; the teacher's "
             f"is {found.metric.shown(found.teacher_top1)}.",
             highlight=False, markup=False,
         )  # fmt: skip

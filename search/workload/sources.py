@@ -171,12 +171,13 @@ def _refuse_sets(root: Path) -> None:
     named = [name for name in named if inside[name] or len(named) == len(inside)]
     alike = [name for name, below in inside.items() if len(below) > 1 and list(inside.values()).count(below) > 1]
     alike = [name for name in alike if not _pictures_in(root / name)]
-    if flat := [name for name in named if not inside[name] and _pictures_in(root / name)]:
-        raise DataError(_without_classes(root / flat[0]))
     if sets := named or alike:
+        is_flat = any(_pictures_in(root / name) for name in named if not inside[name])
         raise DataError(
             f"{root} holds {' and '.join(sets)}, which look like sets and not like classes; expected a folder train "
             "(or training) beside test, testing, val, valid or validation; rename them"
+            + is_flat
+            * ", or give data.labels: false if the pictures have no labels"
         )
     if len(inside) == 1 and (only := next(iter(inside))) and inside[only] and not any(_pictures_in(root / only)):
         raise DataError(
@@ -188,21 +189,17 @@ def _refuse_sets(root: Path) -> None:
 def _classes(folder: Path) -> dict[str, int]:
     """Number the classes, which are the sub-folders in the order of their names."""
     names = _folders(folder)
-    if not names and folder.is_dir() and _pictures_in(folder):
-        raise DataError(_without_classes(folder))
+    if not names and folder.is_dir() and (pictures := _pictures_in(folder)):
+        raise DataError(
+            f"{folder} holds {len(pictures):,} pictures and no folder of a class; expected one sub-folder of pictures "
+            "per class; sort them, or give data.labels: false if they have no labels: then students are judged by how "
+            "often they agree with the teacher"
+        )
     if not names:
         raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
     if skipped := sorted(place.name for place in folder.iterdir() if place.is_dir() and _is_hidden(place.name)):
         log.warning("%s: %s is no class and is skipped", folder, ", ".join(skipped))
     return {name: number for number, name in enumerate(names)}
-
-
-def _without_classes(folder: Path) -> str:
-    return (
-        f"{folder} holds {len(_pictures_in(folder)):,} pictures and no sub-folder; expected one sub-folder of pictures "
-        "per class; sort them into some, or give data.labels: false if they have no labels: then students are judged "
-        "by their agreement with the teacher"
-    )
 
 
 def _find_pictures(folder: Path, classes: dict[str, int], prepare: Preparation) -> Pictures:
