@@ -50,7 +50,7 @@ def warn_of(logits: Tensor, labels: Tensor | None) -> None:
     Without labels, warn of one that has the same answer for all images.
     """
     answers = logits.argmax(1)
-    if labels is None and len(answers) > 1 and len(answers.unique()) == 1:
+    if labels is None and len(answers) > 1 and len(set(answers.tolist())) == 1:
         log.warning(
             "the teacher gives all of %d training images the same answer, %d, which any network agrees with; check "
             "model.weights and the preparation of the images", len(answers), answers[0],
