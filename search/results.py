@@ -171,12 +171,14 @@ class BudgetReach:
     """One budget's limits, and per method None or why no plan of it fits.
 
     Nothing is trained, so a limit on what is lost of top-1 rules out no method; latency is predicted, and a method that
-    is only a little over it is not ruled out either.
+    is only a little over it is not ruled out either. `kept` is the top-1 of the student of each method's first plan,
+    where a search trains none either.
     """
 
     budget: str
     limits: Limits
     reasons: Mapping[str, str | None]
+    kept: Mapping[str, float] | None = None
 
     @property
     def is_reachable(self) -> bool:
@@ -198,7 +200,8 @@ class LayerReach:
 class Preflight:
     """The answer of `paredown check`. `minutes` is an estimate for as many workers as this machine has cores.
 
-    `explained` has a row per layer, if it was asked for.
+    `explained` has a row per layer, if it was asked for. `teacher_top1` is there to compare with what students keep, if
+    that is known; both are shares on the scale of `metric`.
     """
 
     name: str
@@ -209,9 +212,15 @@ class Preflight:
     budgets: tuple[BudgetReach, ...]
     minutes: float
     explained: tuple[LayerReach, ...] | None = None
+    teacher_top1: float | None = None
+    metric: Scale = TOP1
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        reachable = [{**asdict(budget), "is_reachable": budget.is_reachable} for budget in self.budgets]
-        found = asdict(self) | {"budgets": reachable}
-        return found if self.explained is not None else {key: found[key] for key in found if key != "explained"}
+        """JSON-ready values, without what is not known."""
+        budgets = [_known(asdict(budget)) | {"is_reachable": budget.is_reachable} for budget in self.budgets]
+        found = _known(asdict(self)) | {"budgets": budgets}
+        return {key: value for key, value in found.items() if key != "metric"} | self.metric.described
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

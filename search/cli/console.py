@@ -23,7 +23,7 @@ from search.frontier import volume
 from search.limits import latencies_in, latency_on
 from search.report import costs
 from search.report.costs import CostRow
-from search.results import BudgetResult, LayerReach, Preflight, SearchResult
+from search.results import BudgetReach, BudgetResult, LayerReach, Preflight, SearchResult
 from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
@@ -192,7 +192,7 @@ def _show_effort(result: SearchResult) -> None:
     out.print(f"Hypervolume: {', '.join(volumes)}.", highlight=False)
 
 
-def show_preflight(found: Preflight, metric: Scale = TOP1) -> None:
+def show_preflight(found: Preflight) -> None:
     """Print each method's least costs, the budgets in its reach, why others are not, and the expected minutes."""
     title = f"{found.name}: {count(found.macs)} MACs, {count(found.params)} params"
     table = Table(title=title, title_justify="left", box=_rules())
@@ -209,12 +209,17 @@ def show_preflight(found: Preflight, metric: Scale = TOP1) -> None:
             continue
         least = [_with_share(one.least["macs"], found.macs), _with_share(one.least["params"], found.params)]
         least += [costs.shown(cost, one.least.get(cost)) for cost in timed]
-        fits = ["[red]no[/]" if budget.reasons[one.method] else "[green]yes[/]" for budget in found.budgets]
-        table.add_row(one.method, *least, *fits)
+        table.add_row(one.method, *least, *(_reach_cell(budget, one.method, found.metric) for budget in found.budgets))
     out.print(table)
+    if found.teacher_top1 is not None:
+        out.print(
+            f"Beside yes: validation {found.metric.name} of the method's first plan, without training; the teacher's "
+            f"is {found.metric.shown(found.teacher_top1)}.",
+            highlight=False, markup=False,
+        )  # fmt: skip
     for budget in found.budgets:
         limits = [
-            f"{costs.name(cost, {}, metric)} ≤ {costs.shown(cost, limit, metric)}"
+            f"{costs.name(cost, {}, found.metric)} ≤ {costs.shown(cost, limit, found.metric)}"
             for cost, limit in budget.limits.items()
         ]
         out.print(f"{budget.budget}: {', '.join(limits)}", highlight=False, markup=False)
@@ -226,6 +231,13 @@ def show_preflight(found: Preflight, metric: Scale = TOP1) -> None:
     if found.explained is not None:
         _show_layers(found.explained)
     out.print(f"A search takes about {max(1, round(found.minutes))} min on this machine.")
+
+
+def _reach_cell(budget: BudgetReach, method: str, metric: Scale) -> str:
+    """Say whether a method's first plan fits, and what it keeps if that is known."""
+    word = "[red]no[/]" if budget.reasons[method] else "[green]yes[/]"
+    kept = (budget.kept or {}).get(method)
+    return word if kept is None else f"{word}, {metric.shown(kept)}"
 
 
 def _show_layers(layers: Sequence[LayerReach]) -> None:

@@ -74,7 +74,8 @@ def status(id: JobId, address: Dashboard = LOCAL_DASHBOARD, uri: OtherStore = No
         return
     print(f"  {found.phase}: {found.trials} of {found.expected} trials, {found.stopped} stopped early")
     for budget, best in found.best.items():
-        print(f"  {budget}: {'nothing fits yet' if best is None else _winner_text(best.to_json()['winner'])}")
+        winner = None if best is None else best.to_json()["winner"]
+        print(f"  {budget}: {'nothing fits yet' if winner is None else _winner_text(winner, found.metric)}")
 
 
 def logs(
@@ -141,8 +142,8 @@ def _state_text(job: Job) -> str:
     return f"failed: {job.reason.partition(', last available logs')[0]}" if job.status == "failed" else job.status
 
 
-def _winner_text(winner: Mapping[str, Any]) -> str:
-    return f"{winner['method']}, validation top-1 {winner['top1_validation']:.4f}, {winner['macs']:,} MACs"
+def _winner_text(winner: Mapping[str, Any], metric: str) -> str:
+    return f"{winner['method']}, validation {metric} {winner['top1_validation']:.4f}, {winner['macs']:,} MACs"
 
 
 def _find_progress(job: Job, uri: str | None) -> Progress | str:

@@ -54,7 +54,10 @@ def check(
     address: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each method can do for each budget, without training anything."""
+    """Say what each method can do for each budget, without training a student.
+
+    If recovery.steps is 0, this builds the student of each method's first plan, and says what it keeps of top-1.
+    """
     from search.spec import load
 
     settings = load(spec)
@@ -64,7 +67,7 @@ def check(
 
     with console.bars(hidden=as_json) as report:
         found = preflight(settings, lambda made: _inline_or_ray(made, settings, address), report, explain=explain)
-    print_json(found.to_json()) if as_json else console.show_preflight(found, settings.metric.scale)
+    print_json(found.to_json()) if as_json else console.show_preflight(found)
     unreachable = [budget.budget for budget in found.budgets if not budget.is_reachable]
     if unreachable:
         fail(f"no method reaches {', '.join(unreachable)}; raise the limits to what is reachable", NOTHING_FITS)

@@ -21,7 +21,7 @@ from methods.training import Recipe, evaluate
 from search.base import Report, SpecError
 from search.driver.prepare import Prepared, prepare, recipe
 from search.driver.sizing import Request
-from search.driver.study import RECOVERY
+from search.driver.study import recovery_knobs
 from search.export import exported
 from search.noise import standard_error
 from search.spec import SearchSpec
@@ -63,7 +63,7 @@ def compress(
         OSError: `out` cannot be written; found before anything costs time.
     """
     _check_names(spec, method, budget)
-    own, shared = _values(method, knobs)
+    own, shared = _values(method, recovery_knobs(spec.recovery.steps, labels=spec.recovery.labels), knobs)
     _make_folder(out)
     workload = load(spec, report)
     cluster = make_cluster(workload)
@@ -130,14 +130,16 @@ def _check_names(spec: SearchSpec, method: str, budget: str) -> None:
         raise SpecError(f"no budget {budget!r} in the spec; expected one of {', '.join(known)}; correct --budget")
 
 
-def _values(method: str, given: Mapping[str, str]) -> tuple[dict[str, KnobValue], dict[str, KnobValue]]:
+def _values(
+    method: str, recovery: Mapping[str, Knob], given: Mapping[str, str]
+) -> tuple[dict[str, KnobValue], dict[str, KnobValue]]:
     """The values of all the method's knobs and of all of recovery's: as given, or their defaults."""
     own = named(method).knobs
-    known = dict(own) | {f"{_RECOVERY}{name}": knob for name, knob in RECOVERY.items()}
+    known = dict(own) | {f"{_RECOVERY}{name}": knob for name, knob in recovery.items()}
     if unknown := sorted(set(given) - set(known)):
         raise SpecError(f"{method} has no knob {unknown[0]!r}; expected one of {', '.join(known)}; correct --knob")
     values = {name: _value(name, knob, given[name]) if name in given else knob.default for name, knob in known.items()}
-    return {name: values[name] for name in own}, {name: values[f"{_RECOVERY}{name}"] for name in RECOVERY}
+    return {name: values[name] for name in own}, {name: values[f"{_RECOVERY}{name}"] for name in recovery}
 
 
 def _value(name: str, knob: Knob, text: str) -> KnobValue:

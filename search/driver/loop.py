@@ -191,6 +191,7 @@ def _studies(
             [named(method) for method in capable[name]["methods"]],
             spec.search.seed,
             labels=spec.recovery.labels,
+            steps=spec.recovery.steps,
             warmup=2 * rung(spec.recovery.steps),
             explore=explore,
             strategy=strategy,

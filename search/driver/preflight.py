@@ -1,4 +1,7 @@
-"""Tell, before anything is trained, how far each method can reach and about how long a search would take."""
+"""Tell, before anything is trained, how far each method can reach and about how long a search would take.
+
+Where the search trains nothing either, also what the students keep: their figures are final then.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,28 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeAlias
 
 import torch
 
-from cluster import Cluster
+from cluster import Cluster, Done, Failed
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.chain import links_of
+from methods.pipeline import look
+from methods.protocol import defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
 from search.driver.prepare import Prepared, prepare
-from search.driver.sizing import untried
+from search.driver.sizing import Request, untried
 from search.limits import Limits, latency_on
 from search.results import BudgetReach, LayerReach, MethodReach, Preflight
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec
 from search.spec.targets import Target
-from search.trials import costs_of
+from search.trials import Fitted, costs_of
 from search.workload import Workload, load
 
 TIMED_STEPS = 4
@@ -35,24 +43,61 @@ EXPORT_S, SESSION_S, CALLS = 2.0, 0.5, 60
 def preflight(
     spec: SearchSpec, make_cluster: Callable[[Workload], Cluster], report: Report, *, explain: bool = False
 ) -> Preflight:
-    """Profiles and scores, and plans for every budget with every method's defaults; trains nothing.
+    """Profiles and scores, and plans for every budget with every method's defaults; trains no student.
 
-    A zoo teacher that was never trained is looked at untrained: costs do not depend on its weights. Devices are only
-    asked where some budget limits latency; then the teacher and single layers are measured.
+    A zoo teacher that was never trained is looked at untrained, since costs do not depend on its weights, unless
+    `recovery.steps` is 0: then each plan's student is built and judged. Devices are only asked where some budget limits
+    latency; then the teacher and single layers are measured.
 
     Args:
         make_cluster: gives the workers, which hold the workload's `worker_inputs()`.
         explain: whether to say, for every layer, which methods may change it.
     """
-    workload = load(spec, report, fit=False)
+    is_final = spec.recovery.steps == 0
+    workload = load(spec, report, fit=is_final)
     cluster = make_cluster(workload)
     try:
-        return _found(prepare(spec, workload, cluster, report, timed=spec.needs_latency()), explain=explain)
+        prepared = prepare(spec, workload, cluster, report, timed=spec.needs_latency())
+        return _found(prepared, _looks(prepared, cluster, report) if is_final else None, explain=explain)
     finally:
         cluster.close()
 
 
-def _found(prepared: Prepared, *, explain: bool) -> Preflight:
+@dataclass(frozen=True)
+class _Look:
+    """What a first plan's student keeps of top-1, or why there is no such student, and the seconds that took."""
+
+    top1: float | str
+    seconds: float
+
+
+_Looks: TypeAlias = Mapping[tuple[str, str], _Look]
+"""By budget and method."""
+
+
+def _looks(prepared: Prepared, cluster: Cluster, report: Report) -> _Looks:
+    """Plan what can be reached as the first round of the search does, and judge the students."""
+    spec, looks = prepared.spec, dict[tuple[str, str], _Look]()
+    asked = [(budget, one.name) for budget in prepared.first_plans for one in prepared.capable(budget)]
+    requests = [Request(name, prepared.target(budget), defaults(named(name))) for budget, name in asked]
+    plans = dict[tuple[str, str], Plan]()
+    for place, found in zip(asked, prepared.fitter.fit(requests), strict=True):
+        if isinstance(found, Fitted):
+            plans[place] = found.plan
+        else:
+            looks[place] = _Look(str(found), 0.0)
+    places = list(plans)
+    items = [(named(plan.method), plan, spec.search.seed) for plan in plans.values()]
+    for event in cluster.run(look, items):
+        if isinstance(event, Done | Failed):
+            budget, name = place = places[event.index]
+            top1 = event.value.top1_validation if isinstance(event, Done) else f"{name} failed: {event.error}"
+            looks[place] = _Look(top1, event.seconds)
+            report("students", len(looks), len(asked), f"{budget} {name}")
+    return looks
+
+
+def _found(prepared: Prepared, looks: _Looks | None, *, explain: bool) -> Preflight:
     spec = prepared.spec
     return Preflight(
         name=spec.name,
@@ -60,17 +105,22 @@ def _found(prepared: Prepared, *, explain: bool) -> Preflight:
         params=prepared.profile.params,
         layers=len(prepared.profile.layers),
         methods=tuple(_method_reach(prepared, name) for name in spec.candidates),
-        budgets=tuple(
-            BudgetReach(
-                target.name,
-                target.limits,
-                {name: _obstacle(plan, target) for name, plan in prepared.first_plans[target.name].items()},
-            )
-            for target in prepared.targets
-        ),
-        minutes=_minutes(prepared),
+        budgets=tuple(_budget_reach(prepared, target, looks) for target in prepared.targets),
+        minutes=_minutes(prepared, looks),
         explained=_explained(prepared) if explain else None,
+        teacher_top1=None if looks is None else prepared.teacher.top1_validation,
+        metric=spec.metric.scale,
     )
+
+
+def _budget_reach(prepared: Prepared, target: Target, looks: _Looks | None) -> BudgetReach:
+    reasons = {name: _obstacle(plan, target) for name, plan in prepared.first_plans[target.name].items()}
+    if looks is None:
+        return BudgetReach(target.name, target.limits, reasons)
+    top1 = {name: one.top1 for (budget, name), one in looks.items() if budget == target.name}
+    failed = {name: found for name, found in top1.items() if isinstance(found, str)}
+    kept = {name: found for name, found in top1.items() if isinstance(found, float)}
+    return BudgetReach(target.name, target.limits, reasons | failed, kept)
 
 
 def _explained(prepared: Prepared) -> tuple[LayerReach, ...]:
@@ -133,8 +183,17 @@ def _least_latency(prepared: Prepared, name: str, budget: Budget) -> dict[str, f
     return {latency_on(device): ms for device, ms in found.items()}
 
 
-def _minutes(prepared: Prepared) -> float:
-    """Trials x (steps + evaluations), from a few timed steps of the teacher's copy on one core's share, and timing."""
+def _minutes(prepared: Prepared, looks: _Looks | None) -> float:
+    """Trials x the seconds of one, which are those of the students that were `looks`, and timing."""
+    each = _trial_seconds(prepared) if looks is None else fmean([one.seconds for one in looks.values()] or [0.0])
+    trials = prepared.spec.search.trials * len(prepared.spec.budgets)
+    exports = trials if prepared.spec.times_all() else len(prepared.spec.budgets)
+    work = (trials * each + exports * EXPORT_S) / (os.cpu_count() or 1)
+    return (work + _timing_seconds(prepared)) / 60
+
+
+def _trial_seconds(prepared: Prepared) -> float:
+    """Steps + evaluations of a trial, from a few timed steps of the teacher's copy on one core's share."""
     settings = prepared.spec.recovery
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every worker has
@@ -142,10 +201,7 @@ def _minutes(prepared: Prepared) -> float:
         step, look = _seconds(prepared.workload, settings)
     finally:
         torch.set_num_threads(threads)
-    trials = prepared.spec.search.trials * len(prepared.spec.budgets)
-    exports = trials if prepared.spec.times_all() else len(prepared.spec.budgets)
-    work = (trials * (settings.steps * step + 8 * look) + exports * EXPORT_S) / (os.cpu_count() or 1)
-    return (work + _timing_seconds(prepared)) / 60
+    return settings.steps * step + 8 * look
 
 
 def _timing_seconds(prepared: Prepared) -> float:

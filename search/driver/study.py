@@ -38,7 +38,17 @@ RECOVERY: dict[str, Knob] = {
     "learning_rate": Range(0.01, 0.2, default=0.05, log=True),
     "distill": Range(0.0, 1.0, default=0.5),
 }
-"""The knobs of recovery, which every method shares. Without labels there is nothing to weigh, and `distill` is gone."""
+"""The knobs of recovery, which every method shares."""
+
+
+def recovery_knobs(steps: int, *, labels: bool) -> dict[str, Knob]:
+    """Those that mean something: without steps none does, without labels there is nothing for `distill` to weigh.
+
+    >>> list(recovery_knobs(400, labels=False)), recovery_knobs(0, labels=True)
+    (['learning_rate'], {})
+    """
+    unused = set(RECOVERY) if steps == 0 else set() if labels else {"distill"}
+    return {name: knob for name, knob in RECOVERY.items() if name not in unused}
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,13 @@ class BudgetStudy:
         seed: int,
         *,
         labels: bool,
+        steps: int = 1,
         warmup: int = 0,
         explore: int = 1,
         strategy: Strategy = FULL,
     ) -> None:
         self.budget = budget
         self._methods = {method.name: method for method in methods}
-        self._recovery = RECOVERY if labels else {"learning_rate": RECOVERY["learning_rate"]}
         self._seed = seed
         self._strategy = strategy
         self._explore = explore
@@ -120,6 +130,11 @@ class BudgetStudy:
         )
         self._seen = _Seen(name, self._study._storage)
         trials = self._study.get_trials(deepcopy=False)
+        drawn = {name for trial in trials for name in trial.params}  # an old study goes on with the knobs it began with
+        wanted = recovery_knobs(steps, labels=labels)
+        self._recovery = {
+            name: knob for name, knob in RECOVERY.items() if name in wanted or f"recovery.{name}" in drawn
+        }
         self.asked = _asked(trials)
         self.told = sum(trial.state.is_finished() for trial in trials)
 

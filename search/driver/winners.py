@@ -199,6 +199,7 @@ def _tags(
     found, models = student(workload, record, trained), Models(record.client)
     origin = {
         "method": winner.method,
+        "metric": spec.metric.scale.name if spec.metric.scale.described else None,
         "knobs": _json(winner.knobs),
         "spec_hash": record.search.spec_digest,
         "teacher_hash": workload.fingerprint,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from search.base import TrackingError
 from search.frontier import winner
-from search.record.reading import rule_of
+from search.record.reading import metric_of, rule_of
 from search.record.record import Record
 from search.record.search_run import Phase
 from search.record.searches import find_begun
@@ -23,7 +23,7 @@ class Progress:
 
     `phase` is the driver's own word, so that of a killed one stays what it was. `best` holds per budget the best model
     within its limits so far, if there is one; nothing in it is registered before the search is done. `wall_s` are
-    seconds over all sittings.
+    seconds over all sittings. Every top-1 is a share, called `metric`.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Progress:
     stopped: int
     wall_s: float
     best: Mapping[str, BudgetResult | None]
+    metric: str = "top-1"
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; each of `best` is None or has the keys of a winner in `paredown frontier --json`."""
@@ -69,4 +70,5 @@ def so_far(record: Record, name: str, trials: Sequence[Candidate]) -> Progress:
             budget: None if best is None else BudgetResult(budget, limits[budget], best)
             for budget, best in winners.items()
         },
+        metric=metric_of(tags).share_name,
     )

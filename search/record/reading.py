@@ -83,7 +83,7 @@ class Reader:
             devices=json.loads(tags.get("paredown.devices", "{}")),
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
-            metric=Scale(**json.loads(tags.get("paredown.metric", "{}"))),
+            metric=metric_of(tags),
             rule=rule_of(tags),
         )
 
@@ -122,6 +122,11 @@ class Reader:
 def rule_of(tags: Mapping[str, str]) -> Rule:
     """Return the rule by which budgets are won, by the tags of its run; before there was a choice: the best."""
     return cast(Rule, tags.get("paredown.winner", "best"))
+
+
+def metric_of(tags: Mapping[str, str]) -> Scale:
+    """Return the scale that every top-1 of a search is a share of, by the tags of its run."""
+    return Scale(**json.loads(tags.get("paredown.metric", "{}")))
 
 
 def _state(run: Any) -> str | None:

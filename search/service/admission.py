@@ -157,7 +157,7 @@ def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
 
 def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """A reason for each function or source of the spec that is not allowed."""
-    named = {} if spec.metric.is_top1 else {"metric": spec.metric.function}
+    named = {} if spec.metric.is_ours else {"metric": spec.metric.function}
     if spec.model.source in (*SOURCES, "mlflow"):
         named["model.source"] = spec.model.source
     else:

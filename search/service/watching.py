@@ -53,7 +53,7 @@ class View(BaseModel):
     """A search as it stands. Times are Unix times in seconds; `best` is per budget the best model so far and its costs.
 
     `phase` is `starting`, `running` (if no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
-    `failed`.
+    `failed`. Every top-1 is a share, called `metric`.
     """
 
     id: str
@@ -67,6 +67,7 @@ class View(BaseModel):
     stopped: int = 0
     wall_s: float = 0.0
     best: dict[str, Any] = {}
+    metric: str = "top-1"
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,11 @@ def take_snapshot(job: Job, uri: str) -> Snapshot:
     is_telling = not job.is_over and far.phase not in END_PHASES
     told = view.model_copy(update=_progress_fields(far) | ({"phase": far.phase} if is_telling else {}))
     teacher = record.search.teacher()
-    return Snapshot(told, None if teacher is None else points(teacher, trials))
+    return Snapshot(told, None if teacher is None else points(teacher, trials, far.metric))
 
 
 def _progress_fields(far: Progress) -> dict[str, Any]:
-    kept = ("trials", "expected", "stopped", "wall_s", "best")
+    kept = ("trials", "expected", "stopped", "wall_s", "best", "metric")
     return {key: value for key, value in far.to_json().items() if key in kept}
 
 
@@ -178,14 +179,15 @@ def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
         return None
 
 
-def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
-    """Every complete candidate, its costs as shares of the teacher's."""
+def points(teacher: Teacher, trials: Sequence[Candidate], metric: str = "top-1") -> dict[str, Any]:
+    """Every candidate that is a model, its costs as shares of the teacher's; `metric` is what its top-1 is called."""
     axes = ["macs", "params", *map(latency_on, teacher.latency_ms)]
-    complete = [one for one in trials if one.state == "complete"]
+    models = [one for one in trials if one.is_model]
     return {
+        "metric": metric,
         "teacher": teacher.top1_validation,
         "axes": axes,
-        "points": [_point_json(one, teacher, axes) for one in complete],
+        "points": [_point_json(one, teacher, axes) for one in models],
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from search.spec.checks import check_builder, read_methods
 from search.spec.documents import quoted, suggestion
-from search.spec.schema import DataSpec, ModelSpec
+from search.spec.schema import OURS, DataSpec, ModelSpec
 
 MOST = 10**12
 """More than any number of a spec may be; only amounts go further."""
@@ -37,8 +37,12 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
     for key in ("validation", "calibration", "seed"):
         if _is_given(_section(recovery, "data"), key):
             yield f"recovery.data.{key}: images to mimic on are not split; leave it out"
-    if recovery.get("data") is not None and recovery.get("labels", True):
+    has_labels = _section(raw, "data").get("labels") is not False
+    if recovery.get("data") is not None and recovery.get("labels", has_labels):
         yield "recovery.data: its labels mean nothing to the teacher; give recovery.labels: false too"
+    if _is_given(_section(recovery, "data"), "labels"):
+        yield "recovery.data.labels: those of images to mimic on are never read; leave it out"
+    yield from _label_mistakes(raw, has_labels=has_labels)
     for reason in _worker_mistakes(recovery, _section(raw, "cluster")):
         yield f"recovery.workers: {reason}"
     count = len(set(read_methods(raw["methods"])[0] if "methods" in raw else methods))
@@ -48,6 +52,25 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
             f"search.trials: {trials} is too few for {count} methods and the baseline, which are each tried "
             f"once per budget; give at least {count + 1}"
         )
+
+
+def _label_mistakes(raw: Mapping[str, Any], *, has_labels: bool) -> Iterator[str]:
+    """Find what needs labels where `data.labels` says that there are none."""
+    model, metric = _section(raw, "model"), raw.get("metric")
+    function = metric.get("function") if isinstance(metric, dict) else metric
+    if has_labels:
+        if function == "agreement":
+            yield "metric: agreement takes the teacher's answers for labels; give data.labels: false too"
+        return
+    if function is not None and function != "agreement":
+        yield (
+            f"metric: {quoted(function)} compares answers with labels, and data.labels is false, where agreement with "
+            "the teacher decides; leave one of them out"
+        )
+    if _section(raw, "recovery").get("labels") is True:
+        yield "recovery.labels: true needs labels, and data.labels is false; leave one of them out"
+    if model.get("source") == "zoo" and model.get("weights") in (None, "train"):
+        yield "model.weights: zoo networks are trained with labels, and data.labels is false; give a file of weights"
 
 
 def _device_mistakes(devices: Mapping[str, Any]) -> Iterator[str]:
@@ -89,10 +112,10 @@ PREPARATION = ("size", "resize", "crop", "mean", "std", "interpolation", "preset
 
 def _metric_mistakes(metric: object) -> Iterator[str]:
     own = metric.get("function") if isinstance(metric, dict) else metric
-    if own != "top1":
+    if own not in tuple(OURS):
         yield from _function_mistakes("metric", own)
     elif isinstance(metric, dict) and len(metric) > 1:
-        yield "metric: top1 has a name, a direction and a range of its own; write metric: top1"
+        yield f"metric: {own} has a name, a direction and a range of its own; write metric: {own}"
 
 
 def _model_mistakes(model: Mapping[str, Any]) -> Iterator[str]:

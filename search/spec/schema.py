@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from methods.names import NAMES
 from search.base import DEFAULT_STORE, DEFAULT_STUDIES
@@ -79,13 +79,15 @@ class DataSpec(_Strict):
     """The source of images and their split. `seed` is the split's own, so it outlives a change of search.
 
     A folder's pictures are resized to `resize`, cropped to `crop` (which is `size` by default) and normalised by `mean`
-    and `std`; or all of that is as torchvision prepares images for the weights `preset`.
+    and `std`; or all of that is as torchvision prepares images for the weights `preset`. Without `labels` the source
+    has none, or they are not read: the teacher's own answers take their place.
     """
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]
     name: Text | None = None
     root: Text | None = None
     args: Arguments = {}
+    labels: Annotated[bool, Field(exclude_if=bool)] = True
     size: Pixels = 224
     resize: Annotated[Pixels | None, Field(exclude_if=_is_none)] = None
     crop: Annotated[Pixels | None, Field(exclude_if=_is_none)] = None
@@ -100,6 +102,10 @@ class DataSpec(_Strict):
     seed: Seed = 0
 
 
+OURS = {"top1": "top-1", "agreement": "agreement"}
+"""The metrics that are no function of the user's, and what tables call them."""
+
+
 class MetricSpec(_Strict):
     """The user's own measure of what is better, of values in `range`: a share from 0 to 1 unless given."""
 
@@ -109,16 +115,16 @@ class MetricSpec(_Strict):
     range: Annotated[tuple[float, float], BeforeValidator(check_range)] | None = None
 
     @property
-    def is_top1(self) -> bool:
-        """Whether this is ours."""
-        return self.function == "top1"
+    def is_ours(self) -> bool:
+        """Whether this is no function of the user's: top-1, or that of the teacher's own answers."""
+        return self.function in OURS
 
     @property
     def scale(self) -> Scale:
         """How its values are called and shown."""
         low, high = self.range or (0.0, 1.0)
         worst, best = (low, high) if self.direction == "maximize" else (high, low)
-        own = "top-1" if self.is_top1 else self.function.rpartition(":")[2]
+        own = OURS.get(self.function) or self.function.rpartition(":")[2]
         return Scale(self.name or own, worst, best)
 
 
@@ -241,6 +247,16 @@ class SearchSpec(_Strict):
     tracking: TrackingSpec = TrackingSpec()
     text: Annotated[str, Field(exclude=True, repr=False)] = ""
     folder: Annotated[str, Field(exclude=True, repr=False)] = "."
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_labels(cls, given: Any) -> Any:
+        """Where images have no labels, agreement with the teacher decides, and students mimic it."""
+        data, recovery = given.get("data"), given.get("recovery", {})
+        if not isinstance(data, dict) or data.get("labels") is not False:
+            return given
+        mimicking = {"labels": False} | recovery if isinstance(recovery, dict) else recovery
+        return {"metric": "agreement"} | given | {"recovery": mimicking}
 
     @property
     def candidates(self) -> tuple[str, ...]:

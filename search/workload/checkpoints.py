@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,17 +49,36 @@ def load_weights(model: nn.Module, path: Path) -> str:
     """
     content = read_weights(path)
     own = model.state_dict()
-    try:
+    with _fitting(path):
         match = _chosen([(place, state) for place, state in _states(content)], own, content)
         state = _renamed(match, own)
         notes = [*_words(match, state, content), *_casts(state, own)]
         model.load_state_dict(state)
+    return "; ".join([f"{len(state):,} tensors of {path.name}", *notes])
+
+
+def outputs_of(model: nn.Module, path: Path) -> int:
+    """Return the number of outputs of the network like `model` whose weights a file holds: the rows of its last matrix.
+
+    Raises as `load_weights` does.
+    """
+    content = read_weights(path)
+    own = model.state_dict()
+    with _fitting(path):
+        state = _renamed(_chosen(list(_states(content)), own, content), own)
+    return next(len(value) for value in reversed(state.values()) if isinstance(value, Tensor) and value.ndim == 2)
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Blame the weights of a file for every error of the block."""
+    try:
+        yield
     except Exception as error:
         raise WorkloadError(
             f"the weights {path} do not fit the network: {one_line(error)}; expected its state_dict(); "
             "check model.name, the number of classes and the input channels"
         ) from error
-    return "; ".join([f"{len(state):,} tensors of {path.name}", *notes])
 
 
 def _states(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:

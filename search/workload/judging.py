@@ -44,8 +44,27 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-def warn_of(logits: Tensor, labels: Tensor) -> None:
-    """Warn of a teacher that is right no more often than chance, or that answers with probabilities."""
+def warn_of(logits: Tensor, labels: Tensor | None) -> None:
+    """Warn of a teacher that is right no more often than chance, or that answers with probabilities.
+
+    Without labels, warn of one that has the same answer for all images.
+    """
+    answers = logits.argmax(1)
+    if labels is None and len(answers) > 1 and len(set(answers.tolist())) == 1:
+        log.warning(
+            "the teacher gives all of %d training images the same answer, %d, which any network agrees with; check "
+            "model.weights and the preparation of the images", len(answers), answers[0],
+        )  # fmt: skip
+    if labels is not None:
+        _warn_of_chance(logits, labels)
+    if logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(len(logits))):
+        log.warning(
+            "the teacher's outputs are probabilities already: each row sums to 1; expected logits, which training and "
+            "mimicking take the softmax of; return them without the softmax"
+        )
+
+
+def _warn_of_chance(logits: Tensor, labels: Tensor) -> None:
     right, chance = top1(logits, labels), float(labels.bincount().max()) / len(labels)
     if right <= chance + (chance * (1 - chance) / len(labels)) ** 0.5:
         log.warning(
@@ -53,11 +72,6 @@ def warn_of(logits: Tensor, labels: Tensor) -> None:
             "than chance; check model.weights, the order of the classes and the preparation of the images",
             100 * right, len(labels), 100 * chance,
         )  # fmt: skip
-    if logits.shape[1] > 1 and bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(len(logits))):
-        log.warning(
-            "the teacher's outputs are probabilities already: each row sums to 1; expected logits, which training and "
-            "mimicking take the softmax of; return them without the softmax"
-        )
 
 
 def check_metric(metric: UserMetric, logits: Tensor, labels: Tensor) -> None:

@@ -20,8 +20,8 @@ from search.workload import sources
 from search.workload.forms import freed
 from search.workload.judging import answers, check_metric, warn_of
 from search.workload.pictures import check_pictures, preparation
-from search.workload.samples import Pictures, ResizedSamples
-from search.workload.splits import Splits, check_stable, split
+from search.workload.samples import Arrays, Pictures, ResizedSamples, unlabelled
+from search.workload.splits import Splits, answered, check_stable, split
 from search.workload.teacher import check_teacher, load_teacher
 from search.workload.usercode import UserMetric, call_factory, load_function
 
@@ -75,9 +75,11 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     teacher = load_teacher(spec, splits, report, fit=fit).eval()
     freed(teacher, report)
     check_teacher(teacher, _first_and_last(splits), splits.classes)
+    if not spec.data.labels:
+        splits = answered(splits, teacher)
     logits, labels = answers(teacher, splits.train)
     if fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
-        warn_of(logits, labels)
+        warn_of(logits, labels if spec.data.labels else None)
     if isinstance(metric, UserMetric):
         check_metric(metric, logits, labels)
     images = _recovery_images(spec, splits, report)
@@ -87,7 +89,7 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
 def _metric(spec: SearchSpec) -> Metric:
     """The metric that decides: ours, or the user's own, as a share of its range."""
     given = spec.metric
-    if given.is_top1:
+    if given.is_ours:
         return top1
     function = load_function(given.function, spec.folder)
     return UserMetric(given.function, function, given.scale, is_clipped=given.range is not None)
@@ -121,7 +123,7 @@ def _recovery_images(spec: SearchSpec, splits: Splits, report: Report) -> Sample
     """The images of the spec's other source for recovery, in the shape that the teacher takes."""
     if spec.recovery.data is None:
         return None
-    images, _ = _read_source(spec.recovery.data, spec.folder)
+    images, _ = _read_unlabelled(spec.recovery.data, spec.folder)
     check_images(images, report)
     return ResizedSamples(images, splits.calibration.shape[1:])
 
@@ -129,7 +131,8 @@ def _recovery_images(spec: SearchSpec, splits: Splits, report: Report) -> Sample
 def read_splits(spec: SearchSpec, report: Report = lambda *_: None) -> Splits:
     """Read and split the data of `spec`. Raises as `load` does."""
     settings = spec.data
-    pool, test = _read_source(settings, spec.folder)
+    read = _read_source if settings.labels else _read_unlabelled
+    pool, test = read(settings, spec.folder)
     for samples in (pool, test):
         if samples is not None:
             check_images(samples, report)
@@ -149,13 +152,31 @@ def check_images(samples: Samples, report: Report) -> None:
 
 def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
     """Read the images of a source, and its own test set if it has one."""
-    root = None if settings.root is None else Path(folder, settings.root).expanduser()
+    if settings.source == "imagefolder":
+        return sources.image_folder(_root(settings, folder), preparation(settings))
+    if settings.source == "factory":
+        assert settings.name is not None
+        return sources.from_factory(call_factory(settings.name, settings.args, folder))
+    return _built_in(settings, folder)
+
+
+def _read_unlabelled(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
+    """Read the images of a source that has no labels, or whose labels are of no use; each then is 0."""
+    if settings.source == "imagefolder":
+        return sources.unlabelled_pictures(_root(settings, folder), preparation(settings))
+    if settings.source == "factory":
+        assert settings.name is not None
+        return sources.from_factory(call_factory(settings.name, settings.args, folder), labels=False)
+    pool, test = _built_in(settings, folder)
+    return unlabelled(pool), None if test is None else unlabelled(test)
+
+
+def _built_in(settings: DataSpec, folder: str) -> tuple[Arrays, Arrays | None]:
     if settings.source == "digits":
         return sources.digits()
-    if settings.source == "fashion-mnist":
-        return sources.fashion_mnist(root)
-    if settings.source == "imagefolder":
-        assert root is not None
-        return sources.image_folder(root, preparation(settings))
-    assert settings.name is not None
-    return sources.from_factory(call_factory(settings.name, settings.args, folder))
+    return sources.fashion_mnist(None if settings.root is None else _root(settings, folder))
+
+
+def _root(settings: DataSpec, folder: str) -> Path:
+    assert settings.root is not None
+    return Path(folder, settings.root).expanduser()

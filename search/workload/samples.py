@@ -7,12 +7,13 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.training import Samples
@@ -106,11 +107,14 @@ def _augment(images: np.ndarray, shift: int, *, mirror: bool, chance: np.random.
 class Indexed:
     """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any.
 
+    Unless it `has_labels`, its items may be images alone, and every label is 0.
+
     Python's, numpy's and torch's global generators are seeded for each item: by its index, or by a draw for an
     augmented batch. A data set that augments by chance so gives the same images to each search, and to each look.
     """
 
     source: Any
+    has_labels: bool = True
 
     def __len__(self) -> int:
         with blaming("the length of the data set", "the number of its items; mend its __len__", DataError):
@@ -134,9 +138,14 @@ class Indexed:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        expected = "a pair of an image tensor (c, h, w) and an integer label; mend the data set, or its length"
+        expected = (
+            "a pair of an image tensor (c, h, w) and an integer label; mend the data set, or its length, or give "
+            "data.labels: false if it has none"
+            if self.has_labels
+            else "an image tensor (c, h, w), alone or before a label; mend the data set, or its length"
+        )
         with blaming(f"item {index} of the data set", expected, DataError):
-            image, label = self.source[index]
+            image, label = self._parts(self.source[index])
             pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
         if pixels.ndim != 3 or not torch.isfinite(pixels).all():
             fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
@@ -144,6 +153,13 @@ class Indexed:
                 f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
         return pixels, number
+
+    def _parts(self, item: Any) -> tuple[Any, Any]:
+        """The image and the label of an item, 0 if labels are not read."""
+        if not self.has_labels:
+            return (item[0] if isinstance(item, tuple | list) else item), 0
+        image, label = item
+        return image, label
 
 
 @contextmanager
@@ -156,6 +172,38 @@ def _global_generators_kept() -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def unlabelled(samples: Arrays | Pictures | Indexed) -> Samples:
+    """The same images without their labels: all are 0."""
+    if isinstance(samples, Indexed):
+        return replace(samples, has_labels=False)
+    return replace(samples, labels=np.zeros_like(samples.labels))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The images of `source`; their labels are the answers of its `teacher`, which is asked at the first batch."""
+
+    source: Samples
+    teacher: nn.Module
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    @torch.no_grad()
+    def labels(self) -> np.ndarray:
+        """The class `(n,)` that the teacher, in eval mode, gives each image, in batches of the size of `evaluate`'s."""
+        device = next(self.teacher.parameters()).device
+        parts = np.array_split(np.arange(len(self)), max(1, -(-len(self) // 512)))
+        found = [self.teacher(self.source.batch(part)[0].to(device)).argmax(1).cpu() for part in parts]
+        return torch.cat(found).numpy()
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """The source's inputs `(n, c, h, w)`, and the teacher's answers `(n,)`."""
+        images, _ = self.source.batch(indices, augment, part)
+        return images, torch.from_numpy(self.labels[indices[part]])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sources of labelled images: the built-in sets, a folder of pictures, or the user's own factory."""
+"""Sources of images: the built-in sets, a folder of pictures, or the user's own factory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from methods.training import Samples
 from search.base import DataError
 from search.workload.pictures import Preparation
-from search.workload.samples import Arrays, Indexed, Pictures
+from search.workload.samples import Arrays, Indexed, Pictures, unlabelled
 
 
-def digits() -> tuple[Samples, None]:
+def digits() -> tuple[Arrays, None]:
     """scikit-learn's 1,797 handwritten digits, `(1, 8, 8)`, pixels scaled to [0, 1]; no test set of its own."""
     from sklearn.datasets import load_digits
 
@@ -36,7 +36,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".w
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
 
 
-def fashion_mnist(root: Path | None) -> tuple[Samples, Samples]:
+def fashion_mnist(root: Path | None) -> tuple[Arrays, Arrays]:
     """Fashion-MNIST, 60,000 + 10,000 images `(1, 28, 28)`, from `root` or from Debian's dataset-fashion-mnist.
 
     Raises:
@@ -56,8 +56,8 @@ MOST_ITEMS = 100_000_000
 """More images than any data set of pictures has: an order of them alone takes a gigabyte."""
 
 
-def _read_idx_sets(folder: Path) -> tuple[Samples, Samples] | None:
-    sets: list[Samples] = []
+def _read_idx_sets(folder: Path) -> tuple[Arrays, Arrays] | None:
+    sets: list[Arrays] = []
     for prefix, shift in (("train", 2), ("t10k", 0)):
         images = _read_idx(folder / f"{prefix}-images-idx3-ubyte")
         labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte")
@@ -105,7 +105,7 @@ def image_folder(root: Path, prepare: Preparation) -> tuple[Samples, Samples | N
         DataError: a class folder holds no picture, or the test set's classes are not the training set's.
     """
     sets = {name.lower(): root / name for name in _folders(root) if _folders(root / name)}
-    train, held_out = (next((sets[name] for name in names if name in sets), None) for names in (TRAIN, HELD_OUT))
+    train, held_out = _train_and_held_out(sets)
     if train is None:
         _refuse_sets(root)
         return _find_pictures(root, _classes(root), prepare), None
@@ -122,6 +122,36 @@ def image_folder(root: Path, prepare: Preparation) -> tuple[Samples, Samples | N
             "complete them"
         )
     return pictures, _find_pictures(held_out, classes, prepare)
+
+
+def unlabelled_pictures(root: Path, prepare: Preparation) -> tuple[Samples, Samples | None]:
+    """All pictures in a folder and below it, without labels; of one with sets, named as for `image_folder`, theirs.
+
+    A folder `train` beside others that are no sets may be a class of vehicles.
+
+    Raises:
+        DataError: there is no picture.
+    """
+    folders = _folders(root)
+    train, held_out = _train_and_held_out({name.lower(): root / name for name in folders})
+    if train is None or not (held_out or len(folders) == 1 or _folders(train)):
+        return _all_pictures(root, prepare), None
+    return _all_pictures(train, prepare), None if held_out is None else _all_pictures(held_out, prepare)
+
+
+def _all_pictures(folder: Path, prepare: Preparation) -> Pictures:
+    """The pictures in a folder and then below it, in the order in which those of classes are found."""
+    paths = _pictures_in(folder) if folder.is_dir() else []
+    paths += [path for name in _folders(folder) for path in _pictures_below(folder / name)]
+    if not paths:
+        raise DataError(f"no pictures in {folder}; expected some ({', '.join(ENDINGS)}); correct data.root")
+    return Pictures(tuple(paths), np.zeros(len(paths), np.int64), prepare)
+
+
+def _train_and_held_out(sets: Mapping[str, Path]) -> tuple[Path | None, Path | None]:
+    """The folder of the training set and that of the held-out set, among folders by their names in lower case."""
+    train, held_out = (next((sets[name] for name in names if name in sets), None) for names in (TRAIN, HELD_OUT))
+    return train, held_out
 
 
 def _folders(folder: Path) -> list[str]:
@@ -142,9 +172,12 @@ def _refuse_sets(root: Path) -> None:
     alike = [name for name, below in inside.items() if len(below) > 1 and list(inside.values()).count(below) > 1]
     alike = [name for name in alike if not _pictures_in(root / name)]
     if sets := named or alike:
+        is_flat = any(_pictures_in(root / name) for name in named if not inside[name])
         raise DataError(
             f"{root} holds {' and '.join(sets)}, which look like sets and not like classes; expected a folder train "
             "(or training) beside test, testing, val, valid or validation; rename them"
+            + is_flat
+            * ", or give data.labels: false if the pictures have no labels"
         )
     if len(inside) == 1 and (only := next(iter(inside))) and inside[only] and not any(_pictures_in(root / only)):
         raise DataError(
@@ -156,6 +189,12 @@ def _refuse_sets(root: Path) -> None:
 def _classes(folder: Path) -> dict[str, int]:
     """Number the classes, which are the sub-folders in the order of their names."""
     names = _folders(folder)
+    if not names and folder.is_dir() and (pictures := _pictures_in(folder)):
+        raise DataError(
+            f"{folder} holds {len(pictures):,} pictures and no folder of a class; expected one sub-folder of pictures "
+            "per class; sort them, or give data.labels: false if they have no labels: then students are judged by how "
+            "often they agree with the teacher"
+        )
     if not names:
         raise DataError(f"no classes in {folder}; expected one sub-folder of pictures per class; correct data.root")
     if skipped := sorted(place.name for place in folder.iterdir() if place.is_dir() and _is_hidden(place.name)):
@@ -186,11 +225,12 @@ def _pictures_in(folder: Path) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
 
 
-def from_factory(returned: object) -> tuple[Samples, Samples | None]:
+def from_factory(returned: object, *, labels: bool = True) -> tuple[Samples, Samples | None]:
     """Turn the return value of a user's data factory into sample sets.
 
     The value is `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
-    `images` `(n, c, h, w)` and `labels` `(n,)`.
+    `images` `(n, c, h, w)` and `labels` `(n,)`. Without `labels` an item may be an image alone, and images may come
+    without a dictionary.
 
     Raises:
         DataError: it is none of these, or an image or label in it cannot be used.
@@ -199,10 +239,19 @@ def from_factory(returned: object) -> tuple[Samples, Samples | None]:
     train, test = returned, None
     if isinstance(returned, tuple | list) and len(returned) == 2 and (is_list or isinstance(returned, tuple)):
         train, test = returned
-    return _to_samples(train), None if test is None else _to_samples(test)
+    read = _to_samples if labels else _to_unlabelled
+    return read(train), None if test is None else read(test)
 
 
-def _to_samples(source: object) -> Samples:
+def _to_unlabelled(source: object) -> Samples:
+    images = source.get("images") if isinstance(source, dict) else source
+    if isinstance(images, np.ndarray | Tensor) or isinstance(source, dict):
+        pixels = _to_array(images)
+        return _check_arrays(pixels, np.zeros(len(pixels) if pixels.ndim else 0, np.int64))
+    return unlabelled(_to_samples(source))
+
+
+def _to_samples(source: object) -> Arrays | Indexed:
     if isinstance(source, dict) and {"images", "labels"} <= source.keys():
         return _check_arrays(_to_array(source["images"]), _to_array(source["labels"]))
     is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
@@ -215,7 +264,8 @@ def _to_samples(source: object) -> Samples:
         return found
     raise DataError(
         f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
-        "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them"
+        "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them, or give "
+        "data.labels: false if there are no labels"
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 import torch
+from torch import nn
 
 from methods.training import Samples
 from search.base import DataError
 from search.cache import digest
-from search.workload.samples import Arrays, Indexed, Pictures, Subset
+from search.workload.samples import Answered, Arrays, Indexed, Pictures, Subset
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,16 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
         classes=_count_classes(found, None if isinstance(test, Subset) else _all_labels(test)),
         fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_images_in_memory(pool)),
     )
+
+
+def answered(splits: Splits, teacher: nn.Module) -> Splits:
+    """Return splits whose validation and test labels are the teacher's answers; those of train are never read.
+
+    The teacher is asked for those of the validation set here, so that workers all have the same.
+    """
+    validation = Answered(splits.validation, teacher)
+    _ = validation.labels
+    return replace(splits, validation=validation, test=Answered(splits.test, teacher))
 
 
 def _check_sizes(parts: Mapping[str, Samples], images: int, validation: float) -> None:

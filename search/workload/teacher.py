@@ -18,7 +18,7 @@ from search.export import exported
 from search.spec import SearchSpec
 from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
-from search.workload.checkpoints import load_weights
+from search.workload.checkpoints import load_weights, outputs_of
 from search.workload.forms import unwrapped
 from search.workload.splits import Splits
 from search.workload.usercode import blaming, call_factory, importable
@@ -47,8 +47,11 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         raise WorkloadError(
             f"no network {model.name!r} in the zoo; expected one of {', '.join(zoo.ZOO)}; correct model.name"
         )
-    teacher = zoo.build(model.name, splits.calibration.shape[1], splits.classes, spec.data.seed)
+    channels, seed = splits.calibration.shape[1], spec.data.seed
+    teacher = zoo.build(model.name, channels, splits.classes, seed)
     if model.weights not in (None, "train"):
+        if not spec.data.labels:  # the weights know how many classes there are
+            teacher = zoo.build(model.name, channels, outputs_of(teacher, _weights_file(spec)), seed)
         return _load_weights(teacher, spec, report)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
     key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
@@ -142,8 +145,13 @@ def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
 def _load_weights(model: nn.Module, spec: SearchSpec, report: Report) -> nn.Module:
     """Load the weights of the spec's file, if one is given, into `model`, without unpickling code."""
     if spec.model.weights is not None:
-        report("teacher", 1, 1, load_weights(model, Path(spec.folder, spec.model.weights).expanduser()))
+        report("teacher", 1, 1, load_weights(model, _weights_file(spec)))
     return model
+
+
+def _weights_file(spec: SearchSpec) -> Path:
+    assert spec.model.weights is not None
+    return Path(spec.folder, spec.model.weights).expanduser()
 
 
 def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:

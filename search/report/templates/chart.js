@@ -42,7 +42,7 @@ const Chart = (() => {
   const symbolOf = (mark, size, x, y) =>
     made("use", { href: `#mark-${mark.symbol}`, class: `mark-${mark.place}`, x: x - size / 2, y: y - size / 2, width: size, height: size });
 
-  const draw = (place, { teacher, points }, axis) => {
+  const draw = (place, { metric, teacher, points }, axis) => {
     const width = Math.max(280, place.clientWidth);
     const placed = points.filter((one) => axis in one.costs).map((one) => ({ ...one, cost: one.costs[axis] }));
     const all = [...placed, { cost: 1, top1: teacher, isTeacher: true }];
@@ -53,7 +53,7 @@ const Chart = (() => {
     const far = 1.04 * Math.max(...all.map((one) => one.cost));
     const x = (cost) => edge.left + (cost / far) * (width - edge.left - edge.right);
     const y = (top1) => height - edge.bottom - ((top1 - low) / (high - low)) * (height - edge.top - edge.bottom);
-    const svg = made("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Validation top-1 over ${axis}` });
+    const svg = made("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Validation ${metric} over ${axis}` });
     for (const top1 of ticks(low, Math.min(1, high))) {
       svg.append(made("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: y(top1), y2: y(top1) }));
       svg.append(made("text", { x: edge.left - 8, y: y(top1) + 4, "text-anchor": "end" }, percent(top1, high - low < 0.05 ? 1 : 0)));

@@ -129,17 +129,18 @@
     show(at("report"), view.trials > 0);
     show(at("stop"), !isOver(view));
     at("stop").disabled = false;
-    at("best").replaceChildren(...Object.entries(view.best).map(([budget, best]) => tile(budget, best)));
+    document.querySelectorAll(".metric").forEach((one) => (one.textContent = view.metric));
+    at("best").replaceChildren(...Object.entries(view.best).map(([budget, best]) => tile(budget, best, view.metric)));
   };
 
-  const tile = (budget, best) => {
+  const tile = (budget, best, metric) => {
     const made = document.createElement("article");
     const [title, big, note] = ["h2", "p", "p"].map((kind) => document.createElement(kind));
     title.textContent = budget;
     big.className = best ? "big" : "big none";
     big.textContent = best ? percent(best.top1_validation) : "No model yet";
     note.className = "note";
-    note.textContent = best ? `validation top-1, by ${Chart.label(best.method)}` : "within its limits";
+    note.textContent = best ? `validation ${metric}, by ${Chart.label(best.method)}` : "within its limits";
     made.append(title, big, note);
     return made;
   };

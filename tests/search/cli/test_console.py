@@ -150,9 +150,8 @@ def test_a_loss_is_shown_as_one(terminal: io.StringIO) -> None:
     assert found["edge"][1][1] == "≤ 0.096"
     assert "val. and test are loss." in " ".join(terminal.getvalue().split())
     console.show_figures(FIGURES | loss.described)
-    console.show_preflight(
-        Preflight("digits", 1000, 78, 9, (), (BudgetReach("a", Limits(top1_drop=0.02), {}),), 1), loss
-    )
+    reach = BudgetReach("a", Limits(top1_drop=0.02), {})
+    console.show_preflight(Preflight("digits", 1000, 78, 9, (), (reach,), 1, metric=loss))
     text = terminal.getvalue()
     assert "0.09 (teacher 0.056)" in text
     assert "0.034, limit 0.04" in text
@@ -239,6 +238,21 @@ def test_predicted_latency_of_a_file_is_called_so(terminal: io.StringIO) -> None
     text = terminal.getvalue()
     assert "student.pt2: predicted latency on cpu-1 (profile, threads: 1, batch: 1)" in text
     assert "search" not in text
+
+
+def test_preflight_shows_what_first_plans_keep_where_nothing_is_trained(terminal: io.StringIO) -> None:
+    methods = tuple(MethodReach(name, None, {"macs": 1, "params": 1}) for name in ("alds", "uniform"))
+    reasons = {"alds": None, "uniform": "uniform failed: ValueError: odd"}
+    budgets = (BudgetReach("half", {"macs": 500}, reasons, {"alds": 0.931}),)
+    found = Preflight("digits", 1000, 78, 9, methods, budgets, 1, None, 0.9454, Scale("agreement"))
+    console.show_preflight(found)
+    lines = [re.split(r" {2,}", line.strip()) for line in terminal.getvalue().splitlines()]
+    assert [line[3] for line in lines if line[0] in ("alds", "uniform")] == ["yes, 93.1 %", "no"]
+    assert "validation agreement of the method's first plan" in " ".join(terminal.getvalue().split())
+    assert "the teacher's is 94.5 %" in " ".join(terminal.getvalue().split())
+    told = found.to_json()
+    assert (told["teacher_top1"], told["metric"]["name"]) == (0.9454, "agreement")
+    assert told["budgets"][0]["kept"] == {"alds": 0.931}
 
 
 def test_preflight_shows_least_costs_and_why_a_budget_is_out_of_reach(terminal: io.StringIO) -> None:
