@@ -104,13 +104,13 @@ class Chain:
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """Build the student of all links; with calibration images every link starts from a settled student."""
-        plans = _link_plans(plan)
+        plans = link_plans(plan)
         before = student_of(teacher, list(zip(self.links, plans[:-1], strict=False)), calibration)
         return self.links[-1].apply(before, plans[-1], calibration)
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
         """Settle the student as its last link does."""
-        self.links[-1].settle(student, _link_plans(plan)[-1], calibration)
+        self.links[-1].settle(student, link_plans(plan)[-1], calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int
@@ -156,7 +156,8 @@ def student_of(
     return student
 
 
-def _link_plans(plan: Plan) -> list[Plan]:
+def link_plans(plan: Plan) -> list[Plan]:
+    """Return the plans of a chain's links."""
     return [Plan.from_json(values) for values in plan.choices["links"]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Plan, Scores, Shard
-from methods.chain import AnyMethod, student_of
+from methods.chain import AnyMethod, Chain, link_plans, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
@@ -88,9 +88,16 @@ def score(inputs: WorkerInputs, method: Method, shard: Shard, seed: int, before:
     return method.score(shard, _student_of(inputs, before), calibration, seed)
 
 
-@lru_cache(maxsize=1)
+def steps_of(methods: Sequence[Method], plans: Sequence[Plan]) -> Before:
+    """Return links and their plans as `score` takes them."""
+    return tuple(
+        (method, json.dumps(plan.to_json(), sort_keys=True)) for method, plan in zip(methods, plans, strict=True)
+    )
+
+
+@lru_cache(maxsize=8)
 def _student_of(inputs: WorkerInputs, before: Before) -> nn.Module:
-    """Build the student of the links so far; it is kept, because the shards of one link come one after the other."""
+    """Build the student of the links so far. The latest are kept: a link's shards and all tries of it start there."""
     teacher, calibration = on_device(inputs)
     steps = [(method, Plan.from_json(json.loads(text))) for method, text in before]
     return student_of(teacher, steps, calibration, refit=inputs.refit)
@@ -153,14 +160,16 @@ def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan, seed: int) -> Outc
 
 
 @torch.no_grad()
-def distance(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> float:
-    """Return how far a student is from the teacher before any training, on `COMPARED` validation images at most.
+def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
+    """Return how far a chain's untrained student is from the teacher, on at most `COMPARED` validation images.
 
     That is the mean Kullback-Leibler divergence of their outputs, softened as for distillation; labels are not read.
     """
     teacher, calibration = on_device(inputs)
-    student = method.apply(teacher, plan, calibration if inputs.refit else None)
-    method.settle(student, plan, calibration)
+    *plans, last = link_plans(plan)
+    before = _student_of(inputs, steps_of(chain.links[:-1], plans))
+    student = chain.links[-1].apply(before, last, calibration if inputs.refit else None)
+    chain.settle(student, plan, calibration)
     images, labels = inputs.validation.batch(np.arange(min(len(inputs.validation), COMPARED)))
     images = images.to(calibration.device)
     losses = instance_losses(student.eval()(images), labels, teacher(images), Recipe(steps=0, labels=False))

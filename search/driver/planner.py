@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from methods import METHODS, named
 from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, Scores, SharedShard
 from methods.chain import AUTO, AnyMethod, Chain, plan_of, share_knob, student_of
 from methods.network import Profile, profile
-from methods.pipeline import Before, score
+from methods.pipeline import Before, score, steps_of
 from methods.protocol import Method
 from search import cache
 from search.base import Report, SearchError, one_line
@@ -216,7 +215,7 @@ def _refusal(method: str, doing: str, error: str) -> ScoreError:
 
 
 def _before(plans: Sequence[Plan]) -> Before:
-    return tuple((METHODS[plan.method], json.dumps(plan.to_json(), sort_keys=True)) for plan in plans)
+    return steps_of([METHODS[plan.method] for plan in plans], plans)
 
 
 def _path(method: Method, workload: Workload, before: Before) -> Path:
