@@ -32,7 +32,7 @@ from methods.alds.options import (
     spectrum_seconds,
 )
 from methods.alds.spectra import MEASURES, SCHEMES, curves, decompose, obstacle_of, paired
-from methods.alds.whitening import FITTED, fitted_curves, fitted_factors, fitting
+from methods.alds.whitening import FITTED, crossed_moments, fitted_curves, fitted_factors, fitting
 from methods.base import Budget, Choice, Infeasible, KnobValue, Plan, ScoreError, Scores, Shard
 from methods.network import Layer, Profile
 from methods.network.graph import shares_weights
@@ -133,13 +133,16 @@ class ALDS:
                 for name, slices, scheme in tasks
             }
         moments = second_moments(teacher, [name for name in weights if weights[name] is not None], calibration)
-        return {
-            _key(name, slices, "fitted"): np.zeros((2, 0))
-            if (weight := weights[name]) is None
-            else fitted_curves(weight, moments[name], slices=slices)
-            for name, counts in tasks
-            for slices in counts
-        }
+        found: dict[str, np.ndarray] = {}
+        for name, counts in tasks:
+            if (weight := weights[name]) is None:
+                found |= {_key(name, slices, "fitted"): np.zeros((2, 0)) for slices in counts}
+                continue
+            second = moments.pop(name)
+            crossed = crossed_moments(weight, second)
+            for slices in counts:
+                found[_key(name, slices, "fitted")] = fitted_curves(weight, second, slices=slices, crossed=crossed)
+        return found
 
     def merge(self, partials: Sequence[Scores], profile: Profile) -> Scores:
         """All curves, in the network's order.

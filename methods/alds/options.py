@@ -19,7 +19,7 @@ from methods.base import Budget, Infeasible, grid_step
 from methods.network import Layer, Profile
 from methods.network.reach import UNITS, out_of_reach
 from methods.refit.bundles import WORK_PER_SECOND
-from methods.refit.moments import ROWS, ROWS_PER_COLUMN
+from methods.refit.moments import ROWS, ROWS_PER_COLUMN, WIDE
 
 WORK_PER_CALL = 2e6
 """The fixed price of one small eigenvalue problem, in multiply-adds."""
@@ -98,12 +98,14 @@ def fitting_seconds(layer: Layer, counts: Sequence[int], images: int) -> float:
     """Predicted time of a layer's second moments and its fitted curves for these slice counts."""
     outputs, columns = layer.weight_shape[0] // layer.groups, prod(layer.weight_shape[1:])
     positions = images * layer.macs // prod(layer.weight_shape)
-    work = columns**2 * min(positions, max(ROWS, ROWS_PER_COLUMN * columns))
+    rows = min(positions, max(ROWS, ROWS_PER_COLUMN * columns))
+    work = columns**2 * rows // (4 if columns >= WIDE else 2) + outputs * columns**2
     for slices in counts:
         small = min(outputs, columns // slices)
-        encoded = min(outputs * columns // (slices * outputs + columns), small) * slices
-        work += slices * (9 * small**3) + outputs * columns * (columns // slices + encoded)
-        work += encoded * (columns * (columns // slices + encoded) + encoded * outputs + encoded**2 // 3)
+        work += slices * (9 * small**3) + outputs * columns * (columns // slices + small)
+        if slices > 1:
+            encoded = min(outputs * columns // (slices * outputs + columns), small) * slices
+            work += encoded * (columns * (columns + encoded) // slices + encoded * outputs + encoded**2) // 2
     return (layer.groups * work + len(counts) * WORK_PER_CALL) / WORK_PER_SECOND
 
 

@@ -25,7 +25,12 @@ JITTER = 1e-9
 """Added to the Gram matrix of encoder outputs of unit variance: equal outputs are not told apart."""
 
 
-def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
+def crossed_moments(weight: Tensor, second: Tensor) -> Tensor:
+    """The second moments of a layer's outputs with its inputs, W C: `(groups, f / groups, n)`."""
+    return weight.detach().double().reshape(len(second), -1, second.shape[-1]) @ second
+
+
+def fitted_curves(weight: Tensor, second: Tensor, *, slices: int, crossed: Tensor | None = None) -> np.ndarray:
     """Relative errors of the outputs, `(2, ranks + 1)`: `white`, then `refit`, column j with rank j in each slice.
 
     `refit` is sqrt(E|(W - UV) x|^2 / E|W x|^2), exactly, x being of the given second moments. `white` is the same of
@@ -34,24 +39,29 @@ def fitted_curves(weight: Tensor, second: Tensor, *, slices: int) -> np.ndarray:
 
     All ranks of `refit` come from one factorisation. Encoder rows go by rank, then by slice, so those of rank j lead
     those of rank j + 1; with K the second moments of their outputs and L L' = K, column i of W C V' inverse(L') is the
-    part that row i explains beyond those before it.
+    part that row i explains beyond those before it. Rows of one slice are uncorrelated already: both curves are one.
 
     Args:
         weight: `(f, c / groups, k1, k2)` or `(f, c)`.
         second: `(groups, n, n)` with n = c / groups * k1 * k2, positive definite; see `second_moments`.
         slices: a divisor of c / groups.
+        crossed: `crossed_moments` of the two, where they are at hand.
 
     Differs: not in the paper, whose errors are those of the weights.
     """
     matrices = fold(weight, groups=len(second), slices=slices, scheme=0)
     groups, _, outputs, width = matrices.shape
-    directions = _directions(matrices, second)
+    crossed = crossed_moments(weight, second) if crossed is None else crossed
+    directions = _directions(matrices, second, crossed)
     tails = directions.squares.flip(-1).cumsum(-1).flip(-1).sum((0, 1))
-    dense = _dense(matrices)
-    total = float(((dense @ second) * dense).sum())
+    total = float((crossed * matrices.transpose(1, 2).flatten(2)).sum())
     dearest = weight.numel() // (slices * len(weight) + groups * slices * width)
     rank = min(dearest, min(outputs, width) - 1)
-    explained = _explained(matrices, second, directions, rank) if rank else second.new_zeros(0)
+    if slices == 1 or rank == 0:
+        explained = directions.squares[..., :rank].sum((0, 1))
+    else:
+        encoder = _encoder(matrices, directions, rank)
+        explained = _explained(*_normal_equations(encoder, second, crossed), rank)
     lost = torch.cat((second.new_full((1,), total), total - explained.cumsum(0)))
     curves = torch.stack((_ratio(tails[: rank + 1], float(tails[0])), _ratio(lost, total)))
     found: np.ndarray = curves.cpu().numpy()
@@ -66,12 +76,13 @@ def fitted_factors(weight: Tensor, second: Tensor, *, slices: int, rank: int, me
     """
     matrices = fold(weight, groups=len(second), slices=slices, scheme=0)
     groups, _, outputs, _ = matrices.shape
-    directions = _directions(matrices, second)
+    crossed = crossed_moments(weight, second)
+    directions = _directions(matrices, second, crossed)
     encoder = _encoder(matrices, directions, rank)
     if measure == "white":
         decoder = directions.basis[..., :rank] * directions.squares[..., None, :rank].sqrt()
     else:
-        gram, cross = _normal_equations(matrices, second, encoder)
+        gram, cross = _normal_equations(encoder, second, crossed)
         solved = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
         decoder = solved.reshape(groups, rank, slices, outputs).permute(0, 2, 3, 1)
     scale = (decoder.norm(dim=-2) / encoder.norm(dim=-1).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
@@ -95,12 +106,13 @@ class _Directions(NamedTuple):
     basis: Tensor
 
 
-def _directions(matrices: Tensor, second: Tensor) -> _Directions:
+def _directions(matrices: Tensor, second: Tensor, crossed: Tensor) -> _Directions:
     """Eigenvectors of the second moments of every slice's output, from the shorter side of its weight."""
     groups, slices, outputs, width = matrices.shape
     blocks = second.reshape(groups, slices, width, slices, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     if outputs <= width:
-        squares, basis = torch.linalg.eigh(matrices @ blocks @ matrices.mT)
+        own = crossed.unsqueeze(1) if slices == 1 else matrices @ blocks
+        squares, basis = torch.linalg.eigh(own @ matrices.mT)
         return _Directions(squares.flip(-1).clamp(min=0), basis.flip(-1))
     whitened = matrices @ torch.linalg.cholesky(blocks)
     squares, vectors = torch.linalg.eigh(whitened.mT @ whitened)
@@ -119,31 +131,32 @@ def _inverse_root(squares: Tensor) -> Tensor:
     return torch.where(squares > noise, squares.rsqrt(), 0.0)
 
 
-def _normal_equations(matrices: Tensor, second: Tensor, encoder: Tensor) -> tuple[Tensor, Tensor]:
+def _normal_equations(encoder: Tensor, second: Tensor, crossed: Tensor) -> tuple[Tensor, Tensor]:
     """Second moments of the encoder's outputs `(groups, rows, rows)`, and theirs with the layer's `(groups, rows, f)`.
 
-    Rows go by rank, then by slice.
+    Rows go by rank, then by slice. Those of one slice are uncorrelated, and of variance one or zero; each pair of
+    slices is multiplied once.
     """
-    groups, slices, _, width = matrices.shape
-    rows = slices * encoder.shape[2]
-    read = encoder @ second.reshape(groups, slices, width, -1)
-    by_slice = read.reshape(groups, rows, slices, width).transpose(1, 2)
-    gram = (by_slice @ encoder.mT).reshape(groups, slices, slices, -1, encoder.shape[2])
-    gram = gram.permute(0, 3, 2, 4, 1).reshape(groups, rows, rows)
-    cross = (read @ _dense(matrices).mT.unsqueeze(1)).transpose(1, 2).reshape(groups, rows, -1)
-    return gram + JITTER * torch.eye(rows, dtype=gram.dtype, device=gram.device), cross
+    groups, slices, rank, width = encoder.shape
+    gram = second.new_empty(groups, slices, slices, rank, rank)
+    own = torch.diag_embed((encoder != 0).any(-1).to(gram))
+    for one in range(slices):
+        stop = (one + 1) * width
+        read = encoder[:, one] @ second[:, stop - width : stop, stop:]
+        gram[:, one, one] = own[:, one]
+        by_slice = read.reshape(groups, rank, slices - one - 1, width).transpose(1, 2)
+        gram[:, one, one + 1 :] = by_slice @ encoder[:, one + 1 :].mT
+        gram[:, one + 1 :, one] = gram[:, one, one + 1 :].mT
+    gram = gram.permute(0, 3, 1, 4, 2).reshape(groups, rank * slices, rank * slices)
+    gram.diagonal(dim1=1, dim2=2).add_(JITTER)
+    cross = encoder @ crossed.mT.reshape(groups, slices, width, -1)
+    return gram, cross.transpose(1, 2).flatten(1, 2)
 
 
-def _explained(matrices: Tensor, second: Tensor, directions: _Directions, rank: int) -> Tensor:
+def _explained(gram: Tensor, cross: Tensor, rank: int) -> Tensor:
     """The part of the outputs' energy that each rank adds to those before it: `(rank,)`."""
-    gram, cross = _normal_equations(matrices, second, _encoder(matrices, directions, rank))
     parts: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), cross, upper=False)
     return parts.square().sum((0, 2)).reshape(rank, -1).sum(1)
-
-
-def _dense(matrices: Tensor) -> Tensor:
-    """All slices side by side: `(groups, f / groups, n)`."""
-    return matrices.transpose(1, 2).flatten(2)
 
 
 def _ratio(energies: Tensor, total: float) -> Tensor:

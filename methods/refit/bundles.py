@@ -10,10 +10,10 @@ from methods.base import Shard
 WORK_PER_SECOND = 2e10
 """One core's rate in multiply-adds."""
 
-BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 28
+BUNDLE_SECONDS, BUNDLE_BYTES = 0.2, 1 << 29
 """Tasks are bundled up to this predicted time, far above the cost of sending one, or up to this much memory."""
 
-FORWARDS = 2
+FORWARDS = 3
 """A bundle that passes the calibration images through the network has work for this many passes, memory permitting."""
 
 

@@ -22,7 +22,7 @@ from methods.hooks import hooked, only_input
 from methods.network.graph import shares_weights
 from methods.network.reading import read_elsewhere
 from methods.network.rows import Profile
-from methods.refit.moments import IMAGES, input_rows, output_rows, ridged
+from methods.refit.moments import IMAGES, input_rows, output_rows, products, ridged
 
 PRIOR = 1e-2
 """The pull of a weight towards the one it had, in units of the mean second moment of what the layer reads."""
@@ -152,7 +152,7 @@ def _fitted(layer: nn.Module, rows: Tensor, wanted: Tensor, *, moves_bias: bool)
     if moves_bias:
         read, shift = rows.mean(1, keepdim=True), missed.mean(1, keepdim=True)
         rows, missed = rows - read, missed - shift
-    second = ridged((rows.mT @ rows).double() / count, count, least=PRIOR)
+    second = ridged(products(rows).div_(count), count, least=PRIOR)
     cross = (rows.mT @ missed).double() / count
     change = torch.cholesky_solve(cross, torch.linalg.cholesky(second)).mT
     if moves_bias:

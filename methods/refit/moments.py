@@ -27,6 +27,9 @@ ROWS, ROWS_PER_COLUMN = 1 << 14, 4
 WIDE = 2304
 """Columns from which on products are summed in float32, twice as fast: there the ridge is far above their noise."""
 
+SIDE = 512
+"""Columns of a product of rows that are multiplied at a time."""
+
 RIDGE, SHRINKAGE, FULL = 1e-6, 0.1, 8
 """Added to the diagonal, in units of its mean: always, and per column that has fewer than so many rows."""
 
@@ -69,8 +72,9 @@ def second_moments(
             first, number, size = blocks[name]
             rows = rows[:, 0, first : first + number * size].reshape(-1, number, size)
         rows = (rows if rows.shape[-1] >= WIDE else rows.double()).transpose(0, 1)
-        product = (rows.mT @ rows).double()
-        sums[name] = sums[name].add_(product) if name in sums else product
+        if name not in sums:
+            sums[name] = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1], dtype=torch.float64)
+        _add_products(sums[name], rows)
         counts[name] += rows.shape[1]
 
     hooks = (layer.register_forward_pre_hook(partial(add, name), with_kwargs=True) for name, layer in layers.items())
@@ -79,11 +83,31 @@ def second_moments(
             network(batch.clone())
     for name in names:
         _check(name, sums.get(name))
-    return {name: ridged(sums[name] / counts[name], counts[name]) for name in names}
+    return {name: ridged(_mirrored(sums.pop(name)).div_(counts[name]), counts[name]) for name in names}
+
+
+def products(rows: Tensor) -> Tensor:
+    """The sum of x x' over `rows` `(groups, rows, n)`: float64 `(groups, n, n)`."""
+    total = rows.new_zeros(len(rows), rows.shape[-1], rows.shape[-1], dtype=torch.float64)
+    _add_products(total, rows)
+    return _mirrored(total)
+
+
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Add those of `rows` to the upper blocks of `total`; each pair of columns is multiplied once."""
+    for start in range(0, total.shape[-1], SIDE):
+        total[:, start : start + SIDE, start:] += rows[..., start : start + SIDE].mT @ rows[..., start:]
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """`total`, its lower blocks filled."""
+    for start in range(SIDE, total.shape[-1], SIDE):
+        total[:, start : start + SIDE, :start] = total[:, :start, start : start + SIDE].mT
+    return total
 
 
 def _check(name: str, product: Tensor | None) -> None:
-    if product is None or not bool(torch.isfinite(product).all()):
+    if product is None or not bool(torch.isfinite(product.diagonal(dim1=-2, dim2=-1)).all()):  # largest there
         found = "nothing" if product is None else "NaN or infinity"
         raise ScoreError(
             f"layer {name!r} reads {found} on the calibration images, expected finite numbers; "
@@ -95,8 +119,10 @@ def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
     """`second` `(groups, n, n)` and the ridge that it needs, being a mean over so many rows."""
     columns = second.shape[-1]
     share = least + SHRINKAGE * max(0.0, columns / rows - 1 / FULL)
-    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return second + (share * mean).clamp(min=1e-30) * torch.eye(columns, dtype=second.dtype, device=second.device)
+    found = second.clone()
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    diagonal += (share * diagonal.mean(-1, keepdim=True)).clamp(min=1e-30)
+    return found
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
