@@ -182,7 +182,7 @@ budgets:
         ("tracking: {uri: 'http://['}", "tracking.uri: 'http://[' is no address: Invalid IPv6 URL; write http://HOST:"),
         ("tracking: {studies: ' studies'}", "tracking.studies: ' studies' is empty, or has white space around it"),
         ("metric: 'a\tb'", "holds U+0009, which cannot be seen; write it without"),
-        ("search: {trials: 2}", "too few for 2 methods and the baseline"),
+        ("search: {trials: 2, explore: 1}", "too few for 2 methods and the baseline"),
         ("search: {timeout: soon}", "is not a duration"),
         ("recovery: {data: {source: digits}}", "recovery.data: its labels mean nothing to the teacher"),
         ("recovery: {labels: false, data: {source: imagefolder}}", "recovery.data.root: missing"),
@@ -217,7 +217,11 @@ def test_bytes_may_be_called_so(text: str, size: int) -> None:
 def test_a_spec_that_names_no_methods_has_them_all_and_a_chain() -> None:
     every = ("itpruner", "channels", "manidp", "practise", "alds", "channels+alds")
     assert spec(GOOD.replace("methods: [itpruner, alds]", "").replace("trials: 4", "trials: 7")).methods == every
-    assert "search.trials: 4 is too few for 6 methods" in mistakes(GOOD.replace("methods: [itpruner, alds]", ""))
+    few = GOOD.replace("methods: [itpruner, alds]", "").replace("trials: 4", "trials: 2")
+    assert "search.trials: 2 is too few for 6 methods" in mistakes(few)
+    assert "give at least 3, or more search.explore" in mistakes(few)
+    assert spec(few.replace("trials: 2", "trials: 2, explore: 4")).search.explore == 4
+    assert "give at least 7\n" in mistakes(few.replace("trials: 2", "trials: 2, asynchronous: true")) + "\n"
 
 
 def test_a_metric_has_a_direction_and_a_range() -> None:
@@ -293,7 +297,9 @@ def test_too_few_trials_are_counted_over_the_methods_that_exist() -> None:
     told = mistakes(GOOD.replace("[itpruner, alds]", "[itpruner, itpruner, magic]").replace("trials: 4", "trials: 2"))
     assert "'magic' is not a method" in told
     assert "too few" not in told
-    told = mistakes(GOOD.replace("[itpruner, alds]", "[itpruner, alds, magic]").replace("trials: 4", "trials: 2"))
+    told = mistakes(
+        GOOD.replace("[itpruner, alds]", "[itpruner, alds, magic]").replace("trials: 4", "trials: 2, explore: 1")
+    )
     assert "search.trials: 2 is too few for 2 methods and the baseline" in told
     assert told.startswith("2 mistakes")
 
