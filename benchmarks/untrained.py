@@ -21,7 +21,7 @@ from methods.network import profile
 from methods.pipeline import Outcome, trial
 from methods.protocol import defaults
 from methods.training import Recipe
-from search.driver.planner import Planner
+from search.driver.planning.planner import Planner
 from search.spec import reading
 from search.workload import Workload, loading
 

@@ -1,6 +1,6 @@
 """The search itself.
 
-Read `loop` first, then in the order of the story `prepare`, `planner` (scores and plans), `fitting` with `bracket` and
-`sizing` (plans within every limit), `study` (Optuna), `runner` with `ledger` and `account`, and `winners`; `preflight`
-and `compress` are its short forms.
+Read `loop` first, then in the order of the story `prepare`, `planning` (scores, and plans within every limit), `study`
+(Optuna), `exploring` (what is worth training), `runner` with `ledger` and `account`, and `winners`; `preflight` and
+`compress` are its short forms.
 """

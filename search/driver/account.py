@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from search.driver.fitting import Fitter
+from search.driver.planning.fitting import Fitter
 from search.record.search_run import SearchRun
 
 WRITE_S = 10

@@ -19,8 +19,8 @@ from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import Outcome, rebuild, trial
 from methods.training import Recipe, evaluate
 from search.base import Report, SpecError
+from search.driver.planning.sizing import Request
 from search.driver.prepare import Prepared, prepare, recipe
-from search.driver.sizing import Request
 from search.driver.study import recovery_knobs
 from search.export import exported
 from search.noise import standard_error

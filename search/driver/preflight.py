@@ -24,8 +24,8 @@ from methods.pipeline import look
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, train
 from search.base import Report
+from search.driver.planning.sizing import Request, untried
 from search.driver.prepare import Prepared, prepare
-from search.driver.sizing import Request, untried
 from search.limits import Limits, latency_on
 from search.results import BudgetReach, LayerReach, MethodReach, Preflight
 from search.spec import SearchSpec

@@ -17,8 +17,8 @@ from methods.protocol import Method
 from methods.training import Recipe, judge
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
-from search.driver.fitting import Fitter
-from search.driver.planner import Planner, refusing
+from search.driver.planning.fitting import Fitter
+from search.driver.planning.planner import Planner, refusing
 from search.noise import standard_error
 from search.spec import SearchSpec
 from search.spec.schema import RecoverySpec

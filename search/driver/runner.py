@@ -13,8 +13,8 @@ from methods.training import Recipe
 from search.cache import digest
 from search.driver.account import Account
 from search.driver.ledger import Ledger
+from search.driver.planning.sizing import Request
 from search.driver.prepare import Prepared, recipe
-from search.driver.sizing import Request
 from search.record.trial_runs import TrialRuns
 from search.trials import Candidate, Fitted, Proposal, State, Top1
 

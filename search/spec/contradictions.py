@@ -47,11 +47,11 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
         yield f"recovery.workers: {reason}"
     count = len(set(read_methods(raw["methods"])[0] if "methods" in raw else methods))
     search = _section(raw, "search")
-    trials, explore = _number(search, "trials", 8), _number(search, "explore", 3)
+    trials, explore = _number(search, "trials", 8), _number(search, "explore", 3) or 1
     if recovery.get("steps") == 0 or search.get("asynchronous") is True:
         explore = 1
-    least = None if explore is None or explore < 1 else -(-(count + 1) // explore)
-    if count and trials is not None and least is not None and 0 < trials < least:
+    least = math.ceil((count + 1) / max(explore, 1))
+    if count and trials is not None and 0 < trials < least:
         yield (
             f"search.trials: {trials} is too few for {count} methods and the baseline, which are each tried "
             f"once per budget; give at least {least}" + (", or more search.explore" if explore > 1 else "")

@@ -18,10 +18,10 @@ from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import defaults
 from search.devices.stopwatch import Stopwatch
-from search.driver.bracket import Bracket, Point
-from search.driver.fitting import ROOM, ROUNDS, Fitter
-from search.driver.planner import Planner
-from search.driver.sizing import Request, untried
+from search.driver.planning.bracket import Bracket, Point
+from search.driver.planning.fitting import ROOM, ROUNDS, Fitter
+from search.driver.planning.planner import Planner
+from search.driver.planning.sizing import Request, untried
 from search.limits import Limits, latency_on
 from search.spec import reading, schema
 from search.spec.targets import Target

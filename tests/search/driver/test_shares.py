@@ -14,8 +14,8 @@ from methods.chain import AUTO, Chain
 from methods.network import profile
 from methods.pipeline import distance
 from methods.protocol import defaults
-from search.driver.planner import Planner
-from search.driver.shares import GRID, SHARES, TriedShares, _near
+from search.driver.planning.planner import Planner
+from search.driver.planning.shares import GRID, SHARES, TriedShares, _near
 from search.workload import Workload, load
 from tests.support.searches import parsed, place, quiet
 

@@ -21,7 +21,7 @@ from methods.pipeline import Before, score, steps_of
 from methods.protocol import Method
 from search import cache
 from search.base import Report, SearchError, one_line
-from search.driver.shares import TriedShares
+from search.driver.planning.shares import TriedShares
 from search.workload import Workload
 
 _log = logging.getLogger(__name__)

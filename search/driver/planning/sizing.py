@@ -13,7 +13,7 @@ from methods.base import Budget, Infeasible, KnobValue, Plan
 from methods.chain import AUTO
 from methods.pipeline import size_bytes
 from methods.protocol import defaults
-from search.driver.planner import Planner, refusing
+from search.driver.planning.planner import Planner, refusing
 from search.spec.targets import Target
 from search.units import size
 

@@ -17,9 +17,9 @@ from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.chain import Chain, share_knob
 from search.devices.programs import Student
 from search.devices.stopwatch import Stopwatch
-from search.driver.bracket import Bracket, Point
-from search.driver.planner import Planner
-from search.driver.sizing import Request, SizedPlans, built, untried
+from search.driver.planning.bracket import Bracket, Point
+from search.driver.planning.planner import Planner
+from search.driver.planning.sizing import Request, SizedPlans, built, untried
 from search.limits import latency_on
 from search.spec.targets import Target
 from search.trials import Fitted, Timing
