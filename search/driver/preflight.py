@@ -47,7 +47,11 @@ def preflight(
     workload = load(spec, report, fit=False)
     cluster = make_cluster(workload)
     try:
-        return _found(prepare(spec, workload, cluster, report, timed=spec.needs_latency()), explain=explain)
+        prepared = prepare(spec, workload, cluster, report, timed=spec.needs_latency())
+        report("timing", 0, 1, "some steps of training")
+        found = _found(prepared, explain=explain)
+        report("timing", 1, 1, "")
+        return found
     finally:
         cluster.close()
 
