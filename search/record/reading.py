@@ -13,12 +13,11 @@ from mlflow.tracking import MlflowClient
 
 from search.frontier import winner
 from search.limits import Limits
-from search.record.entries import candidate_of_run, teacher_of
+from search.record.entries import candidate_of_run, scale_of, teacher_of
 from search.record.registry import Registry
 from search.record.store import artifact, child_runs
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate
-from search.units import Scale
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import Plan
@@ -79,7 +78,7 @@ class Reader:
             devices=json.loads(tags.get("paredown.devices", "{}")),
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
-            metric=Scale(**json.loads(tags.get("paredown.metric", "{}"))),
+            metric=scale_of(tags),
         )
 
     def limits(self) -> dict[str, Limits]:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ from search.record.store import FAULTS, check_store, unwritable
 from search.service.guard import Refused
 from search.service.metadata import NAME, URI, search_of
 from search.trials import Candidate, Teacher
+from search.units import TOP1, Scale
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ class View(BaseModel):
     """A search as it stands. Times are Unix times in seconds; `best` is per budget the best model so far and its costs.
 
     `phase` is `starting`, `running` (if no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
-    `failed`.
+    `failed`. `metric` is the name of what decides, and its values where a top-1 is 0 and 1; `value` in `best` is its
+    own.
     """
 
     id: str
@@ -67,6 +69,7 @@ class View(BaseModel):
     stopped: int = 0
     wall_s: float = 0.0
     best: dict[str, Any] = {}
+    metric: dict[str, Any] = asdict(TOP1)
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,11 @@ def take_snapshot(job: Job, uri: str) -> Snapshot:
     is_telling = not job.is_over and far.phase not in END_PHASES
     told = view.model_copy(update=_progress_fields(far) | ({"phase": far.phase} if is_telling else {}))
     teacher = record.search.teacher()
-    return Snapshot(told, None if teacher is None else points(teacher, trials))
+    return Snapshot(told, None if teacher is None else points(teacher, trials, far.metric))
 
 
 def _progress_fields(far: Progress) -> dict[str, Any]:
-    kept = ("trials", "expected", "stopped", "wall_s", "best")
+    kept = ("trials", "expected", "stopped", "wall_s", "best", "metric")
     return {key: value for key, value in far.to_json().items() if key in kept}
 
 
@@ -178,11 +181,12 @@ def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
         return None
 
 
-def points(teacher: Teacher, trials: Sequence[Candidate]) -> dict[str, Any]:
-    """Every complete candidate, its costs as shares of the teacher's."""
+def points(teacher: Teacher, trials: Sequence[Candidate], metric: Scale) -> dict[str, Any]:
+    """Every complete candidate, its costs as shares of the teacher's, its top-1 as one on the scale of `metric`."""
     axes = ["macs", "params", *map(latency_on, teacher.latency_ms)]
     complete = [one for one in trials if one.state == "complete"]
     return {
+        "metric": asdict(metric),
         "teacher": teacher.top1_validation,
         "axes": axes,
         "points": [_point_json(one, teacher, axes) for one in complete],
