@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,6 +20,13 @@ class SharedShard(tuple[Any, ...]):
 
 
 KnobValue: TypeAlias = float | int | str | bool
+
+Tell: TypeAlias = Callable[[int, int, str], None]
+"""Tells of long work: called with the steps done, the most there will be, and what they are."""
+
+
+def untold(done: int, most: int, note: str) -> None:
+    """Tell nobody."""
 
 
 class MethodError(Exception):

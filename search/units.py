@@ -60,15 +60,6 @@ class Scale:
         return (self.worst, self.best) == (0.0, 1.0)
 
     @property
-    def share_name(self) -> str:
-        """What a share is called where the metric's own values are not shown.
-
-        >>> TOP1.share_name, Scale("loss", worst=2.5, best=0.0).share_name
-        ('top-1', 'loss as a share')
-        """
-        return self.name if self.is_share else f"{self.name} as a share"
-
-    @property
     def described(self) -> dict[str, Any]:
         """The scale as JSON-ready values for programs, under the key `metric`; nothing where that is top-1."""
         return {} if self == TOP1 else {"metric": asdict(self)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning import DependencyGraph
 
+from methods.base import Tell, untold
 from methods.network.cut import PER_CHANNEL, axis_length
 from methods.network.groups import ChannelGroup, Member
 
@@ -25,19 +26,23 @@ FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 
 
 def find_groups(
-    model: nn.Module, example: Tensor, elsewhere: Mapping[str, str] = MappingProxyType({})
+    model: nn.Module,
+    example: Tensor,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    tell: Tell = untold,
 ) -> tuple[ChannelGroup, ...]:
     """Find the channel groups of `model` (left untouched), in the order of the layers they are named after.
 
     Every convolution and linear layer that the network's output depends on produces one group, with a reason in
     `fixed` where its channels cannot be cut. The channels of the network's input are in none. `example` is
     `(n, c, h, w)`; one input of it is used. `elsewhere` says by name why layers must keep their parameters.
+    `tell` hears how far torch-pruning is.
 
     Source: torch-pruning's dependency graph (DepGraph: Fang et al., CVPR 2023).
     Differs: a grouped convolution couples its inputs to its outputs and loses whole convolution groups.
     """
     model = copy.deepcopy(model).eval()
-    drafts = _drafts(model, example[:1])
+    drafts = _drafts(model, example[:1], tell)
     for draft in drafts:
         for member in draft.members:
             if reason := elsewhere.get(member.module):
@@ -71,11 +76,11 @@ class _Draft:
         return ChannelGroup(self.name, self.width, tuple(self.members), self.multiple, self.fixed)
 
 
-def _drafts(model: nn.Module, example: Tensor) -> list[_Draft]:
+def _drafts(model: nn.Module, example: Tensor, tell: Tell) -> list[_Draft]:
     """Draft one group per set of channels, in the order of its first producing layer."""
     traced = _with_depthwise(model)
     names = {module: name for name, module in traced.named_modules()}
-    graph = _Bounded()
+    graph = _Bounded(tell)
     try:
         _trace(graph, traced, example)
     except FAILURES as error:
@@ -119,15 +124,21 @@ def _fault(error: Exception) -> str:
 MOST_STEPS = 2_000_000
 """Looks at a node while torch-pruning infers channels, some 20 seconds; a DenseNet-121 needs 800, a Swin-T 114,000."""
 
+STEPS_TOLD = 20_000
+"""Steps between two words of progress, less than a second apart."""
+
 
 class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
     """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end.
 
-    `latest` is the layer that was looked at last.
+    `latest` is the layer that was looked at last; `tell` hears of the steps now and then.
     """
 
-    steps = 0
-    latest: Any = None
+    def __init__(self, tell: Tell) -> None:
+        super().__init__()
+        self.steps = 0
+        self.latest: Any = None
+        self._tell = tell
 
     def get_out_channels(self, module_or_node: Any) -> Any:
         self._count(module_or_node)
@@ -141,6 +152,8 @@ class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
         self.steps += 1
         module = getattr(node, "module", node)
         self.latest = module if _is_layer(module) else self.latest
+        if self.steps % STEPS_TOLD == 0:
+            self._tell(self.steps, MOST_STEPS, "steps along the channels, at most")
         if self.steps > MOST_STEPS:
             raise RuntimeError("the ways between its layers multiply")
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from methods.base import Unsupported
+from methods.base import Tell, Unsupported, untold
 from methods.hooks import hooked, only_input
 from methods.network.counting import count_macs, count_params, fastpath_off
 from methods.network.coupling import find_groups
@@ -24,8 +24,8 @@ from methods.network.reading import read_elsewhere
 from methods.network.rows import Layer, Profile
 
 
-def profile(model: nn.Module, example: Tensor) -> Profile:
-    """Profile `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1.
+def profile(model: nn.Module, example: Tensor, tell: Tell = untold) -> Profile:
+    """Profile `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1; `tell` hears how far it is.
 
     Raises:
         Unsupported: the model has no convolution or linear layer, or its output is not `(n, classes)`.
@@ -36,7 +36,7 @@ def profile(model: nn.Module, example: Tensor) -> Profile:
         raise Unsupported("the network runs no Conv2d and no Linear layer, so there is nothing to compress")
     elsewhere = read_elsewhere(model, example)
     held = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
-    groups = find_groups(model, example, elsewhere)
+    groups = find_groups(model, example, elsewhere, tell)
     group_of = {m.module: group.name for group in groups for m in group.members if m.axis == "out"}
     layers = tuple(
         replace(
@@ -49,7 +49,7 @@ def profile(model: nn.Module, example: Tensor) -> Profile:
         if name in calls
     )
     found = Profile(layers, groups, count_macs(model, example), count_params(model), tuple(example.shape[1:]))
-    return replace(found, groups=proved(model, found, example))
+    return replace(found, groups=proved(model, found, example, tell))
 
 
 _Call: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]

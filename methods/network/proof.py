@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from methods.base import Tell, untold
 from methods.network.counting import count_params, counted
 from methods.network.coupling import FAILURES
 from methods.network.cut import cut_to, entries, kept_channels
@@ -26,16 +27,16 @@ MOST_PER_GROUP, MOST_AT_LEAST = 8, 256
 """The most trial cuts that are made: so many for each group, or in all."""
 
 
-def proved(model: nn.Module, found: Profile, example: Tensor) -> tuple[ChannelGroup, ...]:
+def proved(model: nn.Module, found: Profile, example: Tensor, tell: Tell = untold) -> tuple[ChannelGroup, ...]:
     """Return the groups of `found`, those fixed that fail a trial cut of `model` (in eval mode), with the reason.
 
     Half of every group goes at once, then of every second one, and so on: any two groups are told apart in one of the
     trials, so that a size which the network's code derives from another shows. `example` is `(n, c, h, w)`.
-    Groups that are not proved within the trials that are made are fixed too.
+    Groups that are not proved within the trials that are made are fixed too. `tell` hears of every trial.
     """
     costs, groups = width_costs(found)
     reasons: dict[str, str] = {}
-    trial = _Trial(model, example[:1], groups, costs)
+    trial = _Trial(model, example[:1], groups, costs, tell)
     while left := [group for group in groups if group.name not in reasons]:
         fresh: dict[str, str] = {}
         for part in _parts(left):
@@ -61,6 +62,7 @@ class _Trial:
     example: Tensor
     groups: Sequence[ChannelGroup]
     costs: dict[str, WidthCost]
+    tell: Tell
     made: int = 0
 
     def faults(self, part: Sequence[ChannelGroup]) -> dict[str, str]:
@@ -73,6 +75,7 @@ class _Trial:
         if self.made >= most:
             return {group.name: f"{most} trial cuts did not tell which channels can be cut" for group in part}
         self.made += 1
+        self.tell(self.made, most, "trial cuts, at most")
         reason = self._fault(part)
         if reason is None:
             return {}

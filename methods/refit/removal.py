@@ -140,8 +140,9 @@ def _columns_of(layer: nn.Module, start: int, per_channel: int, runs: int, multi
 class _Reader:
     """A layer that reads a group: its weight `(f, n)`, the inverse `(n, n)` of its inputs' moments, its energy.
 
-    `columns` `(runs, b)` are those of each run, and `place` `(n,)` tells where a column is by now, since removed ones
-    are taken out. Of a layer taken run by run, `moments` `(runs, b, b)` are the runs' own, and there is no inverse.
+    `columns` `(runs, b)` are those of each run, and `place` `(n,)` tells where a column is by now, -1 if it is
+    removed: whenever half of the columns are, they are taken out. Of a layer taken run by run, `moments` `(runs, b,
+    b)` are the runs' own, and there is no inverse.
     """
 
     weight: Tensor
@@ -167,18 +168,18 @@ class _Reader:
         gone = self.place[self.columns[runs]].flatten()
         if self.inverse is None:
             return float(self.costs(runs).sum())
-        stays = torch.ones(len(self.inverse), dtype=torch.bool, device=gone.device)
-        stays[gone] = False
-        own, across = self.inverse[gone][:, gone], self.inverse[gone][:, stays]
-        solved = torch.linalg.solve(own, torch.cat((self.weight[:, gone].mT, across), 1))
+        across = self.inverse[gone]
+        solved = torch.linalg.solve(across[:, gone], torch.cat((self.weight[:, gone].mT, across), 1))
         lost = float((self.weight[:, gone] * solved[:, : len(self.weight)].mT).sum()) / self.energy
         solved = solved[:, len(self.weight) :]
-        self.weight = self.weight[:, stays] - self.weight[:, gone] @ solved
-        self.inverse = self.inverse[stays][:, stays] - across.mT @ solved
-        present = torch.full_like(self.place, -1)
+        self.weight = self.weight - self.weight[:, gone] @ solved
+        self.inverse.addmm_(across.mT, solved, alpha=-1)  # what is gone comes to zero
+        self.place[self.columns[runs]] = -1
         held = self.place >= 0
-        present[held] = torch.where(stays, stays.cumsum(0) - 1, -1)[self.place[held]]
-        self.place = present
+        if 2 * int(held.sum()) <= len(self.inverse):
+            stays = self.place[held]
+            self.weight, self.inverse = self.weight[:, stays], self.inverse[stays][:, stays]
+            self.place[held] = torch.arange(len(stays), device=gone.device)
         return max(0.0, lost)
 
 

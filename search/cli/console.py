@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from rich import box
@@ -28,14 +29,17 @@ from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
 
+SILENCE_S = 2.5
+"""Seconds between two looks whether a log was silent: it is for less than two of them."""
+
 
 @contextmanager
 def bars(*, hidden: bool) -> Iterator[Report]:
     """Give a `Report` that draws one bar per stage on standard error, or writes lines if that is no terminal."""
     console = Console(stderr=True)
     if not (hidden or console.is_terminal):
-        with _stdout_for_results_only():
-            yield _line_report()
+        with _stdout_for_results_only(), _line_report() as report:
+            yield report
         return
     columns = (
         TextColumn("{task.description:<20}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -52,21 +56,42 @@ def bars(*, hidden: bool) -> Iterator[Report]:
         yield report
 
 
-def _line_report() -> Report:
-    """Write a line when a stage first begins and ends and when a trial has ended, since a log keeps every line."""
+@contextmanager
+def _line_report() -> Iterator[Report]:
+    """Write a line when a stage first begins and ends and when a trial has ended, since a log keeps every line.
+
+    While a stage other than the trials is silent for long, its latest line is written too.
+    """
     written: set[tuple[str, int]] = set()
+    latest, has_spoken, is_over = "", False, Event()
+
+    def write(line: str) -> None:
+        print(f"{datetime.now():%H:%M:%S} {line}".rstrip(), file=sys.stderr, flush=True)
 
     def report(stage: str, done: int, total: int, note: str) -> None:
+        nonlocal latest, has_spoken
+        line = f"{stage} {done}/{total} {printable(note)}"
+        latest = "" if stage == "trials" else line
         moment = done if stage == "trials" else int(done == total)
         if (stage, moment) not in written:
             written.add((stage, moment))
-            print(
-                f"{datetime.now():%H:%M:%S} {stage} {done}/{total} {printable(note)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+            has_spoken = True
+            write(line)
 
-    return report
+    def break_silence() -> None:
+        nonlocal has_spoken
+        while not is_over.wait(SILENCE_S):
+            if latest and not has_spoken:
+                write(latest)
+            has_spoken = False
+
+    breaker = Thread(target=break_silence, daemon=True)
+    breaker.start()
+    try:
+        yield report
+    finally:
+        is_over.set()
+        breaker.join()
 
 
 @contextmanager

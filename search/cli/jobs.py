@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,8 @@ from search.cli.output import fail, print_json
 if TYPE_CHECKING:
     from cluster import Job
     from search.record.progress import Progress
+    from search.results import BudgetResult
+    from search.units import Scale
 
 JobId = Annotated[str, typer.Argument(help="The job, as submit and list name it.", show_default=False)]
 Dashboard = Annotated[str, typer.Option(help="The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")]
@@ -74,8 +75,7 @@ def status(id: JobId, address: Dashboard = LOCAL_DASHBOARD, uri: OtherStore = No
         return
     print(f"  {found.phase}: {found.trials} of {found.expected} trials, {found.stopped} stopped early")
     for budget, best in found.best.items():
-        winner = None if best is None else best.to_json()["winner"]
-        print(f"  {budget}: {'nothing fits yet' if winner is None else _winner_text(winner, found.metric)}")
+        print(f"  {budget}: {'nothing fits yet' if best is None else _winner_text(best, found.metric)}")
 
 
 def logs(
@@ -142,8 +142,9 @@ def _state_text(job: Job) -> str:
     return f"failed: {job.reason.partition(', last available logs')[0]}" if job.status == "failed" else job.status
 
 
-def _winner_text(winner: Mapping[str, Any], metric: str) -> str:
-    return f"{winner['method']}, validation {metric} {winner['top1_validation']:.4f}, {winner['macs']:,} MACs"
+def _winner_text(best: BudgetResult, metric: Scale) -> str:
+    winner = best.to_json()["winner"]
+    return f"{winner['method']}, validation {metric.told(winner['top1_validation'])}, {winner['macs']:,} MACs"
 
 
 def _find_progress(job: Job, uri: str | None) -> Progress | str:

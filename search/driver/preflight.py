@@ -58,7 +58,11 @@ def preflight(
     cluster = make_cluster(workload)
     try:
         prepared = prepare(spec, workload, cluster, report, timed=spec.needs_latency())
-        return _found(prepared, _looks(prepared, cluster, report) if is_final else None, explain=explain)
+        looks = _looks(prepared, cluster, report) if is_final else None
+        report("timing", 0, 1, "some steps of training")
+        found = _found(prepared, looks, explain=explain)
+        report("timing", 1, 1, "")
+        return found
     finally:
         cluster.close()
 

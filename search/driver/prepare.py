@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,15 @@ def prepare(
         known: the teacher's figures where they are on record: limits stay what they were when the search began.
         timed: whether the teacher's latency is measured, and every student's; budgets that limit latency need it.
     """
-    found = profile(workload.teacher, workload.example)
+    report("profile", 0, 1, "")
+    found = profile(workload.teacher, workload.example, partial(report, "profile"))
+    report("profile", 1, 1, f"{len(found.layers)} layers")
     reference = None if known is None else known.latency_ms
     stopwatch = Stopwatch(spec.devices, Path(spec.folder), workload, cluster, report, reference=reference)
     latency_ms = stopwatch.teacher() if timed else (reference or {})
+    report("teacher", 0, 1, "on the validation images")
     teacher = replace(known, latency_ms=latency_ms) if known else _teacher(workload, found, latency_ms)
+    report("teacher", 1, 1, f"validation {spec.metric.scale.told(teacher.top1_validation)}")
     targets = spec.targets(teacher)
     names = spec.candidates if only is None else only
     planner = Planner(workload, found, cluster, report)

@@ -11,6 +11,7 @@ from typing import Any, cast
 from mlflow.entities import Metric, RunData
 
 from search.trials import Candidate, Fitted, State, Stop, Teacher, Timing, Top1
+from search.units import Scale
 
 COUNTS = ("macs", "macs_expected", "params", "size_bytes")
 
@@ -90,6 +91,11 @@ def candidate_of_run(run_id: str, data: RunData, ended_ms: int | None) -> Candid
     """Return the trial that an ended run is of, without its plan."""
     ended = 0.0 if ended_ms is None else ended_ms / 1000
     return candidate_of(data.metrics, data.params, data.tags, run_id=run_id, ended=ended)
+
+
+def scale_of(tags: Mapping[str, str]) -> Scale:
+    """Return the scale of the metric that decides, by the tags of a search's run."""
+    return Scale(**json.loads(tags.get("paredown.metric", "{}")))
 
 
 def metrics_of(figures: Mapping[str, float], now: int, step: int = 0) -> list[Metric]:

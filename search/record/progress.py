@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from search.base import TrackingError
 from search.frontier import winner
-from search.record.reading import metric_of, rule_of
+from search.record.entries import scale_of
+from search.record.reading import rule_of
 from search.record.record import Record
 from search.record.search_run import Phase
 from search.record.searches import find_begun
 from search.record.store import FAULTS, unwritable
 from search.results import BudgetResult
 from search.trials import Candidate
+from search.units import TOP1, Scale
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Progress:
 
     `phase` is the driver's own word, so that of a killed one stays what it was. `best` holds per budget the best model
     within its limits so far, if there is one; nothing in it is registered before the search is done. `wall_s` are
-    seconds over all sittings. Every top-1 is a share, called `metric`.
+    seconds over all sittings. Every top-1 in it is a share on the scale of `metric`.
     """
 
     name: str
@@ -33,12 +35,19 @@ class Progress:
     stopped: int
     wall_s: float
     best: Mapping[str, BudgetResult | None]
-    metric: str = "top-1"
+    metric: Scale = TOP1
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values; each of `best` is None or has the keys of a winner in `paredown frontier --json`."""
-        best = {name: None if found is None else found.to_json()["winner"] for name, found in self.best.items()}
-        return vars(self) | {"best": best}
+        """JSON-ready values; each of `best` is None or has the keys of a winner in `paredown frontier --json`.
+
+        Beside its top-1 stands the metric's own `value`.
+        """
+        best = {name: None if found is None else self._winner_json(found) for name, found in self.best.items()}
+        return vars(self) | {"best": best, "metric": asdict(self.metric)}
+
+    def _winner_json(self, found: BudgetResult) -> dict[str, Any]:
+        winner: dict[str, Any] = found.to_json()["winner"]
+        return winner | {"value": self.metric.value(winner["top1_validation"])}
 
 
 def progress(uri: str, name: str) -> Progress:
@@ -70,5 +79,5 @@ def so_far(record: Record, name: str, trials: Sequence[Candidate]) -> Progress:
             budget: None if best is None else BudgetResult(budget, limits[budget], best)
             for budget, best in winners.items()
         },
-        metric=metric_of(tags).share_name,
+        metric=scale_of(tags),
     )

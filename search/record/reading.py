@@ -13,12 +13,11 @@ from mlflow.tracking import MlflowClient
 
 from search.frontier import Rule, standing, winner
 from search.limits import Limits
-from search.record.entries import candidate_of_run, teacher_of
+from search.record.entries import candidate_of_run, scale_of, teacher_of
 from search.record.registry import Registry
 from search.record.store import artifact, child_runs
 from search.results import BudgetResult, Cost, SearchResult
 from search.trials import Candidate
-from search.units import Scale
 
 if TYPE_CHECKING:  # who only looks at a record need not wait for torch
     from methods.base import Plan
@@ -83,7 +82,7 @@ class Reader:
             devices=json.loads(tags.get("paredown.devices", "{}")),
             importance=self._json("importance.json"),
             unreachable=self._json("beyond.json"),
-            metric=metric_of(tags),
+            metric=scale_of(tags),
             rule=rule_of(tags),
         )
 
@@ -122,11 +121,6 @@ class Reader:
 def rule_of(tags: Mapping[str, str]) -> Rule:
     """Return the rule by which budgets are won, by the tags of its run; before there was a choice: the best."""
     return cast(Rule, tags.get("paredown.winner", "best"))
-
-
-def metric_of(tags: Mapping[str, str]) -> Scale:
-    """Return the scale that every top-1 of a search is a share of, by the tags of its run."""
-    return Scale(**json.loads(tags.get("paredown.metric", "{}")))
 
 
 def _state(run: Any) -> str | None:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,7 @@ from search.record.store import FAULTS, check_store, unwritable
 from search.service.guard import Refused
 from search.service.metadata import NAME, URI, search_of
 from search.trials import Candidate, Teacher
+from search.units import TOP1, Scale
 
 T = TypeVar("T")
 
@@ -53,7 +54,8 @@ class View(BaseModel):
     """A search as it stands. Times are Unix times in seconds; `best` is per budget the best model so far and its costs.
 
     `phase` is `starting`, `running` (if no more is known), `scoring`, `trials`, `registering`, `done`, `stopped` or
-    `failed`. Every top-1 is a share, called `metric`.
+    `failed`. `metric` is the name of what decides, and its values where a top-1 is 0 and 1; `value` in `best` is its
+    own.
     """
 
     id: str
@@ -67,7 +69,7 @@ class View(BaseModel):
     stopped: int = 0
     wall_s: float = 0.0
     best: dict[str, Any] = {}
-    metric: str = "top-1"
+    metric: dict[str, Any] = asdict(TOP1)
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,12 @@ def find_recorded(uri: str, seek: Callable[[], T]) -> T | None:
         return None
 
 
-def points(teacher: Teacher, trials: Sequence[Candidate], metric: str = "top-1") -> dict[str, Any]:
-    """Every candidate that is a model, its costs as shares of the teacher's; `metric` is what its top-1 is called."""
+def points(teacher: Teacher, trials: Sequence[Candidate], metric: Scale) -> dict[str, Any]:
+    """Every model, its costs as shares of the teacher's, its top-1 as a share on the scale of `metric`."""
     axes = ["macs", "params", *map(latency_on, teacher.latency_ms)]
     models = [one for one in trials if one.is_model]
     return {
-        "metric": metric,
+        "metric": asdict(metric),
         "teacher": teacher.top1_validation,
         "axes": axes,
         "points": [_point_json(one, teacher, axes) for one in models],

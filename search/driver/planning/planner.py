@@ -6,6 +6,7 @@ import logging
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ class Planner:
         if before not in self._profiles:
             steps = [(METHODS[plan.method], plan) for plan in plans]
             student = student_of(self._workload.teacher.cpu(), steps, None)  # its form is all that a profile needs
-            self._profiles[before] = profile(student, self._workload.example)
+            self._profiles[before] = profile(student, self._workload.example, partial(self._report, "profile"))
         return self._profiles[before]
 
     def _found(self, methods: Sequence[Method], profile: Profile, before: Before) -> dict[str, Scores | MethodError]:
@@ -155,6 +156,8 @@ class Planner:
                     yield one.item
 
         done = 0
+        if work:
+            self._report("scoring", 0, len(work), "")
         for event in self._cluster.run(score, wanted()):
             names = taken[event.index].names
             if isinstance(event, Failed):

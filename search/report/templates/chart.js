@@ -39,10 +39,23 @@ const Chart = (() => {
 
   const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
 
+  // A search knows shares alone: `metric` tells the values of its own that the shares 0 and 1 stand for.
+  const scale = ({ worst, best }) => {
+    const isShare = worst === 0 && best === 1;
+    return {
+      share: (value) => (value - worst) / (best - worst),
+      value: (share) => worst + share * (best - worst),
+      shown: (value, digits = 1) => (isShare ? percent(value, digits) : String(Number(value.toPrecision(4)))),
+    };
+  };
+
+  const shown = (metric, share) => scale(metric).shown(scale(metric).value(share));
+
   const symbolOf = (mark, size, x, y) =>
     made("use", { href: `#mark-${mark.symbol}`, class: `mark-${mark.place}`, x: x - size / 2, y: y - size / 2, width: size, height: size });
 
   const draw = (place, { metric, teacher, points }, axis) => {
+    const { share, value, shown } = scale(metric);
     const width = Math.max(280, place.clientWidth);
     const placed = points.filter((one) => axis in one.costs).map((one) => ({ ...one, cost: one.costs[axis] }));
     const all = [...placed, { cost: 1, top1: teacher, isTeacher: true }];
@@ -53,10 +66,12 @@ const Chart = (() => {
     const far = 1.04 * Math.max(...all.map((one) => one.cost));
     const x = (cost) => edge.left + (cost / far) * (width - edge.left - edge.right);
     const y = (top1) => height - edge.bottom - ((top1 - low) / (high - low)) * (height - edge.top - edge.bottom);
-    const svg = made("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Validation ${metric} over ${axis}` });
-    for (const top1 of ticks(low, Math.min(1, high))) {
+    const svg = made("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Validation ${metric.name} over ${axis}` });
+    const ends = [low, Math.min(1, high)].map(value).sort((one, other) => one - other);
+    for (const tick of ticks(...ends)) {
+      const top1 = share(tick);
       svg.append(made("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: y(top1), y2: y(top1) }));
-      svg.append(made("text", { x: edge.left - 8, y: y(top1) + 4, "text-anchor": "end" }, percent(top1, high - low < 0.05 ? 1 : 0)));
+      svg.append(made("text", { x: edge.left - 8, y: y(top1) + 4, "text-anchor": "end" }, shown(tick, high - low < 0.05 ? 1 : 0)));
     }
     for (const cost of ticks(0, far)) {
       svg.append(made("text", { x: x(cost), y: height - edge.bottom + 20, "text-anchor": "middle" }, percent(cost)));
@@ -70,7 +85,7 @@ const Chart = (() => {
       const mark = symbolOf(looks[one.method], line.includes(one) ? 15 : 11, x(one.cost), y(one.top1));
       mark.classList.add("point");
       mark.classList.toggle("weak", !line.includes(one));
-      const title = `${one.budget} ${one.trial}: ${label(one.method)}, ${percent(one.top1, 1)} at ${percent(one.cost, 1)}`;
+      const title = `${one.budget} ${one.trial}: ${label(one.method)}, ${shown(value(one.top1))} at ${percent(one.cost, 1)}`;
       mark.append(made("title", {}, title));
       svg.append(mark);
     }
@@ -93,5 +108,5 @@ const Chart = (() => {
     );
   };
 
-  return { draw, legend, label, percent };
+  return { draw, legend, label, percent, shown };
 })();

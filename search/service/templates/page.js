@@ -36,6 +36,8 @@
   const number = (text) => ({ number: text ?? "—" });
   const percent = (share, digits = 1) => (share === null || share === undefined ? "—" : Chart.percent(share, digits));
 
+  const score = (metric, share) => (share === null || share === undefined ? "—" : Chart.shown(metric, share));
+
   const duration = (seconds) => {
     if (seconds < 60) return `${seconds.toFixed(0)} s`;
     return seconds < 3600 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
@@ -129,18 +131,18 @@
     show(at("report"), view.trials > 0);
     show(at("stop"), !isOver(view));
     at("stop").disabled = false;
-    document.querySelectorAll(".metric").forEach((one) => (one.textContent = view.metric));
-    at("best").replaceChildren(...Object.entries(view.best).map(([budget, best]) => tile(budget, best, view.metric)));
+    at("best").replaceChildren(...Object.entries(view.best).map(([budget, best]) => tile(view.metric, budget, best)));
+    for (const place of document.querySelectorAll(".metric")) place.textContent = view.metric.name;
   };
 
-  const tile = (budget, best, metric) => {
+  const tile = (metric, budget, best) => {
     const made = document.createElement("article");
     const [title, big, note] = ["h2", "p", "p"].map((kind) => document.createElement(kind));
     title.textContent = budget;
     big.className = best ? "big" : "big none";
-    big.textContent = best ? percent(best.top1_validation) : "No model yet";
+    big.textContent = best ? score(metric, best.top1_validation) : "No model yet";
     note.className = "note";
-    note.textContent = best ? `validation ${metric}, by ${Chart.label(best.method)}` : "within its limits";
+    note.textContent = best ? `validation ${metric.name}, by ${Chart.label(best.method)}` : "within its limits";
     made.append(title, big, note);
     return made;
   };
@@ -164,12 +166,13 @@
   const showWinners = async (mine) => {
     const answer = await call(`searches/${encodeURIComponent(mine.id)}/frontier`).catch(() => null);
     if (!answer || watched !== mine) return;
-    const { teacher, budgets } = await answer.json();
+    const { teacher, budgets, metric = { name: "top-1", worst: 0, best: 1 } } = await answer.json();
     at("won").replaceChildren(
       ...budgets.map(({ name, winner }) =>
         winner
-          ? row(name, Chart.label(winner.method), number(percent(winner.top1_validation)), number(percent(winner.top1_test)),
-              number(percent(winner.macs / teacher.macs)), number(percent(winner.params / teacher.params)))
+          ? row(name, Chart.label(winner.method), number(score(metric, winner.top1_validation)),
+              number(score(metric, winner.top1_test)), number(percent(winner.macs / teacher.macs)),
+              number(percent(winner.params / teacher.params)))
           : row(name, "no model fits", number(), number(), number(), number()),
       ),
     );

@@ -201,6 +201,14 @@ def test_a_channel_shuffle_is_named_with_the_layer_before_it() -> None:
     assert str(reason).startswith("torch-pruning cannot follow the channels behind stage4.1.branch2.6 (it counts 0 of")
 
 
+def test_a_long_profile_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("methods.network.coupling.STEPS_TOLD", 1)
+    told: list[tuple[int, int, str]] = []
+    profile(NETWORKS["concat"](), EXAMPLE, lambda *words: told.append(words))
+    assert {note for *_, note in told} == {"steps along the channels, at most", "trial cuts, at most"}
+    assert all(0 < done <= most for done, most, _ in told)
+
+
 def test_a_walk_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("methods.network.coupling.MOST_STEPS", 3)
     groups = find_groups(NETWORKS["concat"](), EXAMPLE)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
+from cluster import Cluster, Job
 from search.base import Report, TrackingError
-from search.cli import console
+from search.cli import console, jobs
 from search.driver import loop
 from search.record.progress import Progress, progress
+from search.service import watching
+from search.service.metadata import NAME, URI
+from search.units import Scale
 from search.workload import Workload
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 
 STORE = "sqlite:///paredown.db"
+RECORDED = Job("digits-1", "succeeded", "", 0, {NAME: "digits", URI: STORE}, started=1.0, ended=2.0)
 TEXT = SPEC.replace("  - {name: half, macs: 50%}\n", "  - {name: half, macs: 50%}\n  - {name: dust, macs: 1}\n")
 
 
@@ -57,6 +62,27 @@ def test_every_phase_is_on_record_while_it_lasts(teacher: Path, tmp_path: Path) 
     assert told["best"]["half"]["top1_validation"] == result.budgets[0].to_json()["winner"]["top1_validation"]
 
 
+def test_a_metric_of_the_users_own_is_told_by_its_name_and_values(teacher: Path, tmp_path: Path) -> None:
+    os.chdir(place(tmp_path / "here", teacher))
+    Path("loss.py").write_text("from torch.nn.functional import cross_entropy\n")
+    loss = Scale("CE", worst=2.5, best=0.0)
+    metric = "metric: {function: './loss.py:cross_entropy', name: CE, direction: minimize, range: [0, 2.5]}\n"
+    loop.search(parsed(Path(), SPEC + metric), inline, quiet)
+    found = progress(STORE, "digits")
+    best = found.best["half"]
+    assert best is not None
+    assert found.metric == loss
+    winner = found.to_json()["best"]["half"]
+    value = winner["value"]
+    assert value == loss.value(winner["top1_validation"])
+    assert 0 < value < 2.5
+    assert jobs._winner_text(best, found.metric).startswith(f"{winner['method']}, validation CE {value:.4g}, ")
+    seen = watching.take_snapshot(RECORDED, STORE)
+    assert seen.points is not None
+    assert seen.view.metric == seen.points["metric"] == {"name": "CE", "worst": 2.5, "best": 0.0}
+    assert seen.view.best["half"]["value"] == value
+
+
 @pytest.mark.parametrize(("error", "phase"), [(KeyboardInterrupt, "stopped"), (RuntimeError, "failed")])
 def test_a_search_that_ended_early_says_how(
     teacher: Path, tmp_path: Path, error: type[BaseException], phase: str
@@ -87,6 +113,17 @@ def test_no_search_no_progress(teacher: Path, tmp_path: Path) -> None:
 def interrupted(made: Workload) -> Cluster:
     """Workers that Ctrl-C keeps from starting."""
     raise KeyboardInterrupt
+
+
+def test_a_log_is_not_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "SILENCE_S", 0.01)
+    told, until = "", time.monotonic() + 30
+    with console.bars(hidden=False) as report:
+        report("profile", 0, 1, "")
+        while "trial cuts" not in told and time.monotonic() < until:
+            report("profile", 3, 256, "trial cuts")
+            told += capsys.readouterr().err
+    assert "profile 3/256 trial cuts" in told
 
 
 def test_a_log_gets_a_line_per_trial(capsys: pytest.CaptureFixture[str]) -> None:
