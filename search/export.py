@@ -7,8 +7,10 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -55,6 +57,22 @@ def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
             f"torch cannot write the network as ONNX: {type(reason).__name__}: {first_line(reason)}; "
             "expected operators that ONNX has, for any batch size; rewrite its forward, or use the runtime torch"
         ) from error
+
+
+def bare_onnx(content: bytes) -> bytes:
+    """An ONNX file without its notes, which hold the lines and the folders of the code that it was made from."""
+    model = onnx.load_from_string(content)
+    _drop_notes(model)
+    return bytes(model.SerializeToString())
+
+
+def _drop_notes(message: Any) -> None:
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _drop_notes(part)
 
 
 def parity(model: nn.Module, onnx_bytes: bytes, images: Tensor) -> float:

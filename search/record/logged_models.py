@@ -9,6 +9,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +25,9 @@ from mlflow.tracking import MlflowClient
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from search.archive import ArchiveError, load_program
+from search.archive import ArchiveError, bare_program, load_program
 from search.base import WorkloadError, first_line
-from search.export import ExportError, exported, onnx_program, parity
+from search.export import ExportError, bare_onnx, exported, onnx_program, parity
 from search.record.store import connect_existing, holding_signals
 
 TOLERANCE = 1e-4
@@ -48,6 +49,11 @@ class Models:
         """The URI of the ONNX model beside it; None where the student could not be exported so."""
         uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_uri")
         return uri
+
+    def onnx_refused(self, run_id: str) -> str | None:
+        """The reason why there is none."""
+        reason: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_refused")
+        return reason
 
     def store(self, run_id: str, student: nn.Module, images: np.ndarray) -> str:
         """Stores `student` with its trial, as a pt2 program and where that works as ONNX too; the pt2 program's URI.
@@ -138,6 +144,37 @@ def load_pickled(uri: str, name: str) -> object:
                 "file"
             )
         return mlflow.pytorch.load_model(name)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A stored model as files that hold no more than they need to run, and the two images stored with it.
+
+    `program` is the content of a pt2 file, `onnx` of the ONNX file beside it if there is one.
+    """
+
+    program: bytes
+    onnx: bytes | None
+    images: np.ndarray
+
+
+def files_of(uri: str, name: str, onnx_uri: str | None) -> Files:
+    """The files of the model at `name`, such as `models:/x@edge`, and of the ONNX model stored beside it.
+
+    Raises:
+        ArchiveError: the program holds more than numbers and arithmetic.
+        MlflowException: there is no such model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = _downloaded(uri, name, folder)
+        place = str(path.parents[1])
+        images = np.asarray(Model.load(place).load_input_example(place), np.float32)
+        program = bare_program(path, name)
+        if onnx_uri is None:
+            return Files(program, None, images)
+        beside = mlflow.artifacts.download_artifacts(onnx_uri, dst_path=str(Path(folder, "onnx")))
+        (file,) = Path(beside).rglob("*.onnx")
+        return Files(program, bare_onnx(file.read_bytes()), images)
 
 
 def _downloaded(uri: str, name: str, folder: str) -> Path:

@@ -160,9 +160,14 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def searched(tmp_path: Path, empty: Path) -> Search:
-    (tmp_path / "things.py").write_text(THINGS)
-    shutil.copy(empty, tmp_path / "paredown.db")
-    wanted = reading.parse(SPEC, folder=tmp_path)
+    return begun(tmp_path, empty)
+
+
+def begun(folder: Path, database: Path) -> Search:
+    """A search without a trial, in the current folder."""
+    (folder / "things.py").write_text(THINGS)
+    shutil.copy(database, folder / "paredown.db")
+    wanted = reading.parse(SPEC, folder=folder)
     made = loading.load(wanted, quiet)
     test = Counted(made.splits.test)
     made = replace(made, splits=replace(made.splits, test=test))
