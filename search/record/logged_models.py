@@ -27,11 +27,8 @@ from torch.export import ExportedProgram
 
 from search.archive import ArchiveError, bare_program, load_program
 from search.base import WorkloadError, first_line
-from search.export import ExportError, bare_onnx, exported, onnx_program, parity
+from search.export import TOLERANCE, ExportError, bare_onnx, exported, onnx_program, parity
 from search.record.store import connect_existing, holding_signals
-
-TOLERANCE = 1e-4
-"""The most that outputs of a stored program may differ from the student's, as a share of the largest one or of 1."""
 
 
 class Models:
@@ -55,10 +52,17 @@ class Models:
         reason: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_refused")
         return reason
 
-    def store(self, run_id: str, student: nn.Module, images: np.ndarray) -> str:
-        """Stores `student` with its trial, as a pt2 program and where that works as ONNX too; the pt2 program's URI.
+    def is_stored(self, run_id: str, *, with_onnx: bool) -> bool:
+        """Whether there is nothing left to `store`."""
+        tags = self._client.get_run(run_id).data.tags
+        has_onnx = "paredown.onnx_uri" in tags or "paredown.onnx_refused" in tags
+        return "paredown.model_uri" in tags and (has_onnx or not with_onnx)
 
-        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX.
+    def store(self, run_id: str, student: nn.Module, images: np.ndarray, *, with_onnx: bool = True) -> str:
+        """Stores `student` with its trial, as a pt2 program and if asked as ONNX too; the pt2 program's URI.
+
+        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX
+        although it was asked for.
 
         Args:
             student: in eval mode, on the CPU.
@@ -70,11 +74,11 @@ class Models:
         """
         program = exported(student, torch.from_numpy(images[:2]))
         _check_program(run_id, student, program, images)
+        file = None
         try:
-            file = _onnx(student, program, images)
+            file = _onnx(student, program, images) if with_onnx else None
         except ExportError as error:
             self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
-            file = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             uri = self._log_pt2(run_id, student, images[:2])

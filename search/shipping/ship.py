@@ -14,9 +14,9 @@ import torch
 
 from search.archive import load_program
 from search.base import SearchError, SpecError, TrackingError
-from search.export import parity
+from search.export import TOLERANCE, parity
 from search.limits import Limits
-from search.record.logged_models import TOLERANCE, Files, Models, files_of
+from search.record.logged_models import Files, Models, files_of
 from search.record.registry import Version, find_version
 from search.record.searches import search_of
 from search.results import BudgetResult

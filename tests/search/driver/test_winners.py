@@ -279,6 +279,8 @@ def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> 
     assert {one.run_id for one in _winners(searched)} == {best}
     stored = {run_id for run_id in (best, cheap, beaten) if Models(searched.record.client).stored(run_id)}
     assert stored == {best, cheap}
+    assert Models(searched.record.client).onnx_uri(best)
+    assert Models(searched.record.client).onnx_uri(cheap) is None  # only what is registered needs it
 
 
 def test_a_better_model_of_another_search_keeps_the_alias(searched: Search) -> None:
