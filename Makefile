@@ -1,6 +1,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+STEP := sh .ci/step
+PACKAGES := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -r requirements.lock \
+    || $(BIN)/pip install -r requirements.lock
 
 # One thread per process: the work is spread over processes.
 export OMP_NUM_THREADS ?= 1
@@ -12,12 +15,11 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.lock
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "uv>=0.9,<1"
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -r requirements.lock \
-	    || $(BIN)/pip install -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --editable .
-	touch $@
+	@$(STEP) "a Python of its own, in .venv" $(PYTHON) -m venv .venv
+	@$(STEP) "uv, which installs" $(BIN)/pip install "uv>=0.9,<1"
+	@$(STEP) "the packages of requirements.lock" sh -c '$(PACKAGES)'
+	@$(STEP) "paredown" $(BIN)/pip install --no-deps --editable .
+	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/paredown search examples/digits.yaml

@@ -75,18 +75,37 @@ def load_program(path: Path, name: str) -> fx.GraphModule:
     Raises:
         ArchiveError: the file cannot be read, or holds more than raw numbers and arithmetic.
     """
-    try:
-        records = _records(path)
-        archive = _packed({key: _checked(key, content) for key, content in records.items()})
+    with _telling(name):
         with _silence():
-            module = torch.export.load(archive).module(check_guards=False)
+            module = torch.export.load(_checked_archive(path)).module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        return module
+
+
+def bare_program(path: Path, name: str) -> bytes:
+    """The program in the `.pt2` file at `path` as a file that holds no more than what was checked.
+
+    Left out with the metadata are the lines and the folders of the code that the program was made from. Arguments and
+    errors are those of `load_program`.
+    """
+    with _telling(name):
+        return _checked_archive(path).getvalue()
+
+
+def _checked_archive(path: Path) -> io.BytesIO:
+    return _packed({key: _checked(key, content) for key, content in _records(path).items()})
+
+
+@contextmanager
+def _telling(name: str) -> Iterator[None]:
+    """Raise whatever is wrong with a file as an `ArchiveError` about the program of that name."""
+    try:
+        yield
     except ArchiveError as error:
         raise ArchiveError(_message(name, str(error))) from error
     except Exception as error:  # torch's errors about a program that is not whole share no class
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ArchiveError(_message(name, reason)) from error
-    assert isinstance(module, fx.GraphModule)
-    return module
 
 
 def _message(name: str, reason: str) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from search.base import Report, printable
 from search.cli.output import SUBSTITUTES
 from search.frontier import volume
-from search.limits import latencies_in, latency_on
+from search.limits import device_of, latencies_in, latency_on
 from search.report import costs
 from search.report.costs import CostRow
 from search.results import BudgetReach, BudgetResult, LayerReach, Preflight, SearchResult
@@ -134,7 +134,7 @@ def show_result(result: SearchResult, report: Path | None) -> None:
         is_name = heading in ("budget", "method")
         table.add_column(heading, justify="left" if is_name else "right", overflow="fold", no_wrap=is_name)
     teacher, score = result.teacher, result.metric.shown
-    wholes = [costs.shown(cost, costs.of_teacher(result, cost)) for cost in columns]
+    wholes = [_teacher_cell(result, cost) for cost in columns]
     judged = result.metric.with_error(teacher.top1_validation, teacher.top1_error)
     table.add_row("", "teacher", judged, score(teacher.top1_test), *wholes, style="dim")
     for budget in result.budgets:
@@ -162,6 +162,12 @@ def _shown_costs(result: SearchResult) -> list[str]:
     return [cost for cost in found if cost not in latencies] + (limited or latencies[:1])
 
 
+def _teacher_cell(result: SearchResult, cost: str) -> str:
+    """Write a cost of the teacher, a latency with its spread below."""
+    spread = costs.spread(result.teacher.latency_ms.get(device_of(cost) or ""))
+    return "\n".join(filter(None, (costs.shown(cost, costs.of_teacher(result, cost)), spread)))
+
+
 def _cost_cell(row: CostRow) -> str:
     """Write a cost as a share of the teacher's, its limit below, and a measured cost also in its own unit."""
     is_counted = row.cost.startswith("macs") or row.cost == "params"
@@ -171,6 +177,10 @@ def _cost_cell(row: CostRow) -> str:
         lines.append(_limit_text(row, percent(row.limit_share) if is_share else costs.shown(row.cost, row.limit)))
     if row.share is not None and not is_counted:
         lines.append(f"[dim]{costs.shown(row.cost, row.value)}[/]")
+    if row.spread is not None:
+        lines.append(f"[dim]{row.spread}[/]")
+    if row.is_as_the_teacher:
+        lines.append("[yellow]as the teacher[/]")
     return "\n".join([*lines, *(["[yellow]noisy[/]"] if row.noise is not None else [])])
 
 
@@ -215,6 +225,12 @@ def _show_effort(result: SearchResult) -> None:
         highlight=False,
     )
     out.print(f"Hypervolume: {', '.join(volumes)}.", highlight=False)
+    if any(map(costs.spread, result.teacher.latency_ms.values())):
+        out.print(
+            "A latency is a median, with the span from the fastest call to the 95th percentile; medians that lie in "
+            "each other's spans are not told apart.",
+            highlight=False,
+        )
 
 
 def show_preflight(found: Preflight) -> None:
@@ -314,8 +330,11 @@ def _latency_rows(figures: Mapping[str, Any]) -> dict[str, str]:
     rows = {}
     for device, times in figures["latency_ms"].items():
         cost = latency_on(device)
-        before = figures["teacher"]["latency_ms"][device]["p50"]
-        share = f"{costs.shown(cost, times['p50'])} ({percent(times['p50'] / before)} of {costs.shown(cost, before)})"
+        teacher = figures["teacher"]["latency_ms"][device]
+        spread = "" if (found := costs.spread(times)) is None else f", {found}"
+        whole = costs.shown(cost, teacher["p50"])
+        ratio = f"{percent(times['p50'] / teacher['p50'])} of" if costs.are_apart(times, teacher) else "as the teacher,"
+        share = f"{costs.shown(cost, times['p50'])}{spread} ({ratio} {whole})"
         noise = figures["noise"].get(device)
         noisy = "" if noise is None else f", noisy: the median lay {percent(noise)} above the fastest call"
         rows[costs.name(cost, figures["devices"])] = share + _limit_note(figures["limits"], cost) + noisy
@@ -340,10 +359,19 @@ def show_measured(found: Mapping[str, Any]) -> None:
     out.print(table)
     if found["searched"]:
         speed = ", at the speed the teacher had then" if found["teacher_latency_ms"] else ""
-        out.print(f"The median now is {percent(found['searched']['ratio'])} of the search's{speed}.", highlight=False)
+        told = percent(found["searched"]["ratio"])
+        out.print(f"The median now is {told} of the search's{speed}{_within(found)}.", highlight=False)
     for when, one in readings.items():
         if one["noise"] is not None:
             out.print(f"Noisy {when}: after all repeats the median lay {percent(one['noise'])} above the fastest call.")
+
+
+def _within(found: Mapping[str, Any]) -> str:
+    """Say of a measurement whose difference from the search's own lies within the spread that it does."""
+    then, now = found["searched"], found["latency_ms"]
+    scale = then["ratio"] * then["latency_ms"]["p50"] / now["p50"]
+    is_apart = costs.are_apart({key: scale * value for key, value in now.items()}, then["latency_ms"])
+    return "" if is_apart else ", which is within the spread of the calls"
 
 
 def _limit_note(limits: Mapping[str, float], *names: str, metric: Scale = TOP1) -> str:

@@ -231,6 +231,28 @@ def promote(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="NAME@BUDGET, NAME@ALIAS or NAME/VERSION of a registered model.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write the files to, new or empty.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over the files of an export there.")] = False,
+    uri: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a winner as files to ship: model.pt2, model.onnx, and a model card as README.md and card.json."""
+    from search.shipping.ship import ship
+
+    found = ship(uri, model, out, overwrite=overwrite)
+    if as_json:
+        print_json(found)
+    else:
+        parity = found["parity"]
+        told = f"outputs differ by {parity['deviation']:.1e} of the largest at most" if parity else "there is no ONNX"
+        print(f"{found['model']}, version {found['version']}, is in {out}: {', '.join(found['files'])}; {told}")
+
+
+@app.command()
 def measure(
     model: Annotated[
         str, typer.Argument(help="A .pt2 or .onnx file, a folder of paredown compress, or models:/NAME@ALIAS.")

@@ -154,19 +154,23 @@ def student(workload: Workload, record: Record, run_id: str) -> nn.Module:
 
 
 def _store(workload: Workload, record: Record, result: SearchResult, report: Report) -> dict[str, str]:
-    """The URI of the stored model of every run that trained a winner or a member of a frontier.
+    """The URI of the stored model of every run that trained a winner or a member of a frontier; winners have ONNX too.
 
     The teacher is stored with the search itself, so that a student can be measured beside it again.
     """
     images, models = workload.splits.calibration[:IMAGES], Models(record.client)
     if models.stored(record.search.run_id) is None:
         report("storing models", 0, 1, "the teacher")
-        models.store(record.search.run_id, workload.teacher.cpu(), images)
-    members = _members(result)
+        models.store(record.search.run_id, workload.teacher.cpu(), images, with_onnx=False)
+    members, trained = _members(result), _trained(result)
+    winners = {trained[budget.winner.run_id] for budget in result.budgets if budget.winner is not None}
     uris: dict[str, str] = {}
     for done, run_id in enumerate(members):
         report("storing models", done, len(members), "")
-        uris[run_id] = models.stored(run_id) or models.store(run_id, student(workload, record, run_id), images)
+        is_winner = run_id in winners
+        if not models.is_stored(run_id, with_onnx=is_winner):
+            models.store(run_id, student(workload, record, run_id), images, with_onnx=is_winner)
+        uris[run_id] = str(models.stored(run_id))
     report("storing models", len(members), len(members), "")
     return uris
 

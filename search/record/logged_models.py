@@ -9,6 +9,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +25,10 @@ from mlflow.tracking import MlflowClient
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from search.archive import ArchiveError, load_program
+from search.archive import ArchiveError, bare_program, load_program
 from search.base import WorkloadError, first_line
-from search.export import ExportError, exported, onnx_program, parity
+from search.export import TOLERANCE, ExportError, bare_onnx, exported, onnx_program, parity
 from search.record.store import connect_existing, holding_signals
-
-TOLERANCE = 1e-4
-"""The most that outputs of a stored program may differ from the student's, as a share of the largest one or of 1."""
 
 
 class Models:
@@ -49,10 +47,22 @@ class Models:
         uri: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_uri")
         return uri
 
-    def store(self, run_id: str, student: nn.Module, images: np.ndarray) -> str:
-        """Stores `student` with its trial, as a pt2 program and where that works as ONNX too; the pt2 program's URI.
+    def onnx_refused(self, run_id: str) -> str | None:
+        """The reason why there is none."""
+        reason: str | None = self._client.get_run(run_id).data.tags.get("paredown.onnx_refused")
+        return reason
 
-        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX.
+    def is_stored(self, run_id: str, *, with_onnx: bool) -> bool:
+        """Whether there is nothing left to `store`."""
+        tags = self._client.get_run(run_id).data.tags
+        has_onnx = "paredown.onnx_uri" in tags or "paredown.onnx_refused" in tags
+        return "paredown.model_uri" in tags and (has_onnx or not with_onnx)
+
+    def store(self, run_id: str, student: nn.Module, images: np.ndarray, *, with_onnx: bool = True) -> str:
+        """Stores `student` with its trial, as a pt2 program and if asked as ONNX too; the pt2 program's URI.
+
+        Neither needs project code or a pickle to load. The tag `paredown.onnx_refused` says why there is no ONNX
+        although it was asked for.
 
         Args:
             student: in eval mode, on the CPU.
@@ -64,11 +74,11 @@ class Models:
         """
         program = exported(student, torch.from_numpy(images[:2]))
         _check_program(run_id, student, program, images)
+        file = None
         try:
-            file = _onnx(student, program, images)
+            file = _onnx(student, program, images) if with_onnx else None
         except ExportError as error:
             self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
-            file = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             uri = self._log_pt2(run_id, student, images[:2])
@@ -138,6 +148,37 @@ def load_pickled(uri: str, name: str) -> object:
                 "file"
             )
         return mlflow.pytorch.load_model(name)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A stored model as files that hold no more than they need to run, and the two images stored with it.
+
+    `program` is the content of a pt2 file, `onnx` of the ONNX file beside it if there is one.
+    """
+
+    program: bytes
+    onnx: bytes | None
+    images: np.ndarray
+
+
+def files_of(uri: str, name: str, onnx_uri: str | None) -> Files:
+    """The files of the model at `name`, such as `models:/x@edge`, and of the ONNX model stored beside it.
+
+    Raises:
+        ArchiveError: the program holds more than numbers and arithmetic.
+        MlflowException: there is no such model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = _downloaded(uri, name, folder)
+        place = str(path.parents[1])
+        images = np.asarray(Model.load(place).load_input_example(place), np.float32)
+        program = bare_program(path, name)
+        if onnx_uri is None:
+            return Files(program, None, images)
+        beside = mlflow.artifacts.download_artifacts(onnx_uri, dst_path=str(Path(folder, "onnx")))
+        (file,) = Path(beside).rglob("*.onnx")
+        return Files(program, bare_onnx(file.read_bytes()), images)
 
 
 def _downloaded(uri: str, name: str, folder: str) -> Path:

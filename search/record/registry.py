@@ -169,8 +169,8 @@ def of_a_budget(alias: str) -> str:
     )
 
 
-def version_tags(uri: str, name: str) -> Mapping[str, str]:
-    """The tags of the registered version at `name`, `models:/x@alias` or `models:/x/3`, in the store at `uri`.
+def find_version(uri: str, name: str) -> Version:
+    """The registered version at `name`, `models:/x@alias` or `models:/x/3`, in the store at `uri`.
 
     Raises:
         TrackingError: there is no such version.
@@ -189,7 +189,12 @@ def version_tags(uri: str, name: str) -> Mapping[str, str]:
             f"there is no {name} in the MLflow store: {textwrap.shorten(str(error), 300)}; expected a registered "
             "version; check its name and --uri"
         ) from error
-    return _version(one).tags
+    return _version(one)
+
+
+def version_tags(uri: str, name: str) -> Mapping[str, str]:
+    """The tags of the registered version at `name`. Arguments and errors are those of `find_version`."""
+    return find_version(uri, name).tags
 
 
 def _version(found: ModelVersion) -> Version:

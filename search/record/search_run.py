@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from search.frontier import Rule
 from search.limits import Limits
 from search.record.entries import metrics_of, now_ms, of_teacher, teacher_of
+from search.record.store import artifact
 from search.trials import Teacher
 from search.units import Scale
 
@@ -48,6 +49,12 @@ class SearchRun:
         """Return the teacher's figures, if they are on record."""
         figures = self._client.get_run(self.run_id).data.metrics
         return teacher_of(figures) if "teacher/top1_validation" in figures else None
+
+    def decisive(self) -> dict[str, Any]:
+        """Return all that decides what the search proposes, as `SearchSpec.decisive` gave it."""
+        kept = artifact(self._client, self.run_id, f"decisive-{self.spec_digest}.json")
+        found: dict[str, Any] = json.loads(kept)
+        return found
 
     def write_metric(self, metric: Scale) -> None:
         """Record the scale that every top-1 is a share of, unless that is top-1 itself."""

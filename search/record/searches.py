@@ -105,6 +105,22 @@ def find_begun(uri: str, name: str) -> Record:
     return Record(client, found.experiment_id, parents[0])
 
 
+def search_of(uri: str, run_id: str) -> Record:
+    """The record of the search that a trial's run belongs to.
+
+    Raises:
+        TrackingError: it belongs to none.
+    """
+    client = connect_existing(uri)
+    run = client.get_run(run_id)
+    if (parent := run.data.tags.get("mlflow.parentRunId")) is None:
+        raise TrackingError(
+            f"run {run_id} in {masked(uri)} is no trial of a search; expected one that paredown search made; check the "
+            "name of the model"
+        )
+    return Record(client, run.info.experiment_id, client.get_run(parent))
+
+
 @dataclass(frozen=True)
 class Listed:
     """A search as a store lists it: `started` and `ended` are Unix times in seconds, of its latest sitting's end."""

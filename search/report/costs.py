@@ -11,7 +11,7 @@ from typing import Any
 
 from search.limits import TOP1_DROP, device_of, latencies_in, latency_on
 from search.results import BudgetResult, SearchResult
-from search.trials import Candidate
+from search.trials import Candidate, Times
 from search.units import TOP1, Scale, count, milliseconds, size
 
 NAMES = {
@@ -26,7 +26,8 @@ NAMES = {
 class CostRow:
     """One cost of a winner beside the teacher's own and the limit; None stands for not measured and for no limit.
 
-    `noise` is the share by which the median lay above the fastest call, given only if that was too far.
+    `noise` is the share by which the median lay above the fastest call, given only if that was too far. A latency has
+    the `times` it is the median of, and its teacher's.
     """
 
     cost: str
@@ -35,6 +36,20 @@ class CostRow:
     teacher: float | None = None
     limit: float | None = None
     noise: float | None = None
+    times: Times | None = None
+    teacher_times: Times | None = None
+
+    @property
+    def spread(self) -> str | None:
+        """The span of the calls that a measured latency is the median of."""
+        return spread(self.times)
+
+    @property
+    def is_as_the_teacher(self) -> bool:
+        """Whether a latency is neither above nor below the teacher's: they differ by no more than their spread."""
+        if self.times is None or self.teacher_times is None:
+            return False
+        return not are_apart(self.times, self.teacher_times)
 
     @property
     def share(self) -> float | None:
@@ -129,6 +144,26 @@ def shown(cost: str, value: float | None, metric: Scale = TOP1) -> str:
     return {"size_bytes": size, TOP1_DROP: metric.lost}.get(cost, count)(value)
 
 
+def spread(times: Times | None) -> str | None:
+    """The span from the fastest call to the 95th percentile; None for a prediction, which has none.
+
+    >>> spread({"min": 0.9, "p50": 1.0, "p95": 1.254}), spread({"min": 1.0, "p50": 1.0, "p95": 1.0})
+    ('0.900 to 1.25 ms', None)
+    """
+    if times is None or times["min"] == times["p95"]:
+        return None
+    return f"{milliseconds(times['min']).removesuffix(' ms')} to {milliseconds(times['p95'])}"
+
+
+def are_apart(one: Times, other: Times) -> bool:
+    """Whether two latencies differ by more than their spread, where each median lies among the calls of the other.
+
+    >>> are_apart({"min": 0.9, "p50": 1.0, "p95": 1.2}, {"min": 0.95, "p50": 1.1, "p95": 1.3})
+    False
+    """
+    return not all(a["min"] <= b["p50"] <= a["p95"] for a, b in ((one, other), (other, one)))
+
+
 def rows(result: SearchResult, budget: BudgetResult) -> dict[str, CostRow]:
     """Every cost that a table of winners has, by name; a budget without a winner has no values in them."""
     return {cost: _cost_row(result, budget, cost) for cost in columns(result)}
@@ -159,8 +194,11 @@ def _cost_row(result: SearchResult, budget: BudgetResult, cost: str) -> CostRow:
     if best is None:
         return row
     value = _top1_drop(result, best) if cost == TOP1_DROP else best.costs.get(cost)
-    timing = best.timings.get(device_of(cost) or "")
-    return replace(row, value=value, noise=None if timing is None else timing.noise)
+    timing = best.timings.get(device := device_of(cost) or "")
+    if timing is None:
+        return replace(row, value=value)
+    beside = result.teacher.latency_ms.get(device, timing.teacher_latency_ms or None)
+    return replace(row, value=value, noise=timing.noise, times=timing.latency_ms, teacher_times=beside)
 
 
 def of_teacher(result: SearchResult, cost: str, best: Candidate | None = None) -> float | None:

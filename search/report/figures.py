@@ -14,7 +14,7 @@ from typing import Any
 
 from search.frontier import frontier
 from search.limits import device_of, latency_on
-from search.report.costs import is_predicted, shown
+from search.report.costs import is_predicted, shown, spread
 from search.results import SearchResult, history
 from search.trials import Candidate, Teacher
 from search.units import count, knobs, milliseconds, percent
@@ -168,11 +168,30 @@ def _method_trace(
     outline = {"color": "--surface", "width": 1.5 if is_strong else 0}
     return {
         **_coordinates(result, axis, drawn),
+        **(_spread_bars(result, axis, drawn, mark) if is_strong else {}),
         "mode": "markers",
         "marker": {"symbol": mark.symbol, "size": 12 if is_strong else 8, "color": mark.colour, "line": outline},
         "opacity": 1 if is_strong else 0.38,
         "hoverinfo": "text",
         "hovertext": [_hover_text(result, candidate) for candidate in drawn],
+    }
+
+
+def _spread_bars(result: SearchResult, axis: str, drawn: Sequence[Candidate], mark: Mark) -> dict[str, Any]:
+    """Bars from the fastest call to the 95th percentile, on an axis of measured latency."""
+    device = device_of(axis)
+    if device is None or is_predicted(device, result.devices):
+        return {}
+    times = [candidate.latency_ms[device] for candidate in drawn]
+    scale = 100 / result.teacher.costs[axis]
+    return {
+        "error_x": {
+            "array": [scale * (one["p95"] - one["p50"]) for one in times],
+            "arrayminus": [scale * (one["p50"] - one["min"]) for one in times],
+            "color": mark.colour,
+            "thickness": 1,
+            "width": 3,
+        }
     }
 
 
@@ -236,11 +255,12 @@ def _hover_text(result: SearchResult, candidate: Candidate) -> str:
 
 
 def _latency_lines(result: SearchResult, one: Teacher | Candidate) -> list[str]:
-    """One line of hover text per device: the median, and whether it was predicted or noisy."""
+    """One line of hover text per device: the median with its spread, and whether it was predicted or noisy."""
     lines = []
     for device, times in one.latency_ms.items():
         share = times["p50"] / result.teacher.costs.get(latency_on(device), math.inf)
-        notes = [percent(share)] if isinstance(one, Candidate) and share else []
+        notes = [found] if (found := spread(times)) else []
+        notes += [percent(share)] if isinstance(one, Candidate) and share else []
         notes += ["predicted"] if is_predicted(device, result.devices) else []
         notes += ["noisy"] if isinstance(one, Candidate) and one.timings[device].noise is not None else []
         lines.append(escape(f"{device} p50 {', '.join([milliseconds(times['p50']), *notes])}"))

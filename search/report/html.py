@@ -22,7 +22,7 @@ from search.report.costs import CostRow
 from search.report.figures import TEACHER_MARK, figure, history_figures, method_marks
 from search.report.plans import plan_view
 from search.results import BudgetResult, SearchResult
-from search.trials import Candidate
+from search.trials import Candidate, Times
 from search.units import count, duration, knobs, milliseconds, percent, size
 
 LEAST_SHARE = 0.005
@@ -47,7 +47,11 @@ def html(result: SearchResult) -> str:
     environment = Environment(loader=PackageLoader("search.report"), autoescape=True, undefined=StrictUndefined)
     filters = (percent, count, size, duration, milliseconds, knobs)
     environment.filters |= {function.__name__: function for function in filters} | {"quoted": json.dumps}
-    environment.filters |= {"shown": lambda value, cost: costs.shown(cost, value, result.metric), "title": _capitalised}
+    environment.filters |= {
+        "spread": costs.spread,
+        "shown": lambda value, cost: costs.shown(cost, value, result.metric),
+        "title": _capitalised,
+    }
     environment.filters |= {"score": result.metric.shown, "change": result.metric.change}
     winners = [budget.winner for budget in result.budgets if budget.winner]
     marks = method_marks([candidate.method for candidate in [*result.candidates, *winners]])
@@ -93,6 +97,7 @@ def _template_values(result: SearchResult) -> dict[str, Any]:
         "cost_rows": {budget.name: costs.rows(result, budget) for budget in result.budgets},
         "tile_rows": {budget.name: _tile_rows(result, budget) for budget in result.budgets},
         "cost_names": {cost: costs.name(cost, result.devices) for cost in columns},
+        "teacher_spreads": {cost: costs.spread(_teacher_times(result, cost)) for cost in columns},
         "teacher_costs": {cost: costs.of_teacher(result, cost) for cost in columns},
         "effort": costs.effort(result.candidates),
         "efforts": {name: costs.effort(candidates) for name, candidates in own.items()},
@@ -105,6 +110,10 @@ def _template_values(result: SearchResult) -> dict[str, Any]:
         "devices": {device: facts | dict(result.devices.get(device, {})) for device in [*result.devices, *others]},
         "latency_costs": {device: latency_on(device) for device in timed},
     }
+
+
+def _teacher_times(result: SearchResult, cost: str) -> Times | None:
+    return result.teacher.latency_ms.get(device_of(cost) or "")
 
 
 def _capitalised(text: str) -> str:
@@ -121,10 +130,15 @@ def headline(result: SearchResult, budget: BudgetResult) -> str:
     if best is None:
         return f"{budget.name}: no model fits"
     limited = [row for row in costs.rows(result, budget).values() if row.limit is not None]
-    shares = [f"{percent(row.share)} {row.name}" for row in limited if row.cost != "top1_drop"]
+    shares = [_limited(row) for row in limited if row.cost != "top1_drop"]
     assert best.top1_validation is not None
     change = result.metric.change(best.top1_validation - result.teacher.top1_validation)
     return f"{budget.name}: {_sentence_list(shares)} at {change}" if shares else f"{budget.name}: {change}"
+
+
+def _limited(row: CostRow) -> str:
+    """A cost as a share of the teacher's, unless the two are not apart."""
+    return f"the teacher's {row.name}" if row.is_as_the_teacher else f"{percent(row.share)} {row.name}"
 
 
 def _sentence_list(parts: Sequence[str]) -> str:

@@ -18,6 +18,10 @@ from search.base import DataError
 from search.workload.pictures import Preparation
 from search.workload.samples import Arrays, Indexed, Pictures, unlabelled
 
+DIGITS: dict[str, Any] = {"scale": 1 / 16, "mean": 0.305, "std": 0.376}
+FASHION_MNIST: dict[str, Any] = {"scale": 1 / 255, "mean": 0.2860, "std": 0.3530}
+"""How the pixels of the built-in sets become inputs: `(pixel * scale - mean) / std`."""
+
 
 def digits() -> tuple[Arrays, None]:
     """scikit-learn's 1,797 handwritten digits, `(1, 8, 8)`, pixels scaled to [0, 1]; no test set of its own."""
@@ -25,7 +29,7 @@ def digits() -> tuple[Arrays, None]:
 
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[:, None]
-    return Arrays(images, bunch.target.astype(np.int64), scale=1 / 16, mean=0.305, std=0.376, shift=1), None
+    return Arrays(images, bunch.target.astype(np.int64), **DIGITS, shift=1), None
 
 
 log = logging.getLogger(__name__)
@@ -64,11 +68,7 @@ def _read_idx_sets(folder: Path) -> tuple[Arrays, Arrays] | None:
         if images is None or labels is None:
             return None
         pixels = images[:, None]
-        sets.append(
-            Arrays(
-                pixels, labels.astype(np.int64), scale=1 / 255, mean=0.2860, std=0.3530, shift=shift, mirror=shift > 0
-            )
-        )
+        sets.append(Arrays(pixels, labels.astype(np.int64), **FASHION_MNIST, shift=shift, mirror=shift > 0))
     return sets[0], sets[1]
 
 

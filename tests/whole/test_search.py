@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from cluster import Cluster, InlineCluster, RayCluster
 from methods.base import Plan
@@ -42,7 +43,9 @@ def wanted(teacher: Path, tmp_path: Path) -> schema.SearchSpec:
     return parsed(place(tmp_path, teacher), SPEC % "top1")
 
 
-def test_a_search_from_spec_to_registry(wanted: schema.SearchSpec, tmp_path: Path) -> None:
+def test_a_search_from_spec_to_registry(
+    wanted: schema.SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = wanted.text.replace("rock: {runtime: profile, file: rock.yaml}", "cpu-1: {runtime: onnxruntime}")
     wanted = parsed(tmp_path, text)
     result = loop.search(wanted, inline, quiet)
@@ -68,12 +71,23 @@ def test_a_search_from_spec_to_registry(wanted: schema.SearchSpec, tmp_path: Pat
         assert "plan.json" in {file.path for file in client.list_artifacts(candidate.run_id)}
     assert Path("paredown.reports/digits.html").stat().st_size > 1_000_000
 
-    again = loop.search(wanted, inline, quiet)
+    _move(tmp_path, tmp_path / "another place")
+    monkeypatch.chdir(tmp_path / "another place")
+    again = loop.search(parsed(Path.cwd(), text), inline, quiet)
     assert again == result
+    client = MlflowClient()
     assert len(client.search_runs([experiment.experiment_id])) == 9
     assert [int(found.version) for found in client.search_model_versions("name='digits'")] == [2, 1]
 
-    _check_in_a_fresh_python(result, tmp_path)
+    _check_in_a_fresh_python(result, Path.cwd())
+
+
+def _move(folder: Path, place: Path) -> None:
+    """Move the search of a folder with all that it needs."""
+    place.mkdir()
+    for name in ("paredown.db", "paredown.artifacts", "paredown.studies", "teacher.safetensors", "rock.yaml"):
+        (folder / name).rename(place / name)
+    _artifact_repos_cache.clear()  # a process of its own would have none
 
 
 def test_chains_and_gates_in_one_search(wanted: schema.SearchSpec, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from search.cli import console, output
 from search.limits import Limits
 from search.results import BudgetReach, LayerReach, MethodReach, Preflight
+from search.trials import Timing
 from search.units import Scale
 from tests.support import results
 
@@ -101,10 +102,20 @@ def test_result_shows_every_limit_beside_its_value(terminal: io.StringIO) -> Non
     assert max(map(len, text.splitlines())) <= 100
     found = rows(terminal)
     assert found["half"][0][1:] == ["practise", "95.7 %", "95.1 %", "49.0 %", "44.1 %", "45.1 %", "54.2 %", "49.1 %"]
-    assert found["half"][1:] == [["+ alds", "≤ 50.0 %", "143.1 kB", "0.223 ms", "1.52 ms"], ["noisy"]]
+    assert found["half"][1:] == [
+        ["+ alds", "≤ 50.0 %", "143.1 kB", "0.223 ms", "1.52 ms"],
+        ["0.214 to"],
+        ["0.243 ms"],
+        ["noisy"],
+    ]
     assert found["tiny"][1] == ["≤ 25.0 %", "≤ 40.0 %", "72.7 kB", "0.144 ms", "0.850 ms"]
     assert found["edge"][1] == ["+ alds", "≥ 95.2 %", "≤ 50.0 %", "143.1 kB", "≤ 60.0 %", "1.52 ms"]
-    assert found["nano"][1:] == [["≤ 63.0 %", "0.180 ms", "≤ 40.0 %"], ["105.1 kB", "1.16 ms"]]
+    assert found["nano"][1:] == [
+        ["≤ 63.0 %", "0.180 ms", "≤ 40.0 %"],
+        ["105.1 kB", "0.173 to", "1.16 ms"],
+        ["0.197 ms"],
+    ]
+    assert "0.396 to" in text  # the teacher's
     assert found["dust"][1] == ["≥ 96.7 %", "≤ 1,000"]
     assert "predicted" in text
     assert 'mlflow.pytorch.load_model("models:/digits@edge")' in text
@@ -132,6 +143,18 @@ def test_result_of_a_search_without_latency(terminal: io.StringIO) -> None:
         ["half", "itpruner", "95.1 %", "95.1 %", "49.8 %", "44.8 %", "45.8 %"],
         ["≤ 50.0 %", "145.4 kB"],
     ]
+
+
+def test_a_latency_within_the_spread_is_not_called_another(terminal: io.StringIO) -> None:
+    full = results.search()
+    close = replace(full.candidates[0], timings={"cpu-1": Timing(results.times(0.4, 3.0)["cpu-1"], {})})
+    apart = replace(full.candidates[5], timings={"cpu-1": Timing(results.times(0.35, 3.0)["cpu-1"], {})})
+    budgets = [replace(full.budgets[0], winner=close), replace(full.budgets[1], winner=apart)]
+    console.show_result(replace(full, budgets=budgets, candidates=[close, apart]), None)
+    assert terminal.getvalue().count("as the teacher") == 1
+    assert "medians that lie in each other's spans are not told apart" in " ".join(terminal.getvalue().split())
+    console.show_figures(FIGURES | {"latency_ms": results.times(0.4, 1.5)})
+    assert "0.400 ms, 0.384 to 0.436 ms (as the teacher, 0.412 ms)" in terminal.getvalue()
 
 
 def test_only_the_first_device_is_shown_where_no_budget_limits_latency(terminal: io.StringIO) -> None:
@@ -189,7 +212,7 @@ def test_figures_of_a_compression_stand_beside_their_limits(terminal: io.StringI
     for piece in (
         "6.00M (48.0 %), limit 6.25M",
         "1.7 points, limit 2.0 points",
-        "0.206 ms (50.0 % of 0.412 ms), limit 0.250 ms",
+        "0.206 ms, 0.198 to 0.225 ms (50.0 % of 0.412 ms)",
         "predicted latency on nano",
         "95.5 % (teacher 97.2 %)",
     ):
@@ -223,7 +246,8 @@ def test_measured_latency_stands_beside_what_the_search_wrote_down(terminal: io.
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     assert ["now", "0.200 ms", "0.215 ms", "0.310 ms"] in lines
     assert ["in the search", "0.190 ms", "0.206 ms", "0.220 ms"] in lines
-    assert "The median now is 104.4 % of the search's, at the speed the teacher had then." in text
+    told = "The median now is 104.4 % of the search's, at the speed the teacher had then, which is within the spread of"
+    assert told in " ".join(text.split())
     assert ["its teacher now", "0.380 ms", "0.400 ms", "0.420 ms"] in lines
     assert text.count("Noisy") == 1
     assert "Noisy now: after all repeats the median lay 12.0 % above the fastest call." in text

@@ -15,6 +15,7 @@ import torch
 from search.spec import reading
 from search.workload import loading
 from tests.support.commands import Ended, Run, compress, write
+from tests.test_architecture import ROOT
 
 
 def test_check_says_what_every_method_reaches(run: Run, tmp_path: Path) -> None:
@@ -114,6 +115,15 @@ def test_help_needs_nothing(run: Run) -> None:
     assert ended.code == 0
     for command in ("check", "search", "frontier", "compress"):
         assert command in ended.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv[1:] = ['--help']; from search.cli.main import main\n"
+        "try: main()\nfinally: print(*{'torch', 'ray', 'mlflow', 'numpy', 'pydantic', 'yaml'} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.splitlines()[-1] == ""
 
 
 def test_compress_takes_a_chain_as_a_spec_writes_it(run: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from methods.network import profile
 from methods.pipeline import WorkerInputs
 from methods.training import Samples, top1
 from search.devices.programs import Exporter, program
-from search.export import ExportError, onnx_program, parity
+from search.export import ExportError, onnx_program, parity, timed_onnx
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -47,6 +47,46 @@ def test_onnx_gives_what_the_module_gives_at_any_batch_size(
     onnx.checker.check_model(onnx.load_from_string(written))
 
 
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+def test_a_file_that_is_timed_is_made_by_a_trace(
+    build: Callable[[], nn.Module], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    monkeypatch.setattr("search.export.onnx_program", None)
+    written = timed_onnx(model, IMAGES[:1])
+    assert capfd.readouterr() == ("", "")
+    for batch in (1, 2, 5):
+        assert parity(model, written, IMAGES[:batch]) < 1e-5
+
+
+class Choosy(nn.Module):
+    """Branches on the values of its images, which no exporter can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3))
+        return pooled if float(pooled.sum()) > 0 else -pooled
+
+
+class Restless(nn.Module):
+    """Gives other outputs at every second call, while a trace gives those of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.mean((2, 3)) + self.calls % 2
+
+
+@pytest.mark.parametrize("model", [Choosy(), Restless()], ids=["a branch", "other outputs"])
+def test_the_other_way_takes_over_where_a_trace_is_not_the_network(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.export.onnx_program", lambda model, example: b"the other way")
+    assert timed_onnx(model.eval(), IMAGES) == b"the other way"
+
+
 def test_parity_is_relative_to_the_largest_output() -> None:
     model = NETWORKS["plain"]()
     written = onnx_program(model, IMAGES)
@@ -59,14 +99,6 @@ def test_parity_is_relative_to_the_largest_output() -> None:
     with torch.no_grad():
         cast(nn.Linear, model[-1]).bias += float("nan")
     assert not parity(model, written, IMAGES) <= 1e-4
-
-
-class Choosy(nn.Module):
-    """Branches on the values of its images, which no exporter can follow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3))
-        return pooled if float(pooled.sum()) > 0 else -pooled
 
 
 def test_what_cannot_be_written_says_why() -> None:

@@ -160,9 +160,14 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def searched(tmp_path: Path, empty: Path) -> Search:
-    (tmp_path / "things.py").write_text(THINGS)
-    shutil.copy(empty, tmp_path / "paredown.db")
-    wanted = reading.parse(SPEC, folder=tmp_path)
+    return begun(tmp_path, empty)
+
+
+def begun(folder: Path, database: Path) -> Search:
+    """A search without a trial, in the current folder."""
+    (folder / "things.py").write_text(THINGS)
+    shutil.copy(database, folder / "paredown.db")
+    wanted = reading.parse(SPEC, folder=folder)
     made = loading.load(wanted, quiet)
     test = Counted(made.splits.test)
     made = replace(made, splits=replace(made.splits, test=test))
@@ -274,6 +279,8 @@ def test_a_frontier_member_that_wins_nothing_is_stored_too(searched: Search) -> 
     assert {one.run_id for one in _winners(searched)} == {best}
     stored = {run_id for run_id in (best, cheap, beaten) if Models(searched.record.client).stored(run_id)}
     assert stored == {best, cheap}
+    assert Models(searched.record.client).onnx_uri(best)
+    assert Models(searched.record.client).onnx_uri(cheap) is None  # only what is registered needs it
 
 
 def test_a_better_model_of_another_search_keeps_the_alias(searched: Search) -> None:

@@ -131,6 +131,17 @@ def test_both_programs_say_what_the_student_says(store: Store) -> None:
     assert models.store(run_id, student, IMAGES) == uri
 
 
+def test_a_model_stored_without_onnx_gets_it_when_it_wins(store: Store) -> None:
+    run_id, models = store.run(), store.models
+    uri = models.store(run_id, Net(), IMAGES, with_onnx=False)
+    assert store.listed(run_id) == {"model": uri}
+    assert models.is_stored(run_id, with_onnx=False)
+    assert not models.is_stored(run_id, with_onnx=True)
+    assert models.store(run_id, Net(), IMAGES) == uri
+    assert store.listed(run_id) == {"model": uri, "onnx": models.onnx_uri(run_id)}
+    assert models.is_stored(run_id, with_onnx=True)
+
+
 def test_a_stored_program_that_somebody_changed_is_refused_and_runs_nothing(store: Store, tmp_path: Path) -> None:
     uri = store.models.store(store.run(), Net(), IMAGES)
     place = Path(connect(store.uri).get_logged_model(uri.rpartition("/")[2]).artifact_location.removeprefix("file://"))
