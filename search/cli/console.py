@@ -29,8 +29,8 @@ from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
 
-SILENCE_S = 2.5
-"""Seconds between two looks whether a log was silent: it is for less than two of them."""
+SILENCE_S = 5.0
+"""Seconds between two looks whether a log was silent."""
 
 
 @contextmanager
@@ -60,12 +60,14 @@ def bars(*, hidden: bool) -> Iterator[Report]:
 def _line_report() -> Iterator[Report]:
     """Write a line when a stage first begins and ends and when a trial has ended, since a log keeps every line.
 
-    While a stage other than the trials is silent for long, its latest line is written too.
+    While a stage other than the trials writes nothing for long, its latest line is written if it is a new one.
     """
     written: set[tuple[str, int]] = set()
-    latest, has_spoken, is_over = "", False, Event()
+    latest, last, has_spoken, is_over = "", "", False, Event()
 
     def write(line: str) -> None:
+        nonlocal last
+        last = line
         print(f"{datetime.now():%H:%M:%S} {line}".rstrip(), file=sys.stderr, flush=True)
 
     def report(stage: str, done: int, total: int, note: str) -> None:
@@ -81,7 +83,7 @@ def _line_report() -> Iterator[Report]:
     def break_silence() -> None:
         nonlocal has_spoken
         while not is_over.wait(SILENCE_S):
-            if latest and not has_spoken:
+            if latest not in ("", last) and not has_spoken:
                 write(latest)
             has_spoken = False
 
