@@ -29,7 +29,7 @@ from search.units import TOP1, Scale, count, milliseconds, percent, size
 
 out = Console()
 
-SILENCE_S = 5.0
+SILENCE_S = 10.0
 """Seconds between two looks whether a log was silent."""
 
 

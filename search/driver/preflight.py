@@ -165,7 +165,7 @@ def _method_reach(prepared: Prepared, name: str) -> MethodReach:
         limit = {cost: 1}
         nothing = Budget("nothing", limit.get("macs"), limit.get("params"), channels)
         try:
-            plan = prepared.fitter.planner.plan(name, nothing, untried(name))
+            plan = prepared.fitter.planner.plan(name, nothing, untried(defaults(named(name))))
             least[cost] = getattr(plan, cost)
         except Infeasible as error:
             least[cost] = error.least[cost]

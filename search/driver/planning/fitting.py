@@ -14,7 +14,8 @@ from torch import nn
 
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
-from methods.chain import Chain, share_knob
+from methods.chain import AUTO, Chain, share_knob
+from methods.protocol import defaults
 from search.devices.programs import Student
 from search.devices.stopwatch import Stopwatch
 from search.driver.planning.bracket import Bracket, Point
@@ -33,6 +34,9 @@ PLANS, CHAIN_PLANS = 10, 5
 
 ROOM = 0.9
 """A student that takes less than this share of its limit is worth another round."""
+
+MOST = 0.9
+"""The share of the cut that a chain's first link takes where half is too slow."""
 
 DOUBT = 0.25
 """The share by which predictions for a device that is there may be too high. On a ResNet-14 it was up to 16 %."""
@@ -84,17 +88,20 @@ class Fitter:
     def reachable(self, method: str, target: Target) -> Plan | str:
         """Return a plan of a method with default knobs that is predicted to meet a budget, or why there is none.
 
-        No student is measured. As predictions err, a plan that is a little over a limit on latency is given too. A
-        chain is asked with its first link taking half of the cut, and then most of it: no share is tried.
+        No student is measured. As predictions err, a plan that is a little over a limit on latency is given too.
         """
-        found, usual = named(method), untried(method)
-        if not isinstance(found, Chain):
-            return self._predicted(Request(method, target, usual))
-        plan = self._predicted(Request(method, target, usual))
-        if isinstance(plan, Plan):
-            return plan
-        most = self._predicted(Request(method, target, usual | {share_knob(found.links[0]): 0.9}))
-        return most if isinstance(most, Plan) else plan
+        return self._predicted(self._without_tries(Request(method, target, defaults(named(method)))))
+
+    def _without_tries(self, request: Request) -> Request:
+        """Return the request with the shares set that were to be tried: half of the cut for each link of a chain.
+
+        Where that is not predicted to meet the limits and most of it for the first link is, it is the latter.
+        """
+        chain, half = named(request.method), replace(request, knobs=untried(request.knobs))
+        if not isinstance(chain, Chain) or request.knobs[share_knob(chain.links[0])] != AUTO:
+            return half
+        most = replace(half, knobs={**half.knobs, share_knob(chain.links[0]): MOST})
+        return most if isinstance(self._predicted(half), str) and isinstance(self._predicted(most), Plan) else half
 
     def least_latency(self, method: str, budget: Budget, devices: Sequence[str]) -> dict[str, float]:
         """Return the predicted milliseconds, by device, of the plan of a method for `budget` with default knobs.
@@ -102,18 +109,20 @@ class Fitter:
         Raises:
             MethodError: it has no plan for it.
         """
-        student = built(self.planner.plan(method, budget, untried(method)), self.teacher)
+        student = built(self.planner.plan(method, budget, untried(defaults(named(method)))), self.teacher)
         return {device: self.stopwatch.predict(student, device) for device in devices}
 
     def _pursue(self, request: Request) -> Pursuit:
         """Close in on the plan of most MACs that meets every limit.
 
+        Where latency is limited no share is tried: each would take a pursuit of its own.
+
         Raises:
             MethodError: there is none.
         """
-        sized = SizedPlans(request, self.planner, self.teacher)
         if request.target.latency_ms is None:
-            return sized.largest(), 0
+            return SizedPlans(request, self.planner, self.teacher).largest(), 0
+        sized = SizedPlans(self._without_tries(request), self.planner, self.teacher)
         bracket = Bracket.below(sized.most_macs, self.planner.macs, request.target.latency_ms)
         error, rounds, is_exhausted = None, 0, False
         try:

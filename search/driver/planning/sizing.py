@@ -12,7 +12,6 @@ from methods import named
 from methods.base import Budget, Infeasible, KnobValue, Plan
 from methods.chain import AUTO
 from methods.pipeline import size_bytes
-from methods.protocol import defaults
 from search.driver.planning.planner import Planner, refusing
 from search.spec.targets import Target
 from search.units import size
@@ -104,9 +103,9 @@ class SizedPlans:
         )
 
 
-def untried(method: str) -> dict[str, KnobValue]:
-    """Return every knob of a method at its default, for a plan that need not be the best: no share is tried for it."""
-    return {name: 0.5 if value == AUTO else value for name, value in defaults(named(method)).items()}
+def untried(knobs: Mapping[str, KnobValue]) -> dict[str, KnobValue]:
+    """Return knobs with one half for every share that was to be tried."""
+    return {name: 0.5 if value == AUTO else value for name, value in knobs.items()}
 
 
 def built(plan: Plan, teacher: nn.Module) -> nn.Module:

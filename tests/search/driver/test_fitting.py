@@ -67,7 +67,7 @@ class Shop:
     ) -> Request:  # fmt: skip
         given = {"macs": macs, "params": params, "size_bytes": size_bytes, latency_on("edge"): ms}
         limits = Limits({cost: limit for cost, limit in given.items() if limit is not None})
-        return Request(method, Target("tight", limits, "edge", channels=4), untried(method))
+        return Request(method, Target("tight", limits, "edge", channels=4), untried(defaults(named(method))))
 
 
 @pytest.fixture(scope="module")
