@@ -7,7 +7,7 @@ built and measured, and the prediction's limit is moved by as much as it was wro
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 from torch import nn
@@ -58,6 +58,7 @@ class Fitter:
     stopwatch: Stopwatch
     teacher: nn.Module
     times_all: bool = True
+    _first_shares: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def fit(self, requests: Sequence[Request]) -> list[Fitted | MethodError]:
         """Return a plan for each request, or why there is none.
@@ -95,13 +96,19 @@ class Fitter:
     def _without_tries(self, request: Request) -> Request:
         """Return the request with the shares set that were to be tried: half of the cut for each link of a chain.
 
-        Where that is not predicted to meet the limits and most of it for the first link is, it is the latter.
+        Where that is not predicted to meet the limits and most of it for the first link is, it is the latter. That is
+        found once per chain and budget, with default knobs.
         """
-        chain, half = named(request.method), replace(request, knobs=untried(request.knobs))
+        chain, knobs = named(request.method), untried(request.knobs)
         if not isinstance(chain, Chain) or request.knobs[share_knob(chain.links[0])] != AUTO:
-            return half
-        most = replace(half, knobs={**half.knobs, share_knob(chain.links[0]): MOST})
-        return most if isinstance(self._predicted(half), str) and isinstance(self._predicted(most), Plan) else half
+            return replace(request, knobs=knobs)
+        place = request.method, request.target.name
+        if place not in self._first_shares:
+            usual = replace(request, knobs=untried(defaults(chain)))
+            most = replace(usual, knobs={**usual.knobs, share_knob(chain.links[0]): MOST})
+            is_slow = isinstance(self._predicted(usual), str) and isinstance(self._predicted(most), Plan)
+            self._first_shares[place] = MOST if is_slow else 0.5
+        return replace(request, knobs={**knobs, share_knob(chain.links[0]): self._first_shares[place]})
 
     def least_latency(self, method: str, budget: Budget, devices: Sequence[str]) -> dict[str, float]:
         """Return the predicted milliseconds, by device, of the plan of a method for `budget` with default knobs.
