@@ -113,6 +113,14 @@ def check_budgets(value: object) -> object:
     return tuple(value)
 
 
+def check_keep(value: object) -> object:
+    """A list of names as a tuple. Raises a ValueError if it is none, or repeats one."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{quoted(value)} is no list of layers; write one, such as [head, 'stem.*']")
+    _check_once(value, "layer")
+    return tuple(value)
+
+
 def check_alias(value: object) -> object:
     """Refuse what MLflow's registry keeps for itself. Raises a ValueError."""
     if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):

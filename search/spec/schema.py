@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -19,6 +20,7 @@ from search.spec.checks import (
     check_channels,
     check_deviation,
     check_gpus,
+    check_keep,
     check_methods,
     check_model_name,
     check_range,
@@ -61,18 +63,22 @@ WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """The endings of files of weights; all but the first may hold pickles."""
 
 
+def _is_none(value: object) -> bool:
+    """Whether a key was not given: records older than the key lack it, and equal those that leave it out."""
+    return value is None
+
+
 class ModelSpec(_Strict):
-    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
+    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo).
+
+    `keep` names modules, or patterns of names, that no method may change.
+    """
 
     source: Literal["zoo", "torchvision", "factory", "mlflow"]
     name: Text
     weights: Text | None = None
     args: Arguments = {}
-
-
-def _is_none(value: object) -> bool:
-    """Whether a key was not given: records older than the key lack it, and equal those that leave it out."""
-    return value is None
+    keep: Annotated[tuple[Text, ...], BeforeValidator(check_keep), Field(exclude_if=operator.not_)] = ()
 
 
 class DataSpec(_Strict):

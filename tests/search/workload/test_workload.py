@@ -330,8 +330,11 @@ def test_the_fingerprint_changes_with_the_teacher_and_the_data(folder: Path) -> 
         load(folder, factory(args={"width": 5})),
         load(folder, factory(), data=tiny_data(count=61)),
         load(folder, factory(), data=tiny_data() | {"seed": 1}),
+        load(folder, factory(keep=["4"])),
+        load(folder, factory(keep=["0"])),
     ]
-    assert len({found.fingerprint for found in (first, *others)}) == 4
+    assert len({found.fingerprint for found in (first, *others)}) == 6
+    assert load(folder, factory(keep=[])).fingerprint == first.fingerprint
     with torch.no_grad():
         first.teacher[-1].bias[0] += 1e-6
     assert loading.fingerprint(first.teacher, first.splits) != first.fingerprint
