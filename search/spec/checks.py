@@ -121,6 +121,15 @@ def check_keep(value: object) -> object:
     return tuple(value)
 
 
+def check_output(value: object) -> object:
+    """Refuse what names no output. Raises as `check_text` does."""
+    if isinstance(value, str):
+        return check_text(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{quoted(value)} is no output; write a name, such as logits, or a place, such as 0")
+    return value
+
+
 def check_alias(value: object) -> object:
     """Refuse what MLflow's registry keeps for itself. Raises a ValueError."""
     if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):

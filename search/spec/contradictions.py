@@ -106,7 +106,11 @@ SOURCES = {
     for section, fields in {"model": ModelSpec.model_fields, "data": DataSpec.model_fields}.items()
 }
 USED_BY = {
-    "model": {"weights": ("zoo", "torchvision", "factory"), "args": ("torchvision", "factory")},
+    "model": {
+        "weights": ("zoo", "torchvision", "factory"),
+        "args": ("torchvision", "factory"),
+        "output": ("torchvision", "factory", "mlflow"),
+    },
     "data": {"name": ("factory",), "args": ("factory",), "root": ("imagefolder", "fashion-mnist")},
 }
 """The sources that use a key of a section; every other key is used by all."""

@@ -23,6 +23,7 @@ from search.spec.checks import (
     check_keep,
     check_methods,
     check_model_name,
+    check_output,
     check_range,
     check_resources,
     check_store,
@@ -71,13 +72,15 @@ def _is_none(value: object) -> bool:
 class ModelSpec(_Strict):
     """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo).
 
-    `keep` names modules, or patterns of names, that no method may change.
+    Of a network that returns several, `output` names the one that counts. `keep` names modules, or patterns of names,
+    that no method may change.
     """
 
     source: Literal["zoo", "torchvision", "factory", "mlflow"]
     name: Text
     weights: Text | None = None
     args: Arguments = {}
+    output: Annotated[str | int | None, BeforeValidator(check_output), Field(exclude_if=_is_none)] = None
     keep: Annotated[tuple[Text, ...], BeforeValidator(check_keep), Field(exclude_if=operator.not_)] = ()
 
 

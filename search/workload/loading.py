@@ -20,6 +20,7 @@ from search.spec.schema import DataSpec
 from search.workload import sources
 from search.workload.forms import freed, protect
 from search.workload.judging import answers, check_metric, warn_of
+from search.workload.outputs import OneOutput
 from search.workload.pictures import check_pictures, preparation
 from search.workload.samples import Arrays, Pictures, ResizedSamples, unlabelled
 from search.workload.splits import Splits, answered, check_stable, split
@@ -73,7 +74,8 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
     metric = _metric(spec)
-    teacher = load_teacher(spec, splits, report, fit=fit).eval()
+    teacher = load_teacher(spec, splits, report, fit=fit)
+    teacher = (teacher if spec.model.output is None else OneOutput(teacher, spec.model.output)).eval()
     freed(teacher, report)
     protect(teacher, spec.model.keep)
     check_teacher(teacher, _first_and_last(splits), splits.classes)

@@ -20,6 +20,8 @@ from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights, outputs_of
 from search.workload.forms import unwrapped
+from search.workload.outputs import outputs_of as parts_of
+from search.workload.outputs import told
 from search.workload.splits import Splits
 from search.workload.usercode import blaming, call_factory, importable
 
@@ -188,10 +190,10 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         logits = model(images.clone())
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits
-    what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    advice = "name them as model.output, or return them alone" if parts_of(logits) else "return them"
     raise WorkloadError(
-        f"{mode}, the network returned {what} for inputs of shape {tuple(images.shape)}; expected logits (n, classes); "
-        "return them alone, or wrap the network in a module that does"
+        f"{mode}, the network returned {told(logits)} for inputs of shape {tuple(images.shape)}; expected logits "
+        f"(n, classes); {advice}"
     )
 
 

@@ -191,6 +191,8 @@ budgets:
         ("data: {source: imagefolder}", "data.root: missing"),
         ("model: {source: zoo, name: resnet8, keep: head}", "model.keep: 'head' is no list of layers; write one, such"),
         ("model: {source: zoo, name: resnet8, keep: [a, a]}", "model.keep: layer a given twice; name each once"),
+        ("model: {source: factory, name: 'a:b', output: -1}", "model.output: -1 is no output; write a name, such as"),
+        ("model: {source: zoo, name: resnet8, output: a}", "model.output: source 'zoo' does not use it, only torchvis"),
         ("devices: {}", "devices: empty"),
         ("budgets: [{name: a, macs: 1M}, {name: a, macs: 2M}]", "budget a given twice"),
     ],
