@@ -208,7 +208,7 @@ def check_args(value: Any) -> Any:
 
 
 def check_builder(args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Refuse an argument for torchvision's builders that no network has the memory for. Raises a ValueError."""
+    """Refuse a builder's argument, torchvision's or timm's, that no network has memory for. Raises a ValueError."""
     for name, value in args.items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not abs(one) <= MOST_ARGUMENT:

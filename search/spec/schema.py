@@ -70,13 +70,13 @@ def _is_none(value: object) -> bool:
 
 
 class ModelSpec(_Strict):
-    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo).
+    """The teacher's source. `weights`: a weight file, a torchvision enum, `train` (zoo) or `pretrained` (timm).
 
     Of a network that returns several, `output` names the one that counts. `keep` names modules, or patterns of names,
     that no method may change.
     """
 
-    source: Literal["zoo", "torchvision", "factory", "mlflow"]
+    source: Literal["zoo", "torchvision", "timm", "factory", "mlflow"]
     name: Text
     weights: Text | None = None
     args: Arguments = {}
@@ -88,8 +88,8 @@ class DataSpec(_Strict):
     """The source of images and their split. `seed` is the split's own, so it outlives a change of search.
 
     A folder's pictures are resized to `resize`, cropped to `crop` (which is `size` by default) and normalised by `mean`
-    and `std`; or all of that is as torchvision prepares images for the weights `preset`. Without `labels` the source
-    has none, or they are not read: the teacher's own answers take their place.
+    and `std`; or all of that is as torchvision or timm prepares images for the weights `preset`. Without `labels` the
+    source has none, or they are not read: the teacher's own answers take their place.
     """
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]

@@ -1,8 +1,9 @@
-"""The teacher: from the zoo, torchvision, a factory or the registry, and checked before anything is spent on it."""
+"""The teacher: of the zoo, torchvision, timm, a factory or the registry, and checked before anything is spent on it."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         return _zoo_teacher(spec, splits, report, fit=fit)
     if model.source == "torchvision":
         return _torchvision_teacher(spec, report)
+    if model.source == "timm":
+        return _timm_teacher(spec, report)
     if model.source == "mlflow":
         return unwrapped(_mlflow_teacher(model, spec), report)
     teacher = call_factory(model.name, model.args, spec.folder)
@@ -120,6 +123,26 @@ def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
     return _load_weights(teacher, spec, report) if is_file else teacher
+
+
+def _timm_teacher(spec: SearchSpec, report: Report) -> nn.Module:
+    model, timm = spec.model, zoo.imported_timm()
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0)
+        raise WorkloadError(
+            f"timm has no network {model.name!r}; expected a name from timm.list_models(), such as {', '.join(near)}; "
+            "correct model.name"
+        )
+    is_pretrained = model.weights == "pretrained"
+    try:
+        teacher: nn.Module = timm.create_model(model.name, pretrained=is_pretrained, **model.args)
+    except Exception as error:
+        advice = "model.args" + (", or give a file of weights: timm loads its own from the network" * is_pretrained)
+        raise WorkloadError(
+            f"timm could not make {model.name}: {type(error).__name__}: {one_line(error)}; expected arguments that it "
+            f"takes, such as num_classes and in_chans; correct {advice}"
+        ) from error
+    return teacher if is_pretrained else _load_weights(teacher, spec, report)
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:

@@ -193,6 +193,11 @@ budgets:
         ("model: {source: zoo, name: resnet8, keep: [a, a]}", "model.keep: layer a given twice; name each once"),
         ("model: {source: factory, name: 'a:b', output: -1}", "model.output: -1 is no output; write a name, such as"),
         ("model: {source: zoo, name: resnet8, output: a}", "model.output: source 'zoo' does not use it, only torchvis"),
+        (
+            "model: {source: timm, name: a, weights: train}",
+            "model.weights: only source 'zoo' trains its networks; give",
+        ),
+        ("model: {source: zoo, name: a, weights: pretrained}", "model.weights: only source 'timm' has pretrained ones"),
         ("devices: {}", "devices: empty"),
         ("budgets: [{name: a, macs: 1M}, {name: a, macs: 2M}]", "budget a given twice"),
     ],
