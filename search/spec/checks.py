@@ -125,7 +125,7 @@ def check_output(value: object) -> object:
     """Refuse what names no output. Raises as `check_text` does."""
     if isinstance(value, str):
         return check_text(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise ValueError(f"{quoted(value)} is no output; write a name, such as logits, or a place, such as 0")
     return value
 

@@ -32,18 +32,26 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
     model = spec.model
     if model.source == "zoo":
         return _zoo_teacher(spec, splits, report, fit=fit)
-    if model.source == "torchvision":
-        return _torchvision_teacher(spec, report)
-    if model.source == "timm":
-        return _timm_teacher(spec, report)
     if model.source == "mlflow":
         return unwrapped(_mlflow_teacher(model, spec), report)
-    teacher = call_factory(model.name, model.args, spec.folder)
-    if not isinstance(teacher, nn.Module):
+    teacher = built(model, spec.folder)
+    teacher = unwrapped(teacher, report) if model.source == "factory" else teacher
+    is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
+    return _load_weights(teacher, spec, report) if is_file or model.source == "factory" else teacher
+
+
+def built(model: ModelSpec, folder: str) -> nn.Module:
+    """Build the network of torchvision, of timm or of a factory, with the weights that it comes with by itself."""
+    if model.source == "torchvision":
+        return _torchvision_network(model)
+    if model.source == "timm":
+        return _timm_network(model)
+    network = call_factory(model.name, model.args, folder)
+    if not isinstance(network, nn.Module):
         raise WorkloadError(
-            f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
+            f"the model factory {model.name} returned {type(network).__name__}; expected a torch.nn.Module; return one"
         )
-    return _load_weights(unwrapped(teacher, report), spec, report)
+    return network
 
 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -105,10 +113,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
     safetensors.torch.save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, path)
 
 
-def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
+def _torchvision_network(model: ModelSpec) -> nn.Module:
     import torchvision
 
-    model = spec.model
     if model.name not in torchvision.models.list_models(module=torchvision.models):
         raise WorkloadError(
             f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models(); "
@@ -116,17 +123,16 @@ def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
         )
     is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
     try:
-        teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
+        return torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
             f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
-    return _load_weights(teacher, spec, report) if is_file else teacher
 
 
-def _timm_teacher(spec: SearchSpec, report: Report) -> nn.Module:
-    model, timm = spec.model, zoo.imported_timm()
+def _timm_network(model: ModelSpec) -> nn.Module:
+    timm = zoo.imported_timm()
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0)
         raise WorkloadError(
@@ -135,14 +141,14 @@ def _timm_teacher(spec: SearchSpec, report: Report) -> nn.Module:
         )
     is_pretrained = model.weights == "pretrained"
     try:
-        teacher: nn.Module = timm.create_model(model.name, pretrained=is_pretrained, **model.args)
+        network: nn.Module = timm.create_model(model.name, pretrained=is_pretrained, **model.args)
     except Exception as error:
         advice = "model.args" + (", or give a file of weights: timm loads its own from the network" * is_pretrained)
         raise WorkloadError(
             f"timm could not make {model.name}: {type(error).__name__}: {one_line(error)}; expected arguments that it "
             f"takes, such as num_classes and in_chans; correct {advice}"
         ) from error
-    return teacher if is_pretrained else _load_weights(teacher, spec, report)
+    return network
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
