@@ -19,6 +19,8 @@ class OneOutput(nn.Module):
     Both share their parts, so that every layer and every weight has the name that it has in `network`.
     """
 
+    _network: nn.Module
+
     def __init__(self, network: nn.Module, output: str | int) -> None:
         super().__init__()
         self.__dict__ |= {register: network.__dict__[register] for register in REGISTERS}
@@ -63,7 +65,8 @@ def outputs_of(found: object) -> dict[str | int, object]:
     if isinstance(found, Mapping):
         return dict(found)
     if isinstance(found, tuple | list):
-        return dict(enumerate(found)) | dict(zip(getattr(found, "_fields", ()), found, strict=False))
+        places: dict[str | int, object] = dict(enumerate(found))
+        return places | dict(zip(getattr(found, "_fields", ()), found, strict=False))
     return {}
 
 

@@ -36,8 +36,13 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
         return unwrapped(_mlflow_teacher(model, spec), report)
     teacher = built(model, spec.folder)
     teacher = unwrapped(teacher, report) if model.source == "factory" else teacher
-    is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
-    return _load_weights(teacher, spec, report) if is_file or model.source == "factory" else teacher
+    has_its_own = model.weights == "pretrained" if model.source == "timm" else _is_enum(model)
+    return teacher if has_its_own else _load_weights(teacher, spec, report)
+
+
+def _is_enum(model: ModelSpec) -> bool:
+    """Whether `weights` are torchvision's own, which come with the network."""
+    return model.source == "torchvision" and Path(model.weights or "").suffix not in WEIGHT_FILES
 
 
 def built(model: ModelSpec, folder: str) -> nn.Module:
@@ -121,14 +126,15 @@ def _torchvision_network(model: ModelSpec) -> nn.Module:
             f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models(); "
             "correct model.name"
         )
-    is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
     try:
-        return torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
+        weights = model.weights if _is_enum(model) else None
+        network: nn.Module = torchvision.models.get_model(model.name, weights=weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
             f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
+    return network
 
 
 def _timm_network(model: ModelSpec) -> nn.Module:

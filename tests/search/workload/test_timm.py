@@ -54,6 +54,9 @@ def test_what_timm_has_not_is_told(folder: Path) -> None:
     assert "timm has no network 'resnet10tt'; expected a name from timm.list_models(), such as resnet10t, " in refused(
         folder, timm("resnet10tt"), data=IMAGES
     )
+    assert "no weights at " in refused(
+        folder, timm("resnet10t", args={"num_classes": 3, "in_chans": 1}, weights="IMAGENET1K"), data=IMAGES
+    )
     assert "timm could not make resnet10t: TypeError: " in refused(
         folder, timm("resnet10t", args={"colour": 1}), data=IMAGES
     )
