@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from methods.base import Unsupported
 from methods.network.graph import UNTRACEABLE, graph_of
+from methods.network.keeping import KEPT, is_kept
 
 NARROWEST = 8
 """Fewest channels a gate reads or decides about."""
@@ -156,7 +157,9 @@ class _Finder:
         chain = self._chain(node)
         depthwise = 1 < conv.groups == conv.in_channels == conv.out_channels
         obstacle = self._obstacle(node, conv, chain)
-        if depthwise and source >= 0 and not self._is_repeated(node):
+        if any(part.op == "call_module" and is_kept(self.modules[str(part.target)]) for part in chain):
+            self.skipped[str(node.target)] = KEPT
+        elif depthwise and source >= 0 and not self._is_repeated(node):
             self._add(node, conv, chain, hidden=0, gate=source, source=source)
         elif obstacle:
             self.skipped[str(node.target)] = obstacle

@@ -1,8 +1,9 @@
 """A network as rows, channel groups and a graph, and the cut.
 
 Read `profile` first, which writes the `rows` and `groups`; then `counting`, `reading` (weights used past their layer),
-`coupling` (which channels go together), `proof` (by a trial cut), `widths` (how narrow a group may get), `cut`, `graph`
-(a traced network) and `reach` (the error of a budget that no plan meets).
+`keeping` (the modules that a user protects), `coupling` (which channels go together), `proof` (by a trial cut),
+`widths` (how narrow a group may get), `cut`, `graph` (a traced network) and `reach` (the error of a budget that no plan
+meets).
 """
 
 from methods.network.counting import count_macs, count_params

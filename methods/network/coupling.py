@@ -35,7 +35,7 @@ def find_groups(
 
     Every convolution and linear layer that the network's output depends on produces one group, with a reason in
     `fixed` where its channels cannot be cut. The channels of the network's input are in none. `example` is
-    `(n, c, h, w)`; one input of it is used. `elsewhere` says by name why layers must keep their parameters.
+    `(n, c, h, w)`; one input of it is used. `elsewhere` says by name why modules must keep their parameters.
     `tell` hears how far torch-pruning is.
 
     Source: torch-pruning's dependency graph (DepGraph: Fang et al., CVPR 2023).

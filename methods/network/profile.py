@@ -19,6 +19,7 @@ from methods.base import Tell, Unsupported, untold
 from methods.hooks import hooked, only_input
 from methods.network.counting import count_macs, count_params, fastpath_off
 from methods.network.coupling import find_groups
+from methods.network.keeping import kept
 from methods.network.proof import proved
 from methods.network.reading import read_elsewhere
 from methods.network.rows import Layer, Profile
@@ -34,7 +35,8 @@ def profile(model: nn.Module, example: Tensor, tell: Tell = untold) -> Profile:
     calls, blocks = _trace(model, example[:1])
     if not calls:
         raise Unsupported("the network runs no Conv2d and no Linear layer, so there is nothing to compress")
-    elsewhere = read_elsewhere(model, example)
+    protected = kept(model)
+    elsewhere = read_elsewhere(model, example) | protected
     held = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     groups = find_groups(model, example, elsewhere, tell)
     group_of = {m.module: group.name for group in groups for m in group.members if m.axis == "out"}
@@ -43,7 +45,7 @@ def profile(model: nn.Module, example: Tensor, tell: Tell = untold) -> Profile:
             _row(name, module, calls[name]),
             group=group_of.get(name),
             block=_innermost(name, blocks),
-            whole=_own_weight(module, held) or elsewhere.get(name),
+            whole=protected.get(name) or _own_weight(module, held) or elsewhere.get(name),
         )
         for name, module in model.named_modules()
         if name in calls

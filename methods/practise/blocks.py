@@ -25,6 +25,7 @@ from methods.network.graph import (
     replaced,
     shares_weights,
 )
+from methods.network.keeping import KEPT, kept
 
 CLOSINGS: Mapping[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6}
 """The modules that may take a block's place: the identity, or the activation that the block ends in."""
@@ -48,10 +49,11 @@ class Blocks:
 def find_blocks(model: nn.Module, example: Tensor) -> Blocks:
     """The removable blocks of `model` (left untouched) on real images `example` `(n, c, h, w)`, n >= 1.
 
-    Such a block runs once, maps one tensor to one of the same shape, shares no weight with the rest, and passes two
-    rules. Graph: a path from its input to its output holds an addition, and else nothing but activations, dropout and
-    children without weights. Numbers: with zeros from every child that has weights, it returns its input. A
-    block whose forward cannot be traced is judged by the numbers alone. Of nested blocks, the innermost count.
+    Such a block runs once, maps one tensor to one of the same shape, shares no weight with the rest, holds no module
+    that is to be kept, and passes two rules. Graph: a path from its input to its output holds an addition, and else
+    nothing but activations, dropout and children without weights. Numbers: with zeros from every child that has
+    weights, it returns its input. A block whose forward cannot be traced is judged by the numbers alone. Of nested
+    blocks, the innermost count.
 
     A block that ends in an activation is replaced by the identity where its input already has that activation's range,
     as behind another such block, and by the activation elsewhere.
@@ -155,6 +157,8 @@ def _call(inputs: tuple[object, ...], named: Mapping[str, object], output: objec
 
 
 def _verdict(model: nn.Module, module: nn.Module, calls: _Calls) -> _Verdict:
+    for name in kept(module):
+        return None, f"{name} in it is {KEPT}" if name else f"it is {KEPT}"
     given = calls[0]
     if isinstance(given, str):
         return None, given

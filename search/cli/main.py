@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from search.base import DEFAULT_STORE, FAILED, NOTHING_FITS, WRONG_INPUT, one_line
-from search.cli import jobs, serve
+from search.cli import init, jobs, serve
 from search.cli.options import AsJson, OtherStore, OtherStudies, RayAddress, SearchName, SpecFile, Store
 from search.cli.output import (
     degrade_output,
@@ -275,6 +275,7 @@ def measure(
     print_json(found) if as_json else console.show_measured(found)
 
 
+init.add(app)
 jobs.add(app)
 serve.add(app)
 

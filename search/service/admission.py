@@ -158,7 +158,7 @@ def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
 def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """A reason for each function or source of the spec that is not allowed."""
     named = {} if spec.metric.is_ours else {"metric": spec.metric.function}
-    if spec.model.source in (*SOURCES, "mlflow"):
+    if spec.model.source != "factory":
         named["model.source"] = spec.model.source
     else:
         named["model.name"] = spec.model.name

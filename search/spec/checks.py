@@ -113,6 +113,23 @@ def check_budgets(value: object) -> object:
     return tuple(value)
 
 
+def check_keep(value: object) -> object:
+    """A list of names as a tuple. Raises a ValueError if it is none, or repeats one."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{quoted(value)} is no list of layers; write one, such as [head, 'stem.*']")
+    _check_once(value, "layer")
+    return tuple(value)
+
+
+def check_output(value: object) -> object:
+    """Refuse what names no output. Raises as `check_text` does."""
+    if isinstance(value, str):
+        return check_text(value)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError(f"{quoted(value)} is no output; write a name, such as logits, or a place, such as 0")
+    return value
+
+
 def check_alias(value: object) -> object:
     """Refuse what MLflow's registry keeps for itself. Raises a ValueError."""
     if isinstance(value, str) and (value.lower() == "latest" or re.fullmatch(r"[vV][0-9]+", value)):
@@ -191,7 +208,7 @@ def check_args(value: Any) -> Any:
 
 
 def check_builder(args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Refuse an argument for torchvision's builders that no network has the memory for. Raises a ValueError."""
+    """Refuse a builder's argument, torchvision's or timm's, that no network has memory for. Raises a ValueError."""
     for name, value in args.items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not abs(one) <= MOST_ARGUMENT:

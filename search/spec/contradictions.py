@@ -106,7 +106,11 @@ SOURCES = {
     for section, fields in {"model": ModelSpec.model_fields, "data": DataSpec.model_fields}.items()
 }
 USED_BY = {
-    "model": {"weights": ("zoo", "torchvision", "factory"), "args": ("torchvision", "factory")},
+    "model": {
+        "weights": ("zoo", "torchvision", "timm", "factory"),
+        "args": ("torchvision", "timm", "factory"),
+        "output": ("torchvision", "timm", "factory", "mlflow"),
+    },
     "data": {"name": ("factory",), "args": ("factory",), "root": ("imagefolder", "fashion-mnist")},
 }
 """The sources that use a key of a section; every other key is used by all."""
@@ -126,9 +130,11 @@ def _model_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
     yield from _unused_keys("model", "model", model)
     if model.get("source") == "factory":
         yield from _function_mistakes("model.name", model.get("name"))
-    if model.get("weights") == "train" and model.get("source") in ("torchvision", "factory"):
+    if model.get("weights") == "train" and model.get("source") in ("torchvision", "timm", "factory"):
         yield "model.weights: only source 'zoo' trains its networks; give a file of weights, or leave it out"
-    if model.get("source") == "torchvision":
+    if model.get("weights") == "pretrained" and model.get("source") in ("zoo", "factory"):
+        yield "model.weights: only source 'timm' has pretrained ones; give a file of weights, or leave it out"
+    if model.get("source") in ("torchvision", "timm"):
         try:
             check_builder(_section(model, "args"))
         except ValueError as error:

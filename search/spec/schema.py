@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -19,8 +20,10 @@ from search.spec.checks import (
     check_channels,
     check_deviation,
     check_gpus,
+    check_keep,
     check_methods,
     check_model_name,
+    check_output,
     check_range,
     check_resources,
     check_store,
@@ -61,26 +64,32 @@ WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 """The endings of files of weights; all but the first may hold pickles."""
 
 
-class ModelSpec(_Strict):
-    """The teacher's source. `weights`: a .safetensors or .pt file, a torchvision enum, or `train` (zoo)."""
-
-    source: Literal["zoo", "torchvision", "factory", "mlflow"]
-    name: Text
-    weights: Text | None = None
-    args: Arguments = {}
-
-
 def _is_none(value: object) -> bool:
     """Whether a key was not given: records older than the key lack it, and equal those that leave it out."""
     return value is None
+
+
+class ModelSpec(_Strict):
+    """The teacher's source. `weights`: a weight file, a torchvision enum, `train` (zoo) or `pretrained` (timm).
+
+    Of a network that returns several, `output` names the one that counts. `keep` names modules, or patterns of names,
+    that no method may change.
+    """
+
+    source: Literal["zoo", "torchvision", "timm", "factory", "mlflow"]
+    name: Text
+    weights: Text | None = None
+    args: Arguments = {}
+    output: Annotated[str | int | None, BeforeValidator(check_output), Field(exclude_if=_is_none)] = None
+    keep: Annotated[tuple[Text, ...], BeforeValidator(check_keep), Field(exclude_if=operator.not_)] = ()
 
 
 class DataSpec(_Strict):
     """The source of images and their split. `seed` is the split's own, so it outlives a change of search.
 
     A folder's pictures are resized to `resize`, cropped to `crop` (which is `size` by default) and normalised by `mean`
-    and `std`; or all of that is as torchvision prepares images for the weights `preset`. Without `labels` the source
-    has none, or they are not read: the teacher's own answers take their place.
+    and `std`; or all of that is as torchvision or timm prepares images for the weights `preset`. Without `labels` the
+    source has none, or they are not read: the teacher's own answers take their place.
     """
 
     source: Literal["digits", "fashion-mnist", "imagefolder", "factory"]

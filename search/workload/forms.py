@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 import torch
 from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
+from methods.network.keeping import keep
 from methods.state import own_memory
 from search.base import Report, WorkloadError
 
@@ -71,6 +75,24 @@ def freed(model: nn.Module, report: Report) -> None:
     for parameter in trainable:
         parameter.requires_grad_(True)
     report("teacher", 1, 1, "all of its parameters were frozen; recovery trains them")
+
+
+def protect(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Mark the modules that no method may change.
+
+    Raises:
+        WorkloadError: a pattern matches no layer; the message has the nearest names.
+    """
+    missed = keep(model, patterns)
+    if missed:
+        names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+        near = {one: difflib.get_close_matches(one.rstrip(".*"), names, n=3, cutoff=0) for one in missed}
+        told = "; ".join(
+            f"{pattern!r} matches no layer; nearest are {', '.join(found)}" for pattern, found in near.items()
+        )
+        raise WorkloadError(
+            f"model.keep: {told}; expected names of the network's modules, or patterns such as layer1.*; correct them"
+        )
 
 
 def _inside(model: nn.Module) -> nn.Module | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from methods.network.keeping import kept
 from methods.pipeline import WorkerInputs
 from methods.training import Metric, Samples, top1
 from search import cache
@@ -17,8 +18,9 @@ from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
 from search.workload import sources
-from search.workload.forms import freed
+from search.workload.forms import freed, protect
 from search.workload.judging import answers, check_metric, warn_of
+from search.workload.outputs import OneOutput
 from search.workload.pictures import check_pictures, preparation
 from search.workload.samples import Arrays, Pictures, ResizedSamples, unlabelled
 from search.workload.splits import Splits, answered, check_stable, split
@@ -72,8 +74,10 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
     metric = _metric(spec)
-    teacher = load_teacher(spec, splits, report, fit=fit).eval()
+    teacher = load_teacher(spec, splits, report, fit=fit)
+    teacher = (teacher if spec.model.output is None else OneOutput(teacher, spec.model.output)).eval()
     freed(teacher, report)
+    protect(teacher, spec.model.keep)
     check_teacher(teacher, _first_and_last(splits), splits.classes)
     if not spec.data.labels:
         splits = answered(splits, teacher)
@@ -109,10 +113,11 @@ def _check_cache(place: Path) -> None:
 
 
 def fingerprint(teacher: nn.Module, splits: Splits) -> str:
-    """Hash the teacher's structure and weights, and the data it is judged by."""
+    """Hash the teacher's structure and weights, what of it is to be kept, and the data it is judged by."""
     tensors = {name: value for name, value in teacher.state_dict().items() if isinstance(value, Tensor)}
     state = ((name, _bytes_of(value)) for name, value in tensors.items())
-    return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint)
+    protected = [f"kept {', '.join(names)}"] if (names := sorted(kept(teacher))) else []
+    return cache.digest(str(teacher), *chain.from_iterable(state), splits.fingerprint, *protected)
 
 
 def _bytes_of(value: Tensor) -> memoryview:

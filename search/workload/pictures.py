@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ from torch import Tensor
 from search import cache
 from search.base import DataError
 from search.spec.schema import DataSpec
+from search.workload.zoo import imported_timm
 
 Interpolation: TypeAlias = Literal["nearest", "nearest-exact", "bilinear", "bicubic"]
+TIMM = "timm:"
+"""The beginning of a preset that is timm's."""
+
 DEPTHS = {"PNG": 16, "PPM": 16}
 """Bits of the grey values that Pillow gives as 32-bit integers, by formats that say them."""
 
@@ -56,10 +61,10 @@ class Preparation:
 
 
 def preparation(settings: DataSpec) -> Preparation:
-    """The preparation that a spec asks for: by its keys, or by the name of a torchvision weights enum.
+    """The preparation that a spec asks for: by its keys, or as torchvision or timm does it for a network's weights.
 
     Raises:
-        DataError: torchvision has no such weights, or they are no classifier's.
+        DataError: there are no such weights, or they are no classifier's.
     """
     if settings.preset is not None:
         return _preset(settings.preset)
@@ -71,6 +76,8 @@ def preparation(settings: DataSpec) -> Preparation:
 def _preset(name: str) -> Preparation:
     import torchvision
 
+    if name.startswith(TIMM):
+        return _timm_preset(name.removeprefix(TIMM))
     try:
         found = torchvision.models.get_weight(name).transforms()
         (size,), (resize,) = found.crop_size, found.resize_size
@@ -78,7 +85,24 @@ def _preset(name: str) -> Preparation:
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
             f"data.preset is {name!r}, which is no torchvision weights of a classifier: {error}; expected a name such "
-            "as ResNet50_Weights.IMAGENET1K_V2; correct it, or give mean, std, resize, crop and interpolation"
+            "as ResNet50_Weights.IMAGENET1K_V2 or timm:resnet50; correct it, or give mean, std, resize, crop and "
+            "interpolation"
+        ) from error
+
+
+def _timm_preset(name: str) -> Preparation:
+    """The preparation that timm evaluates its pretrained network of this name with."""
+    try:
+        found = imported_timm().get_pretrained_cfg(name)
+        size = found.input_size[-1]
+        if found.interpolation not in get_args(Interpolation):
+            raise ValueError(f"its interpolation is {found.interpolation}")
+        mean, std = tuple(found.mean), tuple(found.std)
+        return Preparation(size, math.floor(size / found.crop_pct), mean, std, found.interpolation)
+    except (ValueError, AttributeError, RuntimeError, TypeError) as error:
+        raise DataError(
+            f"data.preset is {TIMM + name!r}, which names no pretrained network of timm: {error}; expected a name such "
+            "as timm:resnet50.a1_in1k; correct it, or give mean, std, resize, crop and interpolation"
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""The teacher: from the zoo, torchvision, a factory or the registry, and checked before anything is spent on it."""
+"""The teacher: of the zoo, torchvision, timm, a factory or the registry, and checked before anything is spent on it."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from search.spec.schema import WEIGHT_FILES, ModelSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights, outputs_of
 from search.workload.forms import unwrapped
+from search.workload.outputs import outputs_of as parts_of
+from search.workload.outputs import told
 from search.workload.splits import Splits
 from search.workload.usercode import blaming, call_factory, importable
 
@@ -29,16 +32,31 @@ def load_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
     model = spec.model
     if model.source == "zoo":
         return _zoo_teacher(spec, splits, report, fit=fit)
-    if model.source == "torchvision":
-        return _torchvision_teacher(spec, report)
     if model.source == "mlflow":
         return unwrapped(_mlflow_teacher(model, spec), report)
-    teacher = call_factory(model.name, model.args, spec.folder)
-    if not isinstance(teacher, nn.Module):
+    teacher = built(model, spec.folder)
+    teacher = unwrapped(teacher, report) if model.source == "factory" else teacher
+    has_its_own = model.weights == "pretrained" if model.source == "timm" else _is_enum(model)
+    return teacher if has_its_own else _load_weights(teacher, spec, report)
+
+
+def _is_enum(model: ModelSpec) -> bool:
+    """Whether `weights` are torchvision's own, which come with the network."""
+    return model.source == "torchvision" and Path(model.weights or "").suffix not in WEIGHT_FILES
+
+
+def built(model: ModelSpec, folder: str) -> nn.Module:
+    """Build the network of torchvision, of timm or of a factory, with the weights that it comes with by itself."""
+    if model.source == "torchvision":
+        return _torchvision_network(model)
+    if model.source == "timm":
+        return _timm_network(model)
+    network = call_factory(model.name, model.args, folder)
+    if not isinstance(network, nn.Module):
         raise WorkloadError(
-            f"the model factory {model.name} returned {type(teacher).__name__}; expected a torch.nn.Module; return one"
+            f"the model factory {model.name} returned {type(network).__name__}; expected a torch.nn.Module; return one"
         )
-    return _load_weights(unwrapped(teacher, report), spec, report)
+    return network
 
 
 def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool) -> nn.Module:
@@ -100,24 +118,43 @@ def save_weights(model: nn.Module, path: Path) -> None:
     safetensors.torch.save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, path)
 
 
-def _torchvision_teacher(spec: SearchSpec, report: Report) -> nn.Module:
+def _torchvision_network(model: ModelSpec) -> nn.Module:
     import torchvision
 
-    model = spec.model
     if model.name not in torchvision.models.list_models(module=torchvision.models):
         raise WorkloadError(
             f"torchvision has no classifier {model.name!r}; expected a name from torchvision.models.list_models(); "
             "correct model.name"
         )
-    is_file = model.weights is not None and Path(model.weights).suffix in WEIGHT_FILES
     try:
-        teacher = torchvision.models.get_model(model.name, weights=None if is_file else model.weights, **model.args)
+        weights = model.weights if _is_enum(model) else None
+        network: nn.Module = torchvision.models.get_model(model.name, weights=weights, **model.args)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise WorkloadError(
             f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
             "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
         ) from error
-    return _load_weights(teacher, spec, report) if is_file else teacher
+    return network
+
+
+def _timm_network(model: ModelSpec) -> nn.Module:
+    timm = zoo.imported_timm()
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0)
+        raise WorkloadError(
+            f"timm has no network {model.name!r}; expected a name from timm.list_models(), such as {', '.join(near)}; "
+            "correct model.name"
+        )
+    is_pretrained = model.weights == "pretrained"
+    try:
+        network: nn.Module = timm.create_model(model.name, pretrained=is_pretrained, **model.args)
+    except Exception as error:
+        advice = "model.args" + (", or give a file of weights: timm loads its own from the network" * is_pretrained)
+        raise WorkloadError(
+            f"timm could not make {model.name}: {type(error).__name__}: {one_line(error)}; expected arguments that it "
+            f"takes, such as num_classes and in_chans; correct {advice}"
+        ) from error
+    return network
 
 
 def _mlflow_teacher(model: ModelSpec, spec: SearchSpec) -> nn.Module:
@@ -188,10 +225,10 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         logits = model(images.clone())
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
         return logits
-    what = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    advice = "name them as model.output, or return them alone" if parts_of(logits) else "return them"
     raise WorkloadError(
-        f"{mode}, the network returned {what} for inputs of shape {tuple(images.shape)}; expected logits (n, classes); "
-        "return them alone, or wrap the network in a module that does"
+        f"{mode}, the network returned {told(logits)} for inputs of shape {tuple(images.shape)}; expected logits "
+        f"(n, classes); {advice}"
     )
 
 

@@ -37,13 +37,15 @@ def blaming(
 ) -> Iterator[None]:
     """Turn whatever a user's code raises, an exit of the process too, into an error of this `kind` that names it.
 
+    Our own errors, which name what is wrong already, stay.
+
     Args:
         what: the code that runs in the block, at the beginning of a sentence.
         expected: the rest of the message, with what to do, or how to tell it by the error.
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SearchError):
         raise
     except BaseException as error:
         rest = expected if isinstance(expected, str) else expected(error)

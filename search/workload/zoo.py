@@ -7,10 +7,14 @@ if a stage widens; `vgg16-cifar` is the batch-norm VGG-16 with one linear layer;
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from search.base import WorkloadError
 
 
 def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
@@ -95,3 +99,17 @@ ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg16-cifar": _vgg16,
     "mobilenet-cifar": _mobilenet,
 }
+
+
+def imported_timm() -> Any:
+    """Import timm, which is an extra.
+
+    Raises:
+        WorkloadError: it is not installed.
+    """
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise WorkloadError(
+            f"timm cannot be imported: {error}; expected the extra that has it; run pip install '.[timm]'"
+        ) from error

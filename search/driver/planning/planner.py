@@ -18,6 +18,7 @@ from methods import METHODS, named
 from methods.base import Budget, Infeasible, KnobValue, MethodError, Plan, ScoreError, Scores, SharedShard
 from methods.chain import AUTO, AnyMethod, Chain, plan_of, share_knob, student_of
 from methods.network import Profile, profile
+from methods.network.keeping import KEPT
 from methods.pipeline import Before, score, steps_of
 from methods.protocol import Method
 from search import cache
@@ -103,7 +104,9 @@ class Planner:
             MethodError: the method cannot be scored.
         """
         with refusing(method.name, "explaining"):
-            return method.untouched(*self._scored(method, ()))
+            found = method.untouched(*self._scored(method, ()))
+        kept = {layer.name for layer in self._profiles[()].layers if layer.whole == KEPT}
+        return {name: KEPT if name in kept else reason for name, reason in found.items()}
 
     def _scored(self, method: Method, plans: Sequence[Plan]) -> tuple[Scores, Profile]:
         self.score([method], plans)

@@ -189,6 +189,15 @@ budgets:
         ("recovery: {labels: false, data: {sauce: digits}}", "sauce: unknown key; did you mean 'source'?"),
         ("recovery: {images: 2}", "recovery.images: Input should be greater than or equal to 8"),
         ("data: {source: imagefolder}", "data.root: missing"),
+        ("model: {source: zoo, name: resnet8, keep: head}", "model.keep: 'head' is no list of layers; write one, such"),
+        ("model: {source: zoo, name: resnet8, keep: [a, a]}", "model.keep: layer a given twice; name each once"),
+        ("model: {source: factory, name: 'a:b', output: -1}", "model.output: -1 is no output; write a name, such as"),
+        ("model: {source: zoo, name: resnet8, output: a}", "model.output: source 'zoo' does not use it, only torchvis"),
+        (
+            "model: {source: timm, name: a, weights: train}",
+            "model.weights: only source 'zoo' trains its networks; give",
+        ),
+        ("model: {source: zoo, name: a, weights: pretrained}", "model.weights: only source 'timm' has pretrained ones"),
         ("devices: {}", "devices: empty"),
         ("budgets: [{name: a, macs: 1M}, {name: a, macs: 2M}]", "budget a given twice"),
     ],
@@ -410,3 +419,4 @@ def test_what_decides_is_what_not_where() -> None:
     elsewhere = spec(GOOD + "cluster: {address: 'ray://head:10001'}\ntracking: {uri: 'sqlite:///other.db'}\n")
     assert elsewhere.decisive() == spec().decisive()
     assert spec(GOOD.replace("50%", "51%")).decisive() != spec().decisive()
+    assert set(spec().decisive()["model"]) == {"source", "name", "weights", "args"}  # as before it had more keys

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from search.base import WorkloadError
-from search.workload.forms import freed, unwrapped
+from search.workload.forms import freed, protect, unwrapped
 
 
 def network() -> nn.Sequential:
@@ -55,3 +55,13 @@ def test_what_is_frozen_in_part_stays_frozen_and_the_whole_does_not() -> None:
         freed(model, lambda _stage, _done, _all, note: notes.append(note))
         assert [one.requires_grad for one in model.parameters()] == [part is model] * 2 + [True] * 2
     assert notes == ["all of its parameters were frozen; recovery trains them"]
+
+
+def test_what_matches_no_layer_cannot_be_kept() -> None:
+    model = nn.Sequential(nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "head": nn.Linear(4, 2)}), nn.ReLU())
+    protect(model, ["0.head", "*stem"])
+    with pytest.raises(WorkloadError) as caught:
+        protect(model, ["0.haed", "1", "0.*"])
+    assert "model.keep: '0.haed' matches no layer; nearest are 0.head, " in str(caught.value)
+    assert "; '1' matches no layer" in str(caught.value)
+    assert "'0.*'" not in str(caught.value)

@@ -259,7 +259,7 @@ def test_networks_that_do_not_fit_the_data(folder: Path) -> None:
         ("Summed", "in evaluation, the network returned a tensor of shape (1, 64)"),
         (
             "Auxiliary",
-            "in training, the network returned tuple for inputs of shape (2, 1, 8, 8); expected logits (n, c",
+            "in training, the network returned a tuple of 0 and 1 for inputs of shape (2, 1, 8, 8); expected",
         ),
         (
             "Untrainable",
@@ -272,6 +272,14 @@ def test_networks_that_do_not_fit_the_data(folder: Path) -> None:
 )
 def test_networks_that_no_search_can_use(folder: Path, name: str, told: str) -> None:
     assert told in refused(folder, factory(f"./things.py:{name}"))
+
+
+def test_a_network_of_several_outputs_names_one(folder: Path) -> None:
+    found = load(folder, factory("./things.py:Auxiliary", output=1))
+    assert found.teacher.train()(found.example).shape == (2, 64)
+    assert "model.output is 'aux', but the network returned a tuple of 0 and 1; expected" in refused(
+        folder, factory("./things.py:Auxiliary", output="aux")
+    )
 
 
 def test_looking_at_a_teacher_changes_nothing(folder: Path) -> None:
@@ -330,8 +338,11 @@ def test_the_fingerprint_changes_with_the_teacher_and_the_data(folder: Path) -> 
         load(folder, factory(args={"width": 5})),
         load(folder, factory(), data=tiny_data(count=61)),
         load(folder, factory(), data=tiny_data() | {"seed": 1}),
+        load(folder, factory(keep=["4"])),
+        load(folder, factory(keep=["0"])),
     ]
-    assert len({found.fingerprint for found in (first, *others)}) == 4
+    assert len({found.fingerprint for found in (first, *others)}) == 6
+    assert load(folder, factory(keep=[])).fingerprint == first.fingerprint
     with torch.no_grad():
         first.teacher[-1].bias[0] += 1e-6
     assert loading.fingerprint(first.teacher, first.splits) != first.fingerprint
