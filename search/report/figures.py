@@ -128,6 +128,16 @@ def _upwards(result: SearchResult) -> dict[str, str]:
     return {} if result.metric.best > result.metric.worst else {"autorange": "reversed"}
 
 
+def _trained_range(result: SearchResult) -> dict[str, Any]:
+    """The range of a top-1 axis that shows what was trained, where much that was not lies far below."""
+    trained = [one.top1_validation for one in result.candidates if one.state == "complete"]
+    found = [top1 for top1 in (result.teacher.top1_validation, *trained) if top1 is not None]
+    if not trained or all(one.state == "complete" for one in result.models()):
+        return {}
+    room = max(0.25 * (max(found) - min(found)), 0.01)
+    return {"range": [_height(result, min(found) - 2 * room), _height(result, max(found) + room)], "autorange": False}
+
+
 def _time_scale(device_s: float) -> tuple[float, str]:
     """Seconds per unit of a time axis that reaches to `device_s`, and the unit's name."""
     for scale, unit in ((3600.0, "hours"), (60.0, "minutes")):
@@ -275,7 +285,7 @@ def _frontier_layout(result: SearchResult, axis: str, edge: float) -> dict[str, 
     rows = _limit_rows(result, axis, edge)
     return _shared_layout() | {
         "xaxis": {**axes, "range": [0, 1.04 * edge], "title": title},
-        "yaxis": {**axes, "ticksuffix": _suffix(result), **_upwards(result)},
+        "yaxis": {**axes, "ticksuffix": _suffix(result), **_upwards(result), **_trained_range(result)},
         "shapes": [
             {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
             | {"line": {"color": "--accent", "width": 1, "dash": "dot"}}
