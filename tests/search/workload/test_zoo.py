@@ -124,7 +124,7 @@ def test_a_trial_from_scores_to_a_student_that_survives_its_file(name: str, meth
     steps, outcome = ended(trial(bench(name), METHODS[method], plan, RECIPE, 7))
     assert (outcome.macs, outcome.params) == (plan.macs, plan.params)
     assert (plan.macs_expected or plan.macs) <= 0.5 * rows(name).macs
-    assert [step.step for step in steps] == [2, 3]
+    assert [step.step for step in steps] == [0, 2, 3]
     assert {step.steps for step in steps} == {3}
     if plan.macs_expected is None:
         assert outcome.top1_validation == steps[-1].top1
