@@ -30,7 +30,8 @@ DEEPEST = 16
 MOST_EVENTS = 20_000
 LONGEST_SCALAR = 1000
 MOST = {
-    "trials": 1000, "timeout": 7 * 24 * 3600, "steps": 1_000_000, "batch_size": 8192, "images": 10_000_000,
+    "trials": 1000, "explore": 10, "timeout": 7 * 24 * 3600, "steps": 1_000_000, "batch_size": 8192,
+    "images": 10_000_000,
     "workers": 64, "max_parallel": 1024, "gpus_per_trial": 64, "stall_timeout": 24 * 3600, "threads": 256,
     "batch": 1024, "channels": 1024, "size": 1024, "resize": 1024, "crop": 1024, "calibration": 65_536,
 }  # fmt: skip
