@@ -109,7 +109,10 @@ def test_without_limits_on_size_or_latency_the_plan_is_the_methods_own(shop: Sho
     assert isinstance(found, Fitted)
     assert found.plan == shop.planner.plan("alds", request.target.budget, request.knobs)
     assert found.rounds == 0
-    assert found.timings.keys() == {"edge"}
+    assert not found.timings  # until it is worth training
+    (timed,) = shop.fitter.timed([found])
+    assert timed.timings.keys() == {"edge"}
+    assert timed.plan == found.plan
 
 
 @settings(max_examples=40)
