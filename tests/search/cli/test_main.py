@@ -77,7 +77,8 @@ def test_compress_writes_a_model_that_needs_no_project(run: Run, tmp_path: Path)
     assert figures.keys() == {
         "method", "budget", "limits", "macs", "macs_expected", "macs_expected_validation", "macs_worst", "params",
         "size_bytes", "seconds", "teacher", "latency_ms", "teacher_latency_ms",
-        "top1_surgery", "top1_bn", "top1_validation", "top1_test", "top1_drop", "top1_error", "devices", "noise", "exceeded",
+        "top1_surgery", "top1_bn", "top1_validation", "top1_test", "top1_drop", "top1_error",
+        "devices", "noise", "exceeded",
     }  # fmt: skip
     assert (figures["method"], figures["budget"]) == ("itpruner", "small")
     assert figures["macs"] <= figures["limits"]["macs"] == int(0.7 * figures["teacher"]["macs"])
