@@ -67,7 +67,7 @@ def check_names(found: SearchResult) -> None:
     """What decides is called agreement wherever it is shown."""
     assert found.to_json()["metric"]["name"] == "agreement"
     assert found.teacher.top1_validation == found.teacher.top1_test == 1.0
-    assert progress(STORE, "shelf").metric == "agreement"
+    assert progress(STORE, "shelf").metric == Scale("agreement")
     assert version_tags(STORE, "models:/shelf@half")["metric"] == "agreement"
     page = html(found)
     assert "validation agreement" in page
