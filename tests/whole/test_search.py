@@ -33,7 +33,7 @@ budgets:
   - {name: half, macs: 50%%}
   - {name: small, params: 30%%, macs: 60%%}
   - {name: impossible, params: 100}
-search: {trials: 4}
+search: {trials: 4, explore: 1}
 recovery: {steps: 4, batch_size: 64}
 """
 
