@@ -170,7 +170,7 @@ def test_an_exception_in_a_trial_is_recorded_and_the_search_goes_on(wanted: sche
     failed = [one for one in result.candidates if one.state == "failed"]
     assert len(failed) == 1
     assert "RuntimeError: the sixth call is too much" in str(failed[0].error)
-    assert len(result.complete()) == 3
+    assert len(result.models()) == 3
     assert MlflowClient().get_run(failed[0].run_id).info.status == "FAILED"
     assert result.budgets[0].winner is not None
 
