@@ -71,10 +71,15 @@ def winner(candidates: Sequence[Candidate], limits: Limits, rule: Rule = "simple
 
 
 def standing(candidates: Sequence[Candidate], limits: Limits) -> tuple[int, int]:
-    """Count the candidates that meet `limits`, and those among them that are the best but for noise."""
+    """Count the candidates that meet `limits`, and those among them that are the best but for noise.
+
+    The latter are none where the noise is not known.
+    """
     fitting = [candidate for candidate in candidates if candidate.fits(limits)]
     best = min(fitting, key=_rank, default=None)
-    return len(fitting), 0 if best is None else len(_equals(best, fitting))
+    if best is None or best.top1_error is None:
+        return len(fitting), 0
+    return len(fitting), len(_equals(best, fitting))
 
 
 def _rank(candidate: Candidate) -> tuple[Any, ...]:

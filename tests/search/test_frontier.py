@@ -142,6 +142,7 @@ def test_of_equals_the_simplest_wins_on_the_axis_that_is_limited() -> None:
     assert winner(found, Limits(macs=500), "best") is best
     assert winner(found, Limits(macs=200)) is far
     assert standing(found, Limits(macs=500)) == (3, 2)
+    assert standing([candidate("one"), candidate("twin")], Limits(macs=500)) == (2, 0)
 
 
 @given(
