@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,37 +12,16 @@ from hypothesis import strategies as st
 
 from search.base import SpecError
 from search.record.changes import SpecChanged, changes, check_unchanged
-from search.spec import SearchSpec, load, parse
+from search.spec import load
 from search.spec.amounts import Amount, drop, latency
 from search.trials import Teacher
 from search.units import Scale
-
-GOOD = """
-name: digits
-model: {source: zoo, name: resnet8}
-data: {source: digits}
-methods: [itpruner, alds]
-devices: {edge: {channels: 4}, server: {channels: 16}}
-budgets:
-  - {name: half, macs: 50%}
-  - {name: tiny, macs: 25%, params: 20k, device: server}
-search: {trials: 4, timeout: 2m}
-"""
-
-
-def spec(text: str = GOOD) -> SearchSpec:
-    return parse(text, folder=Path())
+from tests.support.specs import GOOD, mistakes, spec
 
 
 def teacher(macs: int) -> Teacher:
     times = {"min": 4.0, "p50": 5.0, "p95": 6.0}
     return Teacher(0.9, None, macs, 50_000, 200_000, {"edge": times, "server": times})
-
-
-def mistakes(text: str) -> str:
-    with pytest.raises(SpecError) as caught:
-        parse(text, folder=Path())
-    return str(caught.value)
 
 
 def test_a_good_spec_in_absolute_units() -> None:
@@ -252,49 +230,6 @@ def test_a_metric_has_a_direction_and_a_range() -> None:
         "{functions: 'a:b'}": "metric.functions: unknown key; did you mean 'function'?",
     }.items():
         assert told in mistakes(f"{GOOD}metric: {metric}")
-
-
-def bomb(levels: int) -> str:
-    """Lists of nine of the list before, which come to 9 ** `levels` values."""
-    steps = (f"l{n}: &l{n} [{', '.join(9 * [f'*l{n - 1}' if n else 'x'])}]" for n in range(levels))
-    return "\n".join(steps)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (f"{bomb(12)}\nname: *l11", "it has more than 20,000 parts"),
-        (f"{bomb(12)}\nmethods: *l11", "it has more than 20,000 parts"),
-        ("name: &a [*a]", "line 1 has an alias of what it is in"),
-        ("name: " + 5000 * "[", "is more than 32 levels deep"),
-        ("name: " + 5000 * "[" + 5000 * "]", "is more than 32 levels deep"),
-        ("name: " + 5000 * "{a: ", "is more than 32 levels deep"),
-        (f"name: {'9' * 900}", "line 1 has a number of 900 digits, of 100 at most"),
-        (f"name: 0x{'f' * 9000}", "line 1 has a number of 9,002 digits, of 100 at most"),
-        ("name: \x1b[31mred", "unacceptable character #x001b"),
-    ],
-)
-def test_a_document_that_is_no_spec_is_not_read_to_its_end(text: str, told: str) -> None:
-    assert told in mistakes(text)
-
-
-@pytest.mark.parametrize("sign", [r"\e", r"\0", r"\u202e", r"\u200b", r"\uFEFF", r"\uD800", r"\L"])
-def test_no_sign_of_a_key_or_a_value_is_hidden_or_reaches_the_terminal(sign: str) -> None:
-    for text in (f'"mo{sign}[31mdel": 1', f'metric: "a{sign}[31m:b"'):
-        told = mistakes(f"{GOOD}{text}")
-        assert re.search(r"line 11: U\+[0-9A-F]{4} \(.*\) cannot be seen", told)
-        assert all(one.isprintable() or one == "\n" for one in told)
-
-
-def test_a_comment_hides_nothing_either() -> None:
-    assert "line 11: U+202E (RIGHT-TO-LEFT OVERRIDE) cannot be seen" in mistakes(f"{GOOD}# \u202e of a report")
-    assert spec("\ufeff" + GOOD.replace("\n", "\r\n") + "# \u062a\u200c\u0628").decisive() == spec().decisive()
-
-
-def test_of_very_many_mistakes_the_first_are_listed() -> None:
-    told = mistakes(GOOD + "\n".join(f"key{number}: 1" for number in range(80)))
-    assert told.startswith("80 mistakes")
-    assert told.endswith("  - and 30 more")
 
 
 @pytest.mark.parametrize("gpus", [0, 0.25, 1, 1.0, 2, 3.0])
