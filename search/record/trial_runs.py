@@ -140,14 +140,15 @@ class TrialRuns:
             state = run.data.tags.get("paredown.state")
             if state is None:
                 self._client.delete_run(run.info.run_id)
-            elif run.info.status == "RUNNING":  # killed between the two writes of `_end`
+            elif run.info.status != _status(state):  # killed between the two writes of `_end`
                 self._client.set_terminated(run.info.run_id, _status(state))
 
     def end_open(self, status: str) -> None:
-        """End every run that is still open with MLflow's `status`."""
+        """End every run that is still open with MLflow's `status`, or with its own if only that was not written."""
         for run in child_runs(self._client, self._experiment, self._parent):
             if run.info.status == "RUNNING":
-                self._client.set_terminated(run.info.run_id, status)
+                state = run.data.tags.get("paredown.state")
+                self._client.set_terminated(run.info.run_id, _status(state) if state else status)
 
     def _keep(
         self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str] = MappingProxyType({}), step: int = 0

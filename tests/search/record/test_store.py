@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from methods.base import Plan
 from methods.pipeline import Outcome
 from search.base import TrackingError
 from search.record import store
+from search.record.record import Record
 from search.record.searches import find_begun, find_search, open_search
 from search.record.store import check_store, connect
 from search.trials import Fitted, Proposal, Teacher
@@ -38,29 +41,54 @@ def test_a_missing_driver_is_told_without_the_password() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
-    """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
-    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
-    proposal = Proposal("half", 0, "alds", {}, {"learning_rate": 0.1})
+@contextmanager
+def interrupted(start: str) -> Iterator[None]:
+    """Expect the block to be interrupted by a signal that falls into the first statement that begins with `start`."""
     fallen: list[str] = []
 
     def interrupt(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
-        if statement.startswith("INSERT") and not fallen:
+        if statement.startswith(start) and not fallen:
             fallen.append(statement)
             signal.raise_signal(signal.SIGINT)
 
     event.listen(Engine, "before_cursor_execute", interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            record.trials.start(proposal)
+            yield
     finally:
         event.remove(Engine, "before_cursor_execute", interrupt)
-    assert "INTO runs" in fallen[0]
-    record.halt("KILLED")
+    assert fallen
+
+
+def statuses(record: Record) -> list[str]:
+    """MLflow's word for every run of a search and for its own."""
     runs = record.client.search_runs([record.client.get_experiment_by_name("digits").experiment_id])
-    assert [run.info.status for run in runs] == ["KILLED", "KILLED"]
+    return sorted(run.info.status for run in runs)
+
+
+def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
+    """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
+    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    with interrupted("INSERT INTO runs"):
+        record.trials.start(Proposal("half", 0, "alds", {}, {"learning_rate": 0.1}))
+    record.halt("KILLED")
+    assert statuses(record) == ["KILLED", "KILLED"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_between_the_two_writes_that_end_a_trial() -> None:
+    """What is on record as a failed trial is no killed one for MLflow, whenever it is halted or opened again."""
+    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    run_id = record.trials.start(Proposal("half", 0, "alds", {}, {"learning_rate": 0.1}))
+    with interrupted("INSERT INTO tags"):
+        record.trials.fail(run_id, "failed", "no reason", 1.0)
+    assert statuses(record) == ["RUNNING", "RUNNING"]
+    record.halt("KILLED")
+    assert statuses(record) == ["FAILED", "KILLED"]
+    record.client.set_terminated(run_id, "KILLED")  # as it was left once
+    record.trials.remove_unfinished()
+    assert statuses(record) == ["FAILED", "KILLED"]
 
 
 def test_a_trial_is_written_in_few_transactions() -> None:
