@@ -27,12 +27,12 @@ settings.register_profile("ci", settings.get_profile("shared"), derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "shared")
 
 
-LONGEST = ("test_resume.py", "test_search.py")
-"""Files of whole searches, which are begun first: a worker that began one last would end alone."""
+LONGEST = ("test_resume.py", "test_loop.py", "test_contract.py", "test_jobs.py", "test_nodes.py", "test_search.py")
+"""Files that take minutes, which are begun first: a worker that began one last would end alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from cluster import Cluster, InlineCluster
+from search.record.store import check_store
 from search.spec import reading, schema
 from search.workload import Workload
 
@@ -22,9 +25,20 @@ recovery: {steps: 5, batch_size: 64}
 ROCK = "{macs_per_s: 2.0e+9, bytes_per_s: 1.0e+9, overhead_us: 5}"
 
 
-def place(folder: Path, teacher: Path, text: str = SPEC) -> Path:
-    """A folder with a spec, its teacher and its device, where a search can run."""
+@cache
+def empty_store() -> bytes:
+    """The database of an MLflow store without a search, which takes MLflow two seconds of CPU to make."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "paredown.db")
+        check_store(f"sqlite:///{path}")
+        return path.read_bytes()
+
+
+def place(folder: Path, teacher: Path, text: str = SPEC, *, has_store: bool = True) -> Path:
+    """A folder with a spec, its teacher and its device, where a search can run; a first one where it has no store."""
     folder.mkdir(exist_ok=True)
+    if has_store:
+        (folder / "paredown.db").write_bytes(empty_store())
     (folder / "teacher.safetensors").write_bytes(teacher.read_bytes())
     (folder / "rock.yaml").write_text(ROCK)
     (folder / "spec.yaml").write_text(text)

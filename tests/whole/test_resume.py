@@ -31,15 +31,16 @@ from search.spec import reading
 from tests.support.searches import SPEC, inline, place, quiet
 
 BUDGETS = """budgets:
-  - {name: half, macs: 50%}
   - {name: small, params: 30%, macs: 60%}
   - {name: edge, latency: 70%}
-search: {trials: 4, explore: 2}
+search: {trials: 3, explore: 2}
 """
 TEXT = SPEC.replace("budgets:\n  - {name: half, macs: 50%}\nsearch: {trials: 3, explore: 1}\n", BUDGETS).replace(
     "steps: 5", "steps: 10"
 )
 KILLS = 10
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def drive(folder: Path, cache: Path) -> None:
@@ -91,7 +92,7 @@ def check_records(folder: Path) -> None:
     record = find_search(f"sqlite:///{folder / 'paredown.db'}", "digits")
     kept_at = storage(str(folder / "paredown.studies"))
     states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
-    for name in ("half", "small", "edge"):
+    for name in ("small", "edge"):
         told = optuna.load_study(study_name=f"{record.search.run_id}/{name}", storage=kept_at).trials
         recorded = [one for one in record.read.trials() if one.budget == name]
         assert [trial.state for trial in told] == [states[one.state] for one in recorded]
@@ -130,7 +131,7 @@ def calm(
 def test_a_driver_killed_at_ten_random_moments(
     calm: Undisturbed, teacher: Path, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
 ) -> None:
-    killed = place(tmp_path / "killed", teacher, TEXT)
+    killed = place(tmp_path / "killed", teacher, TEXT, has_store=False)
 
     moments = np.random.default_rng(0)
     landed = 0
@@ -212,7 +213,7 @@ def test_an_interrupted_command_and_a_killed_ray(calm: Undisturbed, teacher: Pat
     process = start(here)
     out, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert [budget["winner"] is not None for budget in json.loads(out)["budgets"]] == [True] * 3
+    assert [budget["winner"] is not None for budget in json.loads(out)["budgets"]] == [True] * 2
     check_records(here)
     assert (here / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600  # Ray itself would let all read it
     assert table(here) == table(calm.folder)

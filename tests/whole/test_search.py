@@ -40,7 +40,7 @@ recovery: {steps: 4, batch_size: 64}
 
 @pytest.fixture
 def wanted(teacher: Path, tmp_path: Path) -> schema.SearchSpec:
-    return parsed(place(tmp_path, teacher), SPEC % "top1")
+    return parsed(place(tmp_path, teacher, has_store=False), SPEC % "top1")
 
 
 def test_a_search_from_spec_to_registry(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +26,10 @@ from search.record.logged_models import Models, load_model
 from search.record.record import Record
 from search.record.registry import version_tags
 from search.record.searches import open_search
-from search.record.store import check_store
 from search.spec import reading, schema
 from search.trials import Fitted, Proposal, Teacher, Timing
 from search.workload import Workload, loading
+from tests.support.searches import empty_store
 
 THINGS = """
 import numpy as np
@@ -150,23 +149,15 @@ def _outcome(made: Workload, plan: Plan) -> Outcome:
             return found
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with nothing in it: making one takes seconds."""
-    path = tmp_path_factory.mktemp("empty") / "paredown.db"
-    check_store(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def searched(tmp_path: Path, empty: Path) -> Search:
-    return begun(tmp_path, empty)
+def searched(tmp_path: Path) -> Search:
+    return begun(tmp_path)
 
 
-def begun(folder: Path, database: Path) -> Search:
+def begun(folder: Path) -> Search:
     """A search without a trial, in the current folder."""
     (folder / "things.py").write_text(THINGS)
-    shutil.copy(database, folder / "paredown.db")
+    (folder / "paredown.db").write_bytes(empty_store())
     wanted = reading.parse(SPEC, folder=folder)
     made = loading.load(wanted, quiet)
     test = Counted(made.splits.test)

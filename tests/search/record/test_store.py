@@ -27,6 +27,7 @@ from search.record.searches import find_begun, find_search, open_search
 from search.record.store import check_store, connect
 from search.trials import Fitted, Proposal, Teacher
 from search.units import Scale
+from tests.support.searches import empty_store
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -39,6 +40,12 @@ def test_a_missing_driver_is_told_without_the_password() -> None:
     with pytest.raises(TrackingError) as caught:
         check_store("nosuchdatabase://user:secret@localhost/db")
     assert "secret" not in str(caught.value)
+
+
+def begun() -> Record:
+    """A search that has begun, in a store of the current folder."""
+    Path("paredown.db").write_bytes(empty_store())
+    return open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
 
 
 @contextmanager
@@ -68,7 +75,7 @@ def statuses(record: Record) -> list[str]:
 
 def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
     """Cut short, SQLAlchemy would keep the database locked, and no run could be ended."""
-    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = begun()
     with interrupted("INSERT INTO runs"):
         record.trials.start(Proposal("half", 0, "alds", {}, {"learning_rate": 0.1}))
     record.halt("KILLED")
@@ -79,7 +86,7 @@ def test_an_interrupt_waits_for_the_write_it_falls_into() -> None:
 
 def test_an_interrupt_between_the_two_writes_that_end_a_trial() -> None:
     """What is on record as a failed trial is no killed one for MLflow, whenever it is halted or opened again."""
-    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = begun()
     run_id = record.trials.start(Proposal("half", 0, "alds", {}, {"learning_rate": 0.1}))
     with interrupted("INSERT INTO tags"):
         record.trials.fail(run_id, "failed", "no reason", 1.0)
@@ -93,7 +100,7 @@ def test_an_interrupt_between_the_two_writes_that_end_a_trial() -> None:
 
 def test_a_trial_is_written_in_few_transactions() -> None:
     """Each waits for the disk; a driver with many workers is held up by nothing else as long."""
-    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = begun()
     plan = Plan("uniform", macs=9, params=9, choices={}, loss=0.1)
     outcome = Outcome(0.1, 0.2, 0.9, macs=9, params=9, size_bytes=36, seconds=60.0, state={"weights": np.zeros(9)})
     commits: list[object] = []
@@ -119,7 +126,7 @@ def test_a_trial_is_written_in_few_transactions() -> None:
 
 
 def test_what_was_taken_adds_up_over_sittings() -> None:
-    open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    begun()
     for wall_s in (1.5, 2.0):
         record = find_begun("sqlite:///paredown.db", "digits")
         record.search.add(wall_s=wall_s, scoring_shards=3.0)
@@ -129,7 +136,7 @@ def test_what_was_taken_adds_up_over_sittings() -> None:
 
 
 def test_the_scale_of_a_metric_is_on_record() -> None:
-    record = open_search("sqlite:///paredown.db", "digits", decisive={}, spec="", model="digits")
+    record = begun()
     record.search.write_teacher(Teacher(0.9, None, 100, 10, 40))
     record.search.write_metric(Scale())
     assert record.read.result().metric == Scale()
