@@ -19,12 +19,15 @@ from methods import METHODS
 from methods.names import NAMES
 from methods.network import profile
 from search.base import SpecError
-from search.spec import parse, schema
+from search.spec import load, parse, schema
 from tests.methods import test_contract as contract
 from tests.support.networks import NETWORKS
 from tests.test_architecture import ORDER, ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/imagenet/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 YOURS = {"methods/narrowest.py", "tests/methods/test_narrowest.py"}
 """Files that a page tells its reader to write."""
 
@@ -190,6 +193,11 @@ def test_every_spec_and_piece_of_one_is_valid(page: Path) -> None:
         given = yaml.safe_load(text)
         is_whole = BASE.keys() <= given.keys()
         parse(text if is_whole else yaml.safe_dump(BASE | given), folder=Path())
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_valid_spec(example: Path) -> None:
+    assert load(example).methods
 
 
 def test_the_readme_has_a_whole_spec() -> None:
