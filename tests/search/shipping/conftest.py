@@ -10,7 +10,6 @@ import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from search.record.searches import find_search
-from search.record.store import check_store
 from tests.search.cli.conftest import run
 from tests.search.driver.test_winners import Search, begun
 
@@ -24,8 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Search]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PAREDOWN_CACHE", str(folder / "cache"))
-        check_store(f"sqlite:///{folder / 'empty.db'}")
-        search = begun(folder, folder / "empty.db")
+        search = begun(folder)
         search.train("half", 0.5, top1=0.8)
         search.register()
     return folder, search
