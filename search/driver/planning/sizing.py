@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, log
 
 from torch import nn
 
 from methods import named
 from methods.base import Budget, Infeasible, KnobValue, Plan
-from methods.chain import AUTO
+from methods.chain import AUTO, Chain, share_knob
 from methods.pipeline import size_bytes
 from search.driver.planning.planner import Planner, refusing
 from search.spec.targets import Target
 from search.units import size
+
+STAGE = 0.9
+"""Where latency is limited, a chain's first link leaves the teacher's MACs times a power of this: the many plans of a
+pursuit share few first students, and each new one costs a profile and a pass of scoring."""
 
 CORRECTIONS = 4
 """Corrections of the limit on params before a limit on size is taken to be out of reach."""
@@ -33,7 +37,8 @@ class SizedPlans:
     """The plans of a request whose students meet its limit on the size of the stored weights.
 
     No allocator knows that size, so the limit on params is lowered until the built student is small enough; the next
-    plan begins with what was learnt. Without a limit on size every plan is the method's own.
+    plan begins with what was learnt. Without a limit on size every plan is the method's own; where latency is limited,
+    the share of a chain's first link is moved a little, see `STAGE`.
     """
 
     def __init__(self, request: Request, planner: Planner, teacher: nn.Module) -> None:
@@ -57,7 +62,7 @@ class SizedPlans:
         """
         for _ in range(1 + CORRECTIONS):
             try:
-                plan = self._asked(self._within(macs, self._params))
+                plan = self._asked(self._within(macs, self._params), self._staged(macs))
             except Infeasible as error:
                 if self._params is None or not is_first:
                     raise
@@ -69,8 +74,21 @@ class SizedPlans:
             self._params = max(1, plan.params - ceil((found - self._limit) / _parameter_bytes(student)))
         raise self._oversized(found, plan.params)
 
-    def _asked(self, budget: Budget) -> Plan:
-        return self._planner.plan(self.request.method, budget, self.request.knobs)
+    def _asked(self, budget: Budget, knobs: Mapping[str, KnobValue] | None = None) -> Plan:
+        return self._planner.plan(self.request.method, budget, knobs or self.request.knobs)
+
+    def _staged(self, macs: int) -> Mapping[str, KnobValue]:
+        """Return the knobs for a plan of so many MACs, with a chain's first stage at the nearest power of `STAGE`."""
+        chain, knobs, whole = named(self.request.method), self.request.knobs, self._planner.macs
+        if not isinstance(chain, Chain) or self.request.target.latency_ms is None or macs >= whole:
+            return knobs
+        share = share_knob(chain.links[0])
+        left = 1 - float(knobs[share]) * (1 - macs / whole)
+        level = round(log(left, STAGE))
+        if level == 0:
+            return knobs
+        cut = whole - int(whole * STAGE**level)
+        return {**knobs, share: min(1.0, (cut + 0.5) / (whole - macs))}  # the half keeps rounding from adding a MAC
 
     def _within(self, macs: int, params: int | None) -> Budget:
         """Return the budget with limits on top of its own."""

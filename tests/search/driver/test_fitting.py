@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluster import InlineCluster
 from methods import named
 from methods.base import Budget, Infeasible, MethodError, Plan
+from methods.chain import link_plans
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import defaults
@@ -21,7 +22,7 @@ from search.devices.stopwatch import Stopwatch
 from search.driver.planning.bracket import Bracket, Point
 from search.driver.planning.fitting import ROOM, ROUNDS, Fitter
 from search.driver.planning.planner import Planner
-from search.driver.planning.sizing import Request, untried
+from search.driver.planning.sizing import Request, SizedPlans, untried
 from search.limits import Limits, latency_on
 from search.spec import reading, schema
 from search.spec.targets import Target
@@ -113,6 +114,21 @@ def test_without_limits_on_size_or_latency_the_plan_is_the_methods_own(shop: Sho
     (timed,) = shop.fitter.timed([found])
     assert timed.timings.keys() == {"edge"}
     assert timed.plan == found.plan
+
+
+def test_the_plans_of_a_pursuit_share_first_students(shop: Shop) -> None:
+    """Each new one is profiled and scored; where nothing is pursued the share is the one that was asked for."""
+    asks = [int(shop.profile.macs * 0.95**power) for power in range(10, 26)]
+
+    def first(request: Request) -> list[Plan]:
+        sized = SizedPlans(request, shop.planner, shop.workload.teacher)
+        return [link_plans(sized.plan(macs, is_first=False)[0])[0] for macs in asks]
+
+    pursued = first(shop.request("channels+alds", ms=shop.teacher_ms))
+    given = first(shop.request("channels+alds", macs=shop.profile.macs))
+    assert len({plan.macs for plan in pursued}) <= 5 < len({plan.macs for plan in given})
+    for one, other in zip(pursued, given, strict=True):
+        assert abs(one.macs - other.macs) <= 0.1 * shop.profile.macs
 
 
 @settings(max_examples=40)
