@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from search.archive import ArchiveError
 from search.base import SpecError, TrackingError, WorkloadError
-from search.driver.winners import commit, promote
+from search.driver.winners import promote
 from search.limits import Limits
 from search.record.logged_models import Models, load_model, load_pickled
 from search.record.registry import Registry, Version, version_tags
@@ -376,29 +375,3 @@ def _searched(store: Store, name: str) -> Registry:
     record.search.write_teacher(Teacher(top1_validation=0.95, top1_test=None, macs=180, params=51, size_bytes=204))
     record.search.write_limits({"half": LIMITS, "tiny": Limits(macs=1)})
     return record.registry
-
-
-# The commit of the spec's folder
-
-
-def test_the_commit_a_spec_is_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    assert commit(str(tmp_path)) is None
-    git("init", "--quiet")
-    assert commit(str(tmp_path)) is None
-    (tmp_path / "spec.yaml").write_text("name: digits\n")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "begin")
-    git("tag", "v1")
-    head = git("rev-parse", "HEAD")
-    (tmp_path / "notes").write_text("what git does not know of changes no commit")
-    assert commit(str(tmp_path)) == head
-    (tmp_path / "spec.yaml").write_text("name: others\n")
-    assert commit(str(tmp_path)) == f"{head}-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit(str(tmp_path)) is None
