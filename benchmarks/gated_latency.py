@@ -39,7 +39,7 @@ from methods.manidp.thresholds import calibrate
 from methods.network import count_macs
 from methods.training import recalibrate
 from search.workload import zoo
-from search.workload.sources import fashion_mnist
+from search.workload.data.sources import fashion_mnist
 
 TRAINED = Path(__file__).parents[1] / "examples" / "fashion_mnist_resnet20.safetensors"
 MASKS = 0.3

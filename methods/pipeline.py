@@ -18,8 +18,7 @@ from methods.chain import AnyMethod, Chain, link_plans, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
-from methods.training import Metric, Recipe, Samples, judge
-from methods.training.objective import instance_losses
+from methods.training import CLASSIFICATION, Judgement, Metric, Recipe, Samples, Task, judge
 
 COMPARED = 512
 """Validation images on which the outputs of a student and its teacher are compared, labels aside."""
@@ -37,7 +36,8 @@ Before: TypeAlias = tuple[tuple[Method, str], ...]
 class WorkerInputs:
     """The teacher and the data that a worker may see (never the test set), loaded once.
 
-    Without `refit` the weights of students are those of their teacher, as far as the surgery left them.
+    Without `refit` the weights of students are those of their teacher, as far as the surgery left them. `task` says
+    what the teacher's outputs mean.
     """
 
     teacher: nn.Module
@@ -46,6 +46,11 @@ class WorkerInputs:
     calibration: np.ndarray
     metric: Metric
     refit: bool = True
+    task: Task = CLASSIFICATION
+
+    def judged(self, student: nn.Module) -> Judgement:
+        """Judge a student on the validation images."""
+        return judge(student, self.validation, self.metric, task=self.task)
 
 
 @dataclass(frozen=True)
@@ -120,17 +125,17 @@ def trial(
         raise PlanMismatch(
             f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
         )
-    surgery = judge(student, inputs.validation, inputs.metric)
+    surgery = inputs.judged(student)
     method.settle(student, plan, calibration)
-    last = settled = judge(student, inputs.validation, inputs.metric)
+    last = settled = inputs.judged(student)
     if recipe.steps:
         yield Progress(0, recipe.steps, settled.value)
-    for step in method.recover(student, teacher, inputs.train, recipe, seed):
-        last = judge(student, inputs.validation, inputs.metric)
+    for step in method.recover(student, teacher, inputs.train, replace(recipe, task=inputs.task), seed):
+        last = inputs.judged(student)
         yield Progress(step, recipe.steps, last.value)
     if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
-        last = judge(student, inputs.validation, inputs.metric)
+        last = inputs.judged(student)
     return Outcome(
         top1_surgery=surgery.value,
         top1_bn=settled.value,
@@ -163,17 +168,17 @@ def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan, seed: int) -> Outc
 def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
     """Return how far a chain's untrained student is from the teacher, on at most `COMPARED` validation images.
 
-    That is the mean Kullback-Leibler divergence of their outputs, softened as for distillation; labels are not read.
+    That is the mean of the task's measure of mimicry, as for distillation; labels are not read.
     """
     teacher, calibration = on_device(inputs)
     *plans, last = link_plans(plan)
     before = _student_of(inputs, steps_of(chain.links[:-1], plans))
     student = chain.links[-1].apply(before, last, calibration if inputs.refit else None)
     chain.settle(student, plan, calibration)
-    images, labels = inputs.validation.batch(np.arange(min(len(inputs.validation), COMPARED)))
+    images, _ = inputs.validation.batch(np.arange(min(len(inputs.validation), COMPARED)))
     images = images.to(calibration.device)
-    losses = instance_losses(student.eval()(images), labels, teacher(images), Recipe(steps=0, labels=False))
-    return float(losses.mean())
+    apart = inputs.task.mimicry(student.eval()(images), teacher(images), Recipe(steps=0).temperature)
+    return float(apart.mean())
 
 
 def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:

@@ -39,8 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a resnet8 that has seen digits for 150 steps: good enough for accuracy to mean something."""
     from methods.training import Recipe, evaluate, top1
-    from search.workload import sources, zoo
-    from search.workload.splits import split
+    from search.workload import zoo
+    from search.workload.data import sources
+    from search.workload.data.splits import split
     from search.workload.teacher import fit_teacher, save_weights
 
     pool, test = sources.digits()

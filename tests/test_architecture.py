@@ -20,7 +20,7 @@ PACKAGES = {"methods": {"methods"}, "cluster": {"cluster"}, "search": {"search",
 
 ORDER = {
     "methods": "__init__, pipeline | known | chain | alds, channels, itpruner, manidp, practise, uniform | narrowing "
-    "| protocol | refit, allocation | network | training | base, hooks, names, state",
+    "| protocol | refit, allocation | network | training | base, hooks, muted, names, state",
     "search": "cli | service | driver | devices, shipping | workload | report, record | spec, results | frontier "
     "| export, archive | trials | units, cache, limits, base, noise, __init__",
     "cluster": "__init__ | ray_cluster | pool, groups | workers, serve | head, inline, jobs "

@@ -25,7 +25,8 @@ from tests.support.networks import NETWORKS
 from tests.test_architecture import ORDER, ROOT
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/imagenet/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
 ]
 YOURS = {"methods/narrowest.py", "tests/methods/test_narrowest.py"}
@@ -45,6 +46,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "top level": (schema.SearchSpec, {key: value for key, value in BASE.items() if key != "methods"}),
     "`model`": (schema.ModelSpec, BASE["model"]),
     "`data`": (schema.DataSpec, BASE["data"]),
+    "`task`": (schema.TaskSpec, {}),
     "`metric`": (schema.MetricSpec, {"function": "./scores.py:loss"}),
     "`devices`": (schema.DeviceSpec, {}),
     "`budgets`": (schema.BudgetSpec, {"name": "half"}),

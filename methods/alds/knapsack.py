@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from methods.base import Infeasible
+from methods.muted import muted
 
 SumOptions: TypeAlias = Sequence[tuple[float, tuple[int, ...]]]
 """One layer's (loss, costs) options, with one cost per limit."""
@@ -156,9 +157,10 @@ def _integer_program(tables: Sequence[_Table], limits: Sequence[int], unit: floa
     while (room >= 0).all():
         rows = [LinearConstraint(one_each, 1, 1), LinearConstraint((costs // step).T, ub=room // step)]
         program = partial(milp, losses, integrality=1, bounds=Bounds(0, 1), constraints=rows)
-        result = program(options={"mip_rel_gap": 0, "node_limit": _NODES})
-        if result.x is None and result.status != _INFEASIBLE:
-            result = program(options={"mip_rel_gap": 0})
+        with muted():
+            result = program(options={"mip_rel_gap": 0, "node_limit": _NODES})
+            if result.x is None and result.status != _INFEASIBLE:
+                result = program(options={"mip_rel_gap": 0})
         if result.x is None:
             return None
         picks = [int(part.argmax()) for part in np.split(result.x, owners)]

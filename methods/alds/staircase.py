@@ -20,6 +20,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linear_sum_assignment, milp
 
 from methods.base import Infeasible
+from methods.muted import muted
 
 Options: TypeAlias = Sequence[tuple[float, int]]
 """One layer's (error, cost) options."""
@@ -284,7 +285,8 @@ def _integer_program(costs: Sequence[np.ndarray], limits: tuple[int, int]) -> li
     scaled = np.concatenate(costs) / np.maximum(limits, 1)
     one_each = LinearConstraint((owner == np.arange(len(costs))[:, None]).astype(float), 1, 1)
     within = LinearConstraint(scaled.T, ub=np.ones(2))
-    result = milp(np.zeros(len(owner)), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, within])
+    with muted():
+        result = milp(np.zeros(len(owner)), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, within])
     if result.x is None:
         return None
     picks = [int(result.x[owner == layer].argmax()) for layer in range(len(costs))]

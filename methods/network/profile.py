@@ -29,7 +29,7 @@ def profile(model: nn.Module, example: Tensor, tell: Tell = untold) -> Profile:
     """Profile `model` (left untouched) on `example`, `(n, c, h, w)` with n >= 1; `tell` hears how far it is.
 
     Raises:
-        Unsupported: the model has no convolution or linear layer, or its output is not `(n, classes)`.
+        Unsupported: the model has no convolution or linear layer, or its output is no tensor `(n, ...)`.
     """
     model = copy.deepcopy(model).eval()
     calls, blocks = _trace(model, example[:1])
@@ -79,9 +79,9 @@ def _trace(model: nn.Module, example: Tensor) -> tuple[dict[str, list[_Call]], l
     )
     with hooked(hooks), fastpath_off(), torch.no_grad():
         output = model(example.clone())
-    if not isinstance(output, Tensor) or output.ndim != 2:
+    if not isinstance(output, Tensor) or output.shape[:1] != example.shape[:1]:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise Unsupported(f"the network must return logits of shape (n, classes), but it returned {shape}")
+        raise Unsupported(f"the network must return a tensor with a row for each image, but it returned {shape}")
     return calls, blocks
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 
 from methods.base import Infeasible
+from methods.muted import muted
 
 _LARGEST = 1e4
 """The largest error that HiGHS is given: all others are scaled alike."""
@@ -140,7 +141,8 @@ def _picked(chosen: Any) -> list[int]:
 def _is_solved(cost: Any, rules: Sequence[Any]) -> bool:
     """Set the variables so that `cost` is least under `rules`; return False if nothing keeps the rules."""
     problem = cp.Problem(cp.Minimize(cost), rules)
-    problem.solve(solver=cp.HIGHS, **_EXACT)
+    with muted():
+        problem.solve(solver=cp.HIGHS, **_EXACT)
     assert problem.status in (cp.OPTIMAL, cp.INFEASIBLE), problem.status
     return bool(problem.status == cp.OPTIMAL)
 

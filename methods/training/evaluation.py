@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from methods.training import distributed
 from methods.training.recipe import Metric, Samples
+from methods.training.task import CLASSIFICATION, Task, top1
 
 BatchNorm: TypeAlias = nn.modules.batchnorm._BatchNorm
 
@@ -51,36 +52,34 @@ class Judgement(NamedTuple):
     hits: np.ndarray | None
 
 
-def evaluate(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> float:
+def evaluate(
+    model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512, *, task: Task = CLASSIFICATION
+) -> float:
     """Return `metric` of `model` over all of `data`, as `judge` finds it."""
-    return judge(model, data, metric, batch_size).value
+    return judge(model, data, metric, batch_size, task=task).value
 
 
 @torch.no_grad()
-def judge(model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512) -> Judgement:
+def judge(
+    model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512, *, task: Task = CLASSIFICATION
+) -> Judgement:
     """Judge `model` in eval mode by `metric` over all of `data`; several processes that do the same share the images.
 
+    The metric reads the task's answers of all images at once.
+
     Raises:
-        FloatingPointError: a logit is NaN, which an argmax would take for the first class.
+        FloatingPointError: an output is NaN, which an argmax would take for the first class.
     """
     model.eval()
     device = next(model.parameters()).device
-    logits, labels = [], []
+    answers, labels = [], []
     for indices in np.array_split(np.arange(len(data)), max(1, -(-len(data) // batch_size))):
         images, truth = data.batch(indices, part=distributed.part(len(indices)))
-        logits.append(distributed.joined(model(images.to(device)), len(indices)).float().cpu())
+        outputs = distributed.joined(model(images.to(device)), len(indices))
+        if bool(outputs.isnan().any()):
+            raise FloatingPointError("the network returned NaN; expected numbers; lower the learning rate")
+        answers.append(task.answers(outputs).cpu())
         labels.append(distributed.joined(truth.to(device), len(indices)).cpu())
-    if any(bool(part.isnan().any()) for part in logits):
-        raise FloatingPointError("the network returned NaN logits; expected numbers; lower the learning rate")
-    found, wanted = torch.cat(logits), torch.cat(labels)
+    found, wanted = torch.cat(answers), torch.cat(labels)
     is_right = (found.argmax(1) == wanted).numpy() if metric is top1 else None
     return Judgement(float(metric(found, wanted)), is_right)
-
-
-def top1(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of rows of `logits` `(n, classes)` whose largest entry is at `labels` `(n,)`.
-
-    >>> top1(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1]))
-    0.5
-    """
-    return float((logits.argmax(1) == labels).double().mean())

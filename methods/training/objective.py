@@ -15,17 +15,15 @@ from methods.training.recipe import Objective, Recipe
 
 
 def instance_losses(output: Tensor, labels: Tensor, target: Tensor | None, recipe: Recipe) -> Tensor:
-    """Return the loss `(n,)` of each image, as the recipe weighs its label `(n,)` and the teacher's outputs `target`.
+    """Return the loss `(n,)` of each image, as the recipe weighs its label and the teacher's outputs `target`.
 
-    `output` and `target` are logits `(n, classes)`; without `target` only the labels count.
+    `output`, `target` and `labels` are `(n, ...)`, as the recipe's task has them; without `target` only labels count.
     """
-    share = recipe.distill if recipe.labels else 1.0
+    task, share = recipe.task, recipe.distill if recipe.labels else 1.0
     if target is None or share == 0:
-        return F.cross_entropy(output, labels, reduction="none")
-    softened = _softened_divergence(output, target, recipe.temperature)
-    if not recipe.labels:
-        return softened
-    return (1 - share) * F.cross_entropy(output, labels, reduction="none") + share * softened
+        return task.losses(output, labels)
+    mimicry = task.mimicry(output, target, recipe.temperature)
+    return (1 - share) * task.losses(output, labels) + share * mimicry if recipe.labels else mimicry
 
 
 def classifier_name(model: nn.Module) -> str:
@@ -110,10 +108,3 @@ def objective_of(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) ->
         return instance_losses(ours, labels, theirs, recipe).mean()
 
     return from_outputs if teacher is None or recipe.labels else from_features
-
-
-def _softened_divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL divergence `(n,)` of softened distributions times the squared temperature (Hinton et al. 2015, 2.1)."""
-    student = F.log_softmax(output.float() / temperature, dim=1)
-    teacher = F.log_softmax(target.float() / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2

@@ -105,8 +105,8 @@ def first_spec(model: str, data: Path, folder: Path) -> tuple[str, list[str]]:
 
 def _classes(data: Path) -> tuple[int, str]:
     """Count the classes of a folder; or 0, and why it has none."""
-    from search.workload.pictures import Preparation
-    from search.workload.sources import image_folder, unlabelled_pictures
+    from search.workload.data.folders import image_folder, unlabelled_pictures
+    from search.workload.data.pictures import Preparation
 
     try:
         pool, _ = image_folder(data, Preparation())

@@ -17,7 +17,7 @@ from cluster import Cluster, Done, Failed, Step
 from methods import named
 from methods.base import Choice, Knob, KnobValue, MethodError, Plan
 from methods.pipeline import Outcome, rebuild, trial
-from methods.training import Recipe, evaluate
+from methods.training import Recipe
 from search.base import Report, SpecError
 from search.driver.planning.sizing import Request
 from search.driver.prepare import Prepared, prepare, recipe
@@ -70,9 +70,7 @@ def compress(
     try:
         prepared = prepare(spec, workload, cluster, report, only=[method])
         fitted = _fitted(prepared, method, budget, own)
-        teacher = vars(prepared.teacher) | {
-            "top1_test": evaluate(workload.teacher, workload.splits.test, workload.metric)
-        }
+        teacher = vars(prepared.teacher) | {"top1_test": workload.judge(workload.teacher, workload.splits.test).value}
         outcome = _trial(spec, cluster, fitted.plan, recipe(spec.recovery, shared), out, report)
     finally:
         cluster.close()
@@ -83,7 +81,7 @@ def compress(
         "method": method,
         "budget": budget,
         "limits": prepared.target(budget).limits,
-        "top1_test": evaluate(student, workload.splits.test, workload.metric),
+        "top1_test": workload.judge(student, workload.splits.test).value,
         "top1_drop": prepared.teacher.top1_validation - outcome.top1_validation,
         "top1_error": None if outcome.hits is None else standard_error(outcome.hits),
         "teacher": teacher,

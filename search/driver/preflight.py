@@ -22,7 +22,7 @@ from methods.base import Budget, Infeasible, MethodError, Plan
 from methods.chain import links_of
 from methods.pipeline import look
 from methods.protocol import defaults
-from methods.training import Recipe, evaluate, train
+from methods.training import Recipe, train
 from search.base import Report
 from search.driver.planning.sizing import Request, untried
 from search.driver.prepare import Prepared, prepare
@@ -226,11 +226,13 @@ def _timing_seconds(prepared: Prepared) -> float:
 def _seconds(workload: Workload, settings: RecoverySpec) -> tuple[float, float]:
     """Return the seconds of a training step and of an evaluation."""
     model = copy.deepcopy(workload.teacher)
-    quick = Recipe(TIMED_STEPS, batch_size=settings.batch_size, learning_rate=1e-6, precision=settings.precision)
+    quick = Recipe(
+        TIMED_STEPS, settings.batch_size, learning_rate=1e-6, precision=settings.precision, task=workload.task
+    )
     started = time.perf_counter()
     for _ in train(model, workload.splits.train, quick, seed=0, teacher=workload.teacher):
         pass
     step = (time.perf_counter() - started) / TIMED_STEPS
     started = time.perf_counter()
-    evaluate(model, workload.splits.validation, workload.metric)
+    workload.judge(model, workload.splits.validation)
     return step, time.perf_counter() - started

@@ -15,7 +15,7 @@ from methods.chain import AnyMethod, links_of
 from methods.network import Profile, profile
 from methods.pipeline import size_bytes
 from methods.protocol import Method
-from methods.training import Recipe, judge
+from methods.training import Recipe
 from search.base import Report
 from search.devices.stopwatch import Stopwatch
 from search.driver.planning.fitting import Fitter
@@ -115,7 +115,7 @@ def _obstacle(name: str, found: Profile) -> str | None:
 
 
 def _teacher(workload: Workload, found: Profile, latency_ms: Latency) -> Teacher:
-    judged = judge(workload.teacher, workload.splits.validation, workload.metric)
+    judged = workload.judge(workload.teacher, workload.splits.validation)
     return Teacher(
         top1_validation=judged.value,
         top1_test=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from cluster import Cluster, Done, Event, Failed, Step, Stopped
 from methods import named
@@ -38,7 +38,7 @@ class Planned:
     @property
     def work(self) -> str:
         """A name for the training it asks for: trials that share it are trained once."""
-        return digest([self.fitted.plan.identity(), asdict(self.how)])
+        return digest([self.fitted.plan.identity(), self.how.identity()])
 
     @property
     def student(self) -> str:

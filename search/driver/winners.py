@@ -13,7 +13,7 @@ from torch import nn
 from cluster import Cluster, Done, Failed
 from methods import named
 from methods.pipeline import rebuild, trial
-from methods.training import Recipe, evaluate
+from methods.training import Recipe
 from search.base import Report, SearchError, SpecError, TrackingError
 from search.cache import digest
 from search.devices.device import LatencyError
@@ -112,7 +112,7 @@ def register(spec: SearchSpec, workload: Workload, record: Record, report: Repor
     check_model(spec)
     result = record.read.result()
     if result.teacher.top1_test is None:
-        test = evaluate(workload.teacher.cpu(), workload.splits.test, workload.metric)
+        test = workload.judge(workload.teacher.cpu(), workload.splits.test).value
         record.search.write_teacher(replace(result.teacher, top1_test=test))
     uris = _store(workload, record, result, report)
     trained = _trained(result)
@@ -212,7 +212,7 @@ def _tags(
         "onnx_uri": models.onnx_uri(trained),
     }
     limits = {f"limit_{cost}": limit for cost, limit in budget.limits.items()}
-    test = {"top1_test": evaluate(found, workload.splits.test, workload.metric)}
+    test = {"top1_test": workload.judge(found, workload.splits.test).value}
     tags = origin | _plan(winner) | _device(spec, result, budget) | limits | _measured(winner, result) | test
     return {key: value for key, value in tags.items() if value is not None}
 

@@ -159,6 +159,7 @@ def _parse_spec(raw: dict[Any, Any]) -> SearchSpec:
 def _code_refusals(spec: SearchSpec, allowed: Sequence[str]) -> list[str]:
     """A reason for each function or source of the spec that is not allowed."""
     named = {} if spec.metric.is_ours else {"metric": spec.metric.function}
+    named |= {} if spec.task.factory is None else {"task.factory": spec.task.factory}
     if spec.model.source != "factory":
         named["model.source"] = spec.model.source
     else:

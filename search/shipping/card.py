@@ -15,8 +15,8 @@ from search.report.costs import CostRow
 from search.results import BudgetResult, SearchResult
 from search.spec.schema import DataSpec
 from search.trials import Candidate
-from search.workload.pictures import preparation
-from search.workload.sources import DIGITS, FASHION_MNIST
+from search.workload.data.pictures import preparation
+from search.workload.data.sources import DIGITS, FASHION_MNIST
 
 FOLDERS = re.compile(r"(?<![\w.:/~-])(?:(?:file|sqlite)://+|~?/)(?:[^\s/'\"]+/)*(?=[^\s/'\"])")
 """The folders of an absolute path."""

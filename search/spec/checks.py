@@ -177,6 +177,15 @@ def _is_pixel(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 256
 
 
+def check_task(value: str, names: list[str]) -> str:
+    """One of the tasks that are ours. Raises a ValueError."""
+    if value not in names:
+        raise ValueError(
+            f"no task {quoted(value)}{suggestion(value, names)}; a task of your own is {{factory: FUNCTION}}"
+        )
+    return value
+
+
 def check_range(value: object) -> tuple[float, float]:
     """Two numbers, the first of which is the lower. Raises a ValueError."""
     found = [float(one) for one in value if _is_number(one)] if isinstance(value, list) else []

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from search.spec.checks import check_builder, read_methods
 from search.spec.documents import quoted, suggestion
-from search.spec.schema import OURS, DataSpec, ModelSpec
+from search.spec.schema import METRICS, OURS, DataSpec, ModelSpec, task_name
 
 MOST = 10**12
 """More than any number of a spec may be; only amounts go further."""
@@ -33,6 +33,7 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
     yield from _model_mistakes(_section(raw, "model"))
     yield from _data_mistakes("data", _section(raw, "data"))
     yield from _metric_mistakes(raw.get("metric"))
+    yield from _task_mistakes(raw)
     yield from _data_mistakes("recovery.data", _section(recovery, "data"))
     for key in ("validation", "calibration", "seed"):
         if _is_given(_section(recovery, "data"), key):
@@ -56,6 +57,26 @@ def contradictions(raw: Mapping[str, Any], methods: Sequence[str]) -> Iterator[s
             f"search.trials: {trials} is too few for {count} methods and the baseline, which are each tried "
             f"once per budget; give at least {least}" + (", or more search.explore" if explore > 1 else "")
         )
+
+
+def _task_mistakes(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Find networks, images and metrics of classification beside another task, and the reverse."""
+    task, metric = raw.get("task", "classification"), raw.get("metric")
+    name = task_name(task)
+    if isinstance(task, dict) and "factory" in task:
+        yield from _function_mistakes("task.factory", task["factory"])
+    wanted = next((one for one, own in METRICS.items() if own == metric), name)
+    if wanted != name and name in list(METRICS):
+        yield f"metric: {metric} is that of {wanted}, and the task is {name}; leave it out for the task's own"
+    if name == "classification" or not isinstance(name, str) or name not in METRICS:
+        return
+    data, model = _section(raw, "data"), _section(raw, "model")
+    if model.get("source") == "zoo":
+        yield f"model.source: the zoo has classifiers, and the task is {name}; give a factory, or torchvision"
+    if data.get("source") in ("digits", "fashion-mnist"):
+        yield f"data.source: {data['source']} has classes, and the task is {name}; give a factory"
+    if data.get("source") == "imagefolder" and name != "segmentation" and data.get("labels") is not False:
+        yield f"data.source: imagefolder has classes or masks, and the task is {name}; give a factory"
 
 
 def _label_mistakes(raw: Mapping[str, Any], *, has_labels: bool) -> Iterator[str]:

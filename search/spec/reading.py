@@ -26,6 +26,7 @@ from search.spec.schema import (
     RecoverySpec,
     SearchSettings,
     SearchSpec,
+    TaskSpec,
     TrackingSpec,
 )
 
@@ -123,8 +124,9 @@ def _describe_mistake(mistake: Any) -> str:
 def _valid_keys(parent: Iterable[object]) -> list[str]:
     """The valid keys at a place in the spec."""
     sections: dict[str, type[BaseModel]] = {
-        "model": ModelSpec, "data": DataSpec, "metric": MetricSpec, "devices": DeviceSpec, "budgets": BudgetSpec,
-        "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec, "tracking": TrackingSpec,
+        "model": ModelSpec, "data": DataSpec, "metric": MetricSpec, "task": TaskSpec, "devices": DeviceSpec,
+        "budgets": BudgetSpec, "search": SearchSettings, "recovery": RecoverySpec, "cluster": ClusterSpec,
+        "tracking": TrackingSpec,
     }  # fmt: skip
     section = next((str(part) for part in reversed(list(parent)) if str(part) in sections), None)
     fields = (sections[section] if section else SearchSpec).model_fields

@@ -27,6 +27,7 @@ from search.spec.checks import (
     check_range,
     check_resources,
     check_store,
+    check_task,
     check_text,
 )
 from search.spec.targets import Target
@@ -111,8 +112,44 @@ class DataSpec(_Strict):
     seed: Seed = 0
 
 
-OURS = {"top1": "top-1", "agreement": "agreement"}
+OURS = {"top1": "top-1", "miou": "mIoU", "r2": "R\u00b2", "score": "score", "agreement": "agreement"}
 """The metrics that are no function of the user's, and what tables call them."""
+
+METRICS = {"classification": "top1", "segmentation": "miou", "regression": "r2", "custom": "score"}
+"""The tasks, and the metric that decides in each: a task of the user's own, `custom`, brings it along."""
+
+
+class TaskSpec(_Strict):
+    """What the network's outputs mean: one of ours by its name, or the user's own, which `factory` makes."""
+
+    name: Literal["classification", "segmentation", "regression", "custom"] = "classification"
+    factory: Text | None = None
+    args: Arguments = {}
+
+
+def _read_task(value: object) -> object:
+    """A task that is a name, alone or in a section, is one of ours; one with a factory is the user's own."""
+    section = {"name": value} if isinstance(value, str) else value
+    if not isinstance(section, dict):
+        return value
+    if set(section) <= {"name"} and isinstance(name := section.get("name", "classification"), str):
+        return {"name": check_task(name, list(METRICS)[:-1])}
+    if not {"factory"} <= set(section) <= {"factory", "args"}:
+        raise ValueError("expected a name, or a section with factory, and args if it takes some")
+    return section | {"name": "custom"}
+
+
+def task_name(task: object) -> object:
+    """The name of the task that a document's key has, which may be anything."""
+    return task.get("name", "custom" if task else "classification") if isinstance(task, dict) else task
+
+
+def _task_json(task: TaskSpec) -> object:
+    return task.name if task.factory is None else task.model_dump(mode="json", exclude={"name"})
+
+
+def _is_classification(task: TaskSpec) -> bool:
+    return task.name == "classification"
 
 
 class MetricSpec(_Strict):
@@ -244,6 +281,12 @@ class SearchSpec(_Strict):
     name: Name
     model: ModelSpec
     data: DataSpec
+    task: Annotated[
+        TaskSpec,
+        BeforeValidator(_read_task),
+        PlainSerializer(_task_json, when_used="json"),
+        Field(exclude_if=_is_classification),
+    ] = TaskSpec()
     metric: Annotated[MetricSpec, BeforeValidator(_read_metric), PlainSerializer(_metric_json, when_used="json")] = (
         MetricSpec(function="top1")
     )
@@ -259,11 +302,12 @@ class SearchSpec(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_labels(cls, given: Any) -> Any:
-        """Where images have no labels, agreement with the teacher decides, and students mimic it."""
-        data, recovery = given.get("data"), given.get("recovery", {})
+    def _with_defaults(cls, given: Any) -> Any:
+        """The metric is the task's; without labels agreement with the teacher decides, and students mimic it."""
+        data, recovery, task = given.get("data"), given.get("recovery", {}), given.get("task", "classification")
         if not isinstance(data, dict) or data.get("labels") is not False:
-            return given
+            name = task_name(task)
+            return ({"metric": METRICS[name]} if isinstance(name, str) and name in METRICS else {}) | given
         mimicking = {"labels": False} | recovery if isinstance(recovery, dict) else recovery
         return {"metric": "agreement"} | given | {"recovery": mimicking}
 

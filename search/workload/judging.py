@@ -8,20 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.training import Samples, top1
+from methods.training import Samples, Task, top1
 from search.base import WorkloadError
 from search.workload.usercode import UserMetric
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 128
-"""The training images that are looked at."""
+LOOKED_AT, MOST_MAPS = 128, 1 << 26
+"""The training images that are looked at: fewer, where their outputs have more numbers in all."""
 
 
 @torch.no_grad()
 def answers(teacher: nn.Module, train: Samples) -> tuple[Tensor, Tensor]:
-    """Return the logits and labels of the first training images; warn if other calls give them other logits."""
-    images, labels = train.batch(np.arange(min(LOOKED_AT, len(train))))
+    """Return the outputs and labels of the first training images; warn if other calls give them other outputs."""
+    with torch.random.fork_rng(devices=[]):
+        one = teacher(train.batch(np.arange(1))[0])
+    count = max(2, min(LOOKED_AT, MOST_MAPS // max(one.numel(), 1)))
+    images, labels = train.batch(np.arange(min(count, len(train))))
     half = -(-len(images) // 2)
     with torch.random.fork_rng(devices=[]):
         logits, again = (teacher(images.clone()).float() for _ in range(2))
@@ -62,6 +65,21 @@ def warn_of(logits: Tensor, labels: Tensor | None) -> None:
             "the teacher's outputs are probabilities already: each row sums to 1; expected logits, which training and "
             "mimicking take the softmax of; return them without the softmax"
         )
+
+
+def warn_of_nothing(task: Task, outputs: Tensor, labels: Tensor) -> None:
+    """Warn of a teacher whose score is none, or that answers all images alike, in any task but classification."""
+    found = task.answers(outputs)
+    if len(found) > 1 and bool((found == found[:1]).all()):
+        log.warning(
+            "the teacher answers %d training images alike; check model.weights and the preparation of the images",
+            len(found),
+        )
+    elif task.score(found, labels) == 0:
+        log.warning(
+            "the teacher's score on %d training images is 0; check model.weights, the labels and the preparation of "
+            "the images", len(found),
+        )  # fmt: skip
 
 
 def _warn_of_chance(logits: Tensor, labels: Tensor) -> None:

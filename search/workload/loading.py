@@ -12,25 +12,28 @@ from torch import Tensor, nn
 
 from methods.network.keeping import kept
 from methods.pipeline import WorkerInputs
-from methods.training import Metric, Samples, top1
+from methods.training import CLASSIFICATION, Judgement, Metric, Samples, Task, judge, top1
 from search import cache
 from search.base import Report, WorkloadError
 from search.spec import SearchSpec
 from search.spec.schema import DataSpec
-from search.workload import sources
+from search.workload.data import folders, sources
+from search.workload.data.labels import Form
+from search.workload.data.pictures import check_pictures, preparation
+from search.workload.data.samples import Arrays, Masked, Pictures, ResizedSamples, unlabelled
+from search.workload.data.splits import Splits, answered, check_stable, split
 from search.workload.forms import freed, protect
-from search.workload.judging import answers, check_metric, warn_of
+from search.workload.judging import answers, check_metric, warn_of, warn_of_nothing
 from search.workload.outputs import OneOutput
-from search.workload.pictures import check_pictures, preparation
-from search.workload.samples import Arrays, Pictures, ResizedSamples, unlabelled
-from search.workload.splits import Splits, answered, check_stable, split
-from search.workload.teacher import check_teacher, load_teacher
+from search.workload.tasks import form_of, task_of
+from search.workload.teacher import check_labels_fit, check_teacher, load_teacher
+from search.workload.threads import set_threads
 from search.workload.usercode import UserMetric, call_factory, load_function
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The teacher, data and metric of a search.
+    """The teacher, data and metric of a search, and its task: what the teacher's outputs mean.
 
     The test set stays in the driver: workers are given `worker_inputs()` only. `recovery_images` are images of another
     source, given if recovery is to see those instead of the training set. Unless students are `refit`, their weights
@@ -43,12 +46,19 @@ class Workload:
     fingerprint: str
     recovery_images: Samples | None = None
     refit: bool = True
+    task: Task = CLASSIFICATION
+
+    def judge(self, model: nn.Module, samples: Samples) -> Judgement:
+        """Judge a network on images of this workload."""
+        return judge(model, samples, self.metric, task=self.task)
 
     def worker_inputs(self) -> WorkerInputs:
         """The part of the workload that workers may see."""
         splits = self.splits
         train = splits.train if self.recovery_images is None else self.recovery_images
-        return WorkerInputs(self.teacher, train, splits.validation, splits.calibration, self.metric, self.refit)
+        return WorkerInputs(
+            self.teacher, train, splits.validation, splits.calibration, self.metric, self.refit, self.task
+        )
 
     @property
     def example(self) -> Tensor:
@@ -73,28 +83,34 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     splits = read_splits(spec, report)
     sizes = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     report("data", 1, 1, sizes)
-    metric = _metric(spec)
+    task = task_of(spec)
+    metric = _metric(spec, task)
     teacher = load_teacher(spec, splits, report, fit=fit)
     teacher = (teacher if spec.model.output is None else OneOutput(teacher, spec.model.output)).eval()
     freed(teacher, report)
     protect(teacher, spec.model.keep)
-    check_teacher(teacher, _first_and_last(splits), splits.classes)
+    check_teacher(teacher, _first_and_last(splits), splits.classes, form_of(spec))
+    if spec.data.labels and spec.task.name in ("segmentation", "regression"):
+        check_labels_fit(teacher, splits, spec.task)
+    set_threads(teacher, _first_and_last(splits))
     if not spec.data.labels:
-        splits = answered(splits, teacher)
-    logits, labels = answers(teacher, splits.train)
-    if fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
-        warn_of(logits, labels if spec.data.labels else None)
-    if isinstance(metric, UserMetric):
-        check_metric(metric, logits, labels)
+        splits = answered(splits, teacher, task)
+    outputs, labels = answers(teacher, splits.train)
+    if spec.task.name != "classification":
+        warn_of_nothing(task, outputs, labels if spec.data.labels else task.labels(outputs))
+    elif fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
+        warn_of(outputs, labels if spec.data.labels else None)
+    if isinstance(metric, UserMetric) and spec.task.name == "classification":
+        check_metric(metric, outputs, labels)
     images = _recovery_images(spec, splits, report)
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits), images, spec.recovery.refit)
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), images, spec.recovery.refit, task)
 
 
-def _metric(spec: SearchSpec) -> Metric:
-    """The metric that decides: ours, or the user's own, as a share of its range."""
+def _metric(spec: SearchSpec, task: Task) -> Metric:
+    """The metric that decides: the task's, or the user's own, as a share of its range."""
     given = spec.metric
     if given.is_ours:
-        return top1
+        return top1 if spec.task.name == "classification" else task.score
     function = load_function(given.function, spec.folder)
     return UserMetric(given.function, function, given.scale, is_clipped=given.range is not None)
 
@@ -136,12 +152,21 @@ def _recovery_images(spec: SearchSpec, splits: Splits, report: Report) -> Sample
 def read_splits(spec: SearchSpec, report: Report = lambda *_: None) -> Splits:
     """Read and split the data of `spec`. Raises as `load` does."""
     settings = spec.data
-    read = _read_source if settings.labels else _read_unlabelled
-    pool, test = read(settings, spec.folder)
+    if settings.labels:
+        pool, test = _read_source(settings, spec.folder, form_of(spec))
+    else:
+        pool, test = _read_unlabelled(settings, spec.folder)
     for samples in (pool, test):
         if samples is not None:
             check_images(samples, report)
-    return split(pool, test, validation=settings.validation, calibration=settings.calibration, seed=settings.seed)
+    return split(
+        pool,
+        test,
+        validation=settings.validation,
+        calibration=settings.calibration,
+        seed=settings.seed,
+        form=form_of(spec) if settings.labels else "class",
+    )
 
 
 def check_images(samples: Samples, report: Report) -> None:
@@ -150,28 +175,29 @@ def check_images(samples: Samples, report: Report) -> None:
     Raises:
         DataError: one cannot be used.
     """
-    if isinstance(samples, Pictures):
+    if isinstance(samples, Pictures | Masked):
         check_pictures(samples.paths, lambda done, total: report("pictures", done, total, ""))
     check_stable(samples)
 
 
-def _read_source(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
+def _read_source(settings: DataSpec, folder: str, form: Form) -> tuple[Samples, Samples | None]:
     """Read the images of a source, and its own test set if it has one."""
     if settings.source == "imagefolder":
-        return sources.image_folder(_root(settings, folder), preparation(settings))
+        read = folders.mask_folder if form == "map" else folders.image_folder
+        return read(_root(settings, folder), preparation(settings))
     if settings.source == "factory":
         assert settings.name is not None
-        return sources.from_factory(call_factory(settings.name, settings.args, folder))
+        return sources.from_factory(call_factory(settings.name, settings.args, folder), form)
     return _built_in(settings, folder)
 
 
 def _read_unlabelled(settings: DataSpec, folder: str) -> tuple[Samples, Samples | None]:
     """Read the images of a source that has no labels, or whose labels are of no use; each then is 0."""
     if settings.source == "imagefolder":
-        return sources.unlabelled_pictures(_root(settings, folder), preparation(settings))
+        return folders.unlabelled_pictures(_root(settings, folder), preparation(settings))
     if settings.source == "factory":
         assert settings.name is not None
-        return sources.from_factory(call_factory(settings.name, settings.args, folder), labels=False)
+        return sources.from_factory(call_factory(settings.name, settings.args, folder), None)
     pool, test = _built_in(settings, folder)
     return unlabelled(pool), None if test is None else unlabelled(test)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from search.archive import ArchiveError
 from search.base import Report, WorkloadError, first_line, masked, one_line
 from search.export import exported
 from search.spec import SearchSpec
-from search.spec.schema import WEIGHT_FILES, ModelSpec
+from search.spec.schema import WEIGHT_FILES, ModelSpec, TaskSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights, outputs_of
+from search.workload.data.labels import Form
+from search.workload.data.splits import Splits
 from search.workload.forms import unwrapped
 from search.workload.outputs import outputs_of as parts_of
 from search.workload.outputs import told
-from search.workload.splits import Splits
+from search.workload.threads import set_threads
 from search.workload.usercode import blaming, call_factory, importable
 
 
@@ -72,7 +74,7 @@ def _zoo_teacher(spec: SearchSpec, splits: Splits, report: Report, *, fit: bool)
             teacher = zoo.build(model.name, channels, outputs_of(teacher, _weights_file(spec)), seed)
         return _load_weights(teacher, spec, report)
     recipe = teacher_recipe(len(splits.train), spec.recovery.precision)
-    key = cache.digest(f"{model.name} {splits.fingerprint} {asdict(recipe)}")
+    key = cache.digest(f"{model.name} {splits.fingerprint} {recipe.identity()}")
     path = cache.folder() / "teachers" / f"{key}.safetensors"
     if fit and not _is_kept(teacher, path):
         trained = copy.deepcopy(teacher)
@@ -103,6 +105,7 @@ def teacher_recipe(images: int, precision: str = "fp32") -> Recipe:
 
 def fit_teacher(teacher: nn.Module, splits: Splits, recipe: Recipe, report: Report) -> None:
     """Train a teacher in place from scratch, with seed 0; torch's own generator is left as it was."""
+    set_threads(teacher.eval(), torch.from_numpy(splits.calibration[:1]))
     report("training the teacher", 0, recipe.steps, "")
     with torch.random.fork_rng(devices=[]):
         for step in train(teacher, splits.train, recipe, seed=0):
@@ -191,23 +194,23 @@ def _weights_file(spec: SearchSpec) -> Path:
     return Path(spec.folder, spec.model.weights).expanduser()
 
 
-def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
-    """Refuse a network that does not give finite logits, cannot be trained or cannot be exported."""
-    logits = _logits(teacher, images)
-    if logits.shape[1] < classes:
+def check_teacher(teacher: nn.Module, images: Tensor, classes: int, form: Form = "class") -> None:
+    """Refuse a network that does not give finite outputs of its task, cannot be trained or cannot be exported."""
+    outputs = _outputs(teacher, images, form)
+    if form != "numbers" and outputs.shape[1] < classes:
         raise WorkloadError(
-            f"the network has {logits.shape[1]} outputs, but the labels go up to {classes - 1}; "
+            f"the network has {outputs.shape[1]} outputs, but the labels go up to {classes - 1}; "
             "expected one output per class, and labels that begin at 0; check the number of classes, or renumber"
         )
-    if not torch.isfinite(logits).all():
+    if not torch.isfinite(outputs).all():
         raise WorkloadError(
-            "the network's outputs hold NaN or infinity on the calibration images; expected finite logits; "
+            "the network's outputs hold NaN or infinity on the calibration images; expected finite numbers; "
             "check model.weights"
         )
     with blaming("copying the network", "one that copy.deepcopy takes; open locks and files where they are used"):
         copied = copy.deepcopy(teacher)
     with torch.random.fork_rng(devices=[]):
-        _logits(copied.train(), images)
+        _outputs(copied.train(), images, form)
     try:
         exported(teacher, images)
     except Exception as error:
@@ -217,18 +220,41 @@ def check_teacher(teacher: nn.Module, images: Tensor, classes: int) -> None:
         ) from error
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The outputs `(n, classes)` of `model` in its present mode, train or eval."""
+def check_labels_fit(teacher: nn.Module, splits: Splits, task: TaskSpec) -> None:
+    """Refuse outputs of another shape than the labels', of maps and numbers."""
+    images, labels = splits.train.batch(np.arange(1))
+    with torch.no_grad():
+        found = tuple(teacher(images).shape[1:])
+    wanted = tuple(labels.shape[1:])
+    if (found[1:] if task.name == "segmentation" else found) != wanted:
+        what = "(n, classes, h, w) beside labels (n, h, w)" if task.name == "segmentation" else "as large as the labels"
+        raise WorkloadError(
+            f"for an image, the network returns {found}, and its label is {wanted}; expected outputs {what}; let the "
+            "network scale its outputs to the labels, or the data its labels to the outputs"
+        )
+
+
+EXPECTED: dict[Form, str] = {
+    "class": "logits (n, classes)", "map": "logits (n, classes, h, w)", "numbers": "a tensor (n, ...)",
+}  # fmt: skip
+"""The outputs of a network, by the labels that it is taught with."""
+AXES: dict[Form, tuple[int, ...]] = {"class": (2,), "map": (4,), "numbers": (1, 2, 3, 4, 5)}
+"""How many axes they have."""
+
+
+def _outputs(model: nn.Module, images: Tensor, form: Form) -> Tensor:
+    """The outputs `(n, ...)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
     refused = f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: it"
     with blaming(refused, lambda error: f"it to accept the data's images; {_advice(model, error)}"), torch.no_grad():
-        logits = model(images.clone())
-    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images):
-        return logits
-    advice = "name them as model.output, or return them alone" if parts_of(logits) else "return them"
+        found = model(images.clone())
+    if isinstance(found, Tensor) and found.ndim in AXES[form] and len(found) == len(images):
+        return found
+    advice = "name them as model.output, or return them alone" if parts_of(found) else "return them"
+    other = ", or name what it returns as task" if isinstance(found, Tensor) and form == "class" else ""
     raise WorkloadError(
-        f"{mode}, the network returned {told(logits)} for inputs of shape {tuple(images.shape)}; expected logits "
-        f"(n, classes); {advice}"
+        f"{mode}, the network returned {told(found)} for inputs of shape {tuple(images.shape)}; expected "
+        f"{EXPECTED[form]}; {advice}{other}"
     )
 
 

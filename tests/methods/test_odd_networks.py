@@ -16,7 +16,7 @@ from methods.base import Budget, Infeasible, Plan, ScoreError
 from methods.network import count_macs, count_params, profile
 from methods.protocol import Method, defaults
 from methods.training import Recipe
-from search.workload.samples import Arrays
+from search.workload.data.samples import Arrays
 from tests.support.odd_networks import ODD, seeded
 
 NO_BLOCK = "no module of the network keeps the shape"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from methods.training import Samples
-from search.workload.samples import Arrays
-from search.workload.splits import Splits, split
+from search.workload.data.samples import Arrays
+from search.workload.data.splits import Splits, split
 
 
 def numbered(count: int, *, classes: int = 3) -> Arrays:

@@ -18,8 +18,9 @@ from search.driver.prepare import prepare
 from search.record.searches import find_search
 from search.results import SearchResult
 from search.spec import schema
-from search.workload import Workload, loading, sources, usercode
-from search.workload.splits import split
+from search.workload import Workload, loading, usercode
+from search.workload.data import sources
+from search.workload.data.splits import split
 from tests.support.searches import inline, parsed, place, quiet
 
 SPEC = """

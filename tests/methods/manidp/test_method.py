@@ -27,7 +27,7 @@ from methods.network import Profile, count_macs, count_params, profile
 from methods.pipeline import WorkerInputs, rebuild, trial
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
-from search.workload.samples import Arrays
+from search.workload.data.samples import Arrays
 from tests.support.networks import NETWORKS
 
 METHOD = ManiDP()

@@ -22,7 +22,7 @@ from methods.practise.method import _pairs, interactions
 from methods.practise.recoverability import Repair, observe, recoverability
 from methods.practise.selection import pairwise_error
 from methods.training import Recipe, recalibrate
-from search.workload.samples import Arrays
+from search.workload.data.samples import Arrays
 from tests.methods.practise.test_blocks import DEEP, deep, silenced
 from tests.support.networks import NETWORKS, _seeded, fits
 

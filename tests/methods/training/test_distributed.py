@@ -25,8 +25,9 @@ from methods.training import Recipe, Samples, distributed, evaluate, recover, to
 from methods.training.recipe import WHOLE, Chance
 from search.base import SpecError
 from search.spec import reading
-from search.workload import samples, sources, zoo
-from search.workload.splits import Splits, split
+from search.workload import zoo
+from search.workload.data import samples, sources
+from search.workload.data.splits import Splits, split
 from tests.support.searches import SPEC
 
 RECIPE = Recipe(20, batch_size=64, learning_rate=0.05, report_every=10)

@@ -20,7 +20,7 @@ from methods.training.loop import _train_mode
 from methods.training.objective import classifier_name, last_map
 from methods.training.recipe import WHOLE, Chance
 from search.workload import zoo
-from search.workload.samples import Arrays
+from search.workload.data.samples import Arrays
 from tests.support.networks import NETWORKS
 
 RECIPE = Recipe(40, batch_size=32, learning_rate=0.05, report_every=10)

@@ -18,7 +18,7 @@ from search.record.searches import find_search
 from search.report.html import html
 from search.results import SearchResult
 from search.units import Scale
-from search.workload.sources import digits
+from search.workload.data.sources import digits
 from tests.support.searches import inline, parsed, place, quiet
 
 SPEC = """

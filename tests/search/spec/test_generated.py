@@ -24,6 +24,7 @@ GOOD: dict[str, Any] = {
     "name": "digits",
     "model": {"source": "zoo", "name": "resnet8"},
     "data": {"source": "digits"},
+    "task": {"name": "classification"},
     "metric": {"function": "./scores.py:loss"},
     "devices": {"edge": {}},
     "budgets": [{"name": "half", "macs": "50%"}],

@@ -9,7 +9,7 @@ import torch
 
 from search.spec import reading
 from search.workload import loading
-from search.workload.samples import Arrays, ResizedSamples
+from search.workload.data.samples import Arrays, ResizedSamples
 
 SPEC = """
 name: other

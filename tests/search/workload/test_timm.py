@@ -13,7 +13,7 @@ import torch
 from search.base import DataError, WorkloadError
 from search.spec.schema import DataSpec
 from search.workload import zoo
-from search.workload.pictures import Preparation, preparation
+from search.workload.data.pictures import Preparation, preparation
 from tests.support.tiny_workloads import load, refused, users_code
 
 IMAGES = {"source": "factory", "name": "./things.py:images", "args": {"side": 32}}

@@ -23,7 +23,7 @@ from methods.pipeline import Outcome, PlanMismatch, Progress, WorkerInputs, rebu
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate
 from search.workload import zoo
-from search.workload.samples import Arrays
+from search.workload.data.samples import Arrays
 
 NETWORKS = ("resnet14", "resnet20", "mobilenet-cifar")
 RECIPE = Recipe(3, batch_size=16, learning_rate=0.01, report_every=2)

@@ -23,6 +23,9 @@ Interpolation: TypeAlias = Literal["nearest", "nearest-exact", "bilinear", "bicu
 TIMM = "timm:"
 """The beginning of a preset that is timm's."""
 
+MASK_MODES = ("1", "L", "P")
+"""Pillow's modes of one number of up to 8 bits per pixel."""
+
 DEPTHS = {"PNG": 16, "PPM": 16}
 """Bits of the grey values that Pillow gives as 32-bit integers, by formats that say them."""
 
@@ -42,22 +45,32 @@ class Preparation:
 
     def __call__(self, image: Tensor, draw: np.ndarray | None) -> Tensor:
         """Prepare `image` `(3, h, w)` uint8; with four draws from [0, 1) it is cropped and mirrored by them."""
+        from torchvision.transforms.v2 import functional as tv
+
+        pixels = tv.to_dtype(self._shaped(image, draw, self.interpolation), torch.float32, scale=True)
+        normalised: Tensor = tv.normalize(pixels, list(self.mean), list(self.std))
+        return normalised
+
+    def mask(self, mask: Tensor, draw: np.ndarray | None) -> Tensor:
+        """Shape the classes of pixels `(1, h, w)` as their image is shaped: `(size, size)` int64."""
+        return self._shaped(mask, draw, "nearest-exact")[0].long()
+
+    def _shaped(self, image: Tensor, draw: np.ndarray | None, interpolation: Interpolation) -> Tensor:
+        """Resize and crop `image` `(c, h, w)`, by the draws if there are any."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2 import functional as tv
 
-        way: dict[str, Any] = {"interpolation": InterpolationMode(self.interpolation), "antialias": True}
+        way: dict[str, Any] = {"interpolation": InterpolationMode(interpolation), "antialias": True}
         if draw is None:
             image = tv.resize(image, [self.resize or self.size * 8 // 7], **way)
-            image = tv.center_crop(image, [self.size, self.size])
-        else:
-            height, width = image.shape[-2:]
-            side = max(1, round((0.08 + 0.92 * draw[0]) ** 0.5 * min(height, width)))
-            top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
-            image = tv.resized_crop(image, top, left, side, side, [self.size, self.size], **way)
-            image = tv.horizontal_flip(image) if draw[3] < 0.5 else image
-        pixels = tv.to_dtype(image, torch.float32, scale=True)
-        normalised: Tensor = tv.normalize(pixels, list(self.mean), list(self.std))
-        return normalised
+            middle: Tensor = tv.center_crop(image, [self.size, self.size])
+            return middle
+        height, width = image.shape[-2:]
+        side = max(1, round((0.08 + 0.92 * draw[0]) ** 0.5 * min(height, width)))
+        top, left = int(draw[1] * (height - side + 1)), int(draw[2] * (width - side + 1))
+        image = tv.resized_crop(image, top, left, side, side, [self.size, self.size], **way)
+        mirrored: Tensor = tv.horizontal_flip(image) if draw[3] < 0.5 else image
+        return mirrored
 
 
 def preparation(settings: DataSpec) -> Preparation:
@@ -131,6 +144,26 @@ def decode(path: str, *, roughly: bool = False) -> np.ndarray:
     except Exception as error:
         raise DataError(
             f"cannot read the picture {path}: {error}; expected a file such as JPEG or PNG; mend or remove it"
+        ) from error
+
+
+def decode_mask(path: str) -> np.ndarray:
+    """Read a mask as `(h, w)` uint8: the values of its pixels, of a palette their numbers.
+
+    Raises:
+        DataError: it cannot be read, or its values are no classes.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in MASK_MODES:
+                raise ValueError(f"its mode is {picture.mode!r}, of {', '.join(MASK_MODES)} that hold classes")
+            return np.array(picture).astype(np.uint8)
+    except Exception as error:
+        raise DataError(
+            f"cannot read the mask {path}: {error}; expected a PNG with one number per pixel, the class from 0, and "
+            "255 where none counts; mend or remove it"
         ) from error
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from search.workload.pictures import Preparation
-from search.workload.samples import Arrays, Pictures, Subset
+from search.workload.data.pictures import Preparation
+from search.workload.data.samples import Arrays, Pictures, Subset
 from tests.support.numbered import numbered, numbers
 
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from search.base import DataError
-from search.workload import sources
-from search.workload.pictures import Preparation
+from search.workload.data import folders, sources
+from search.workload.data.pictures import Preparation
 
 
 def test_digits() -> None:
@@ -93,7 +93,7 @@ def test_an_image_folder_with_train_and_test(tmp_path: Path) -> None:
         for index in range(2):
             paint(tmp_path / "train" / name / f"{index}.png", 50 * number)
         paint(tmp_path / "val" / name / "0.png", 50 * number)
-    pool, test = sources.image_folder(tmp_path, Preparation(16))
+    pool, test = folders.image_folder(tmp_path, Preparation(16))
     assert test is not None
     assert pool.batch(np.arange(6))[1].tolist() == [0, 0, 1, 1, 2, 2]
     inputs, labels = test.batch(np.arange(3))
@@ -107,7 +107,7 @@ def test_an_image_folder_with_train_and_test(tmp_path: Path) -> None:
 def test_a_flat_image_folder_has_no_test_set(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         paint(tmp_path / name / "0.png", 9)
-    pool, test = sources.image_folder(tmp_path, Preparation(8))
+    pool, test = folders.image_folder(tmp_path, Preparation(8))
     assert test is None
     assert pool.batch(np.arange(2))[1].tolist() == [0, 1]
 
@@ -115,23 +115,23 @@ def test_a_flat_image_folder_has_no_test_set(tmp_path: Path) -> None:
 def test_folders_that_hold_no_classes_are_refused(tmp_path: Path) -> None:
     for root in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DataError, match=r"no classes in .*; expected one sub-folder .*; correct data\.root"):
-            sources.image_folder(root, Preparation(8))
+            folders.image_folder(root, Preparation(8))
     (tmp_path / "ant").mkdir()
     with pytest.raises(DataError, match=r"pictures are missing in .*ant.*; add them or remove its folder"):
-        sources.image_folder(tmp_path, Preparation(8))
+        folders.image_folder(tmp_path, Preparation(8))
 
 
 def test_a_test_set_of_other_classes_is_refused(tmp_path: Path) -> None:
     for place in ("train/ant", "train/bee", "test/bee"):
         paint(tmp_path / place / "0.png", 1)
     with pytest.raises(DataError, match=r"different classes \(ant\); expected the same sub-folders in both; complete"):
-        sources.image_folder(tmp_path, Preparation(8))
+        folders.image_folder(tmp_path, Preparation(8))
 
 
 def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     paint(tmp_path / "ant" / "0.png", 1)
     (tmp_path / "ant" / "1.png").write_bytes(b"no picture")
-    pool, _ = sources.image_folder(tmp_path, Preparation(8))
+    pool, _ = folders.image_folder(tmp_path, Preparation(8))
     with pytest.raises(
         DataError, match=r"cannot read the picture .*1\.png: .*; expected a file such as JPEG or PNG; mend or remove it"
     ):
@@ -143,7 +143,7 @@ def test_sets_have_the_names_that_downloads_give_them(tmp_path: Path, train: str
     for name in ("ant", "bee"):
         paint(tmp_path / train / name / "0.png", 9)
         paint(tmp_path / held_out / name / "1.png", 9)
-    pool, test = sources.image_folder(tmp_path, Preparation(8))
+    pool, test = folders.image_folder(tmp_path, Preparation(8))
     assert test is not None
     assert (len(pool), len(test)) == (2, 2)
     assert test.batch(np.arange(2))[1].tolist() == [0, 1]
@@ -165,7 +165,7 @@ def test_folders_of_sets_are_no_classes(tmp_path: Path, places: tuple[str, ...],
     for place in places:
         paint(tmp_path / place / "0.png", 1)
     with pytest.raises(DataError, match=re.escape(told)):
-        sources.image_folder(tmp_path, Preparation(8))
+        folders.image_folder(tmp_path, Preparation(8))
 
 
 def test_what_programs_leave_behind_is_no_class_and_no_picture(
@@ -176,6 +176,6 @@ def test_what_programs_leave_behind_is_no_class_and_no_picture(
     for place in (".ipynb_checkpoints", "__MACOSX", "bee/.ipynb_checkpoints"):
         paint(tmp_path / place / "0-checkpoint.png", 9)
     (tmp_path / "train" / "._0.png").write_bytes(b"no picture")
-    pool, _ = sources.image_folder(tmp_path, Preparation(8))
+    pool, _ = folders.image_folder(tmp_path, Preparation(8))
     assert pool.batch(np.arange(len(pool)))[1].tolist() == [0, 1]
     assert ".ipynb_checkpoints, __MACOSX is no class and is skipped" in caplog.text

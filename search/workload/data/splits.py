@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from methods.training import Samples
+from methods.training import Samples, Task
 from search.base import DataError
 from search.cache import digest
-from search.workload.samples import Answered, Arrays, Indexed, Pictures, Subset
+from search.workload.data.labels import Form, numbered
+from search.workload.data.samples import Answered, Arrays, Indexed, Pictures, Subset
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,9 @@ MOST_CLASSES = 1_000_000
 class Splits:
     """The images of a search: recovery sees `train`, scoring `calibration`, decisions `validation`.
 
-    `test` is read once per registered version. `calibration` is `(n, c, h, w)` float32, a part of train, unaugmented.
-    `fingerprint` changes with the split, any of its labels and any of its images held in memory; of images read on
-    demand, those of `calibration` count.
+    `classes` are those that labels tell of, 0 where labels are numbers. `test` is read once per registered version.
+    `calibration` is `(n, c, h, w)` float32, a part of train, unaugmented. `fingerprint` changes with the split, any of
+    its labels and any of its images held in memory; of images read on demand, those of `calibration` count.
     """
 
     train: Samples
@@ -39,12 +40,15 @@ class Splits:
     fingerprint: str
 
 
-def split(pool: Samples, test: Samples | None, *, validation: float, calibration: int, seed: int) -> Splits:
+def split(
+    pool: Samples, test: Samples | None, *, validation: float, calibration: int, seed: int, form: Form = "class"
+) -> Splits:
     """Split `pool` by `seed`; without a `test` set, one as large as the validation set is taken from it too.
 
     Args:
         validation: the share of the pool that becomes the validation set, in (0, 1).
         calibration: the number of training images that scoring may see; all of them if there are fewer.
+        form: what labels are; only those of classes are counted.
 
     Raises:
         DataError: a split is empty, a label is none of the classes, or a calibration image cannot be used.
@@ -64,24 +68,25 @@ def split(pool: Samples, test: Samples | None, *, validation: float, calibration
             f"training images are {tuple(images.shape[1:])}, test images {tuple(shape)}; expected one shape (c, h, w); "
             "prepare both sets in the same way"
         )
-    found = _all_labels(pool)
+    found, others = _all_labels(pool), None if isinstance(test, Subset) else _all_labels(test)
     labels = found[np.concatenate([rest, validation_part])]
+    known, strange = (None if one is None else numbered(one, form) for one in (found, others))
     return Splits(
         **parts,
         calibration=images.numpy(),
-        classes=_count_classes(found, None if isinstance(test, Subset) else _all_labels(test)),
+        classes=0 if form == "numbers" or known is None else _count_classes(known, strange),
         fingerprint=_fingerprint(images.numpy(), rest, validation_part, labels, *_images_in_memory(pool)),
     )
 
 
-def answered(splits: Splits, teacher: nn.Module) -> Splits:
+def answered(splits: Splits, teacher: nn.Module, task: Task) -> Splits:
     """Return splits whose validation and test labels are the teacher's answers; those of train are never read.
 
     The teacher is asked for those of the validation set here, so that workers all have the same.
     """
-    validation = Answered(splits.validation, teacher)
+    validation = Answered(splits.validation, teacher, task)
     _ = validation.labels
-    return replace(splits, validation=validation, test=Answered(splits.test, teacher))
+    return replace(splits, validation=validation, test=Answered(splits.test, teacher, task))
 
 
 def _check_sizes(parts: Mapping[str, Samples], images: int, validation: float) -> None:
@@ -98,6 +103,8 @@ def _count_classes(labels: np.ndarray, test: np.ndarray | None) -> int:
 
     A class without images is told, since numbers that begin at 1, or that skip some, are mistakes as a rule.
     """
+    if not len(labels):
+        raise DataError("no label counts: every pixel is 255; expected classes counted from 0; check the masks")
     if labels.min() < 0:
         raise DataError(f"a label is {labels.min()}; expected classes counted from 0; renumber the labels")
     classes = int(labels.max()) + 1

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from search.base import DataError
-from search.workload.samples import Indexed
-from search.workload.sources import from_factory
+from search.workload.data.samples import Indexed
+from search.workload.data.sources import from_factory
 from tests.support.numbered import parted
 
 

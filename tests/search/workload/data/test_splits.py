@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.base import DataError
-from search.workload.samples import Arrays, Indexed
-from search.workload.splits import check_stable, split
+from search.workload.data.samples import Arrays, Indexed
+from search.workload.data.splits import check_stable, split
 from tests.support.numbered import numbered, numbers, parted
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from methods.training import evaluate, top1
 from search.base import DataError, WorkloadError
-from search.workload import Workload, loading, sources
-from search.workload.pictures import Preparation
-from search.workload.samples import Answered, Arrays, Indexed
-from search.workload.sources import from_factory
+from search.workload import Workload, loading
+from search.workload.data import folders
+from search.workload.data.pictures import Preparation
+from search.workload.data.samples import Answered, Arrays, Indexed
+from search.workload.data.sources import from_factory
 from search.workload.teacher import save_weights
 from search.workload.zoo import build
 from tests.support.tiny_workloads import StageReport, factory, spec, users_code
@@ -48,7 +49,7 @@ def greys(samples: Any) -> list[int]:
 def test_a_folder_is_read_with_all_below_it(tmp_path: Path) -> None:
     paint(tmp_path, "0.png", "1.png", "bee/0.png", "bee/more/0.png", "train/0.png")
     paint(tmp_path / ".hidden", "0.png")
-    pool, test = sources.unlabelled_pictures(tmp_path, Preparation(8))
+    pool, test = folders.unlabelled_pictures(tmp_path, Preparation(8))
     assert test is None
     assert greys(pool) == [0, 1, 2, 3, 4]  # a folder beside others may be called train
 
@@ -56,14 +57,14 @@ def test_a_folder_is_read_with_all_below_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("train", "held_out"), [("train", "test"), ("Training", "val")])
 def test_the_sets_of_a_folder_are_kept_apart(tmp_path: Path, train: str, held_out: str) -> None:
     paint(tmp_path, f"{train}/0.png", f"{train}/ant/0.png", f"{held_out}/0.png")
-    pool, test = sources.unlabelled_pictures(tmp_path, Preparation(8))
+    pool, test = folders.unlabelled_pictures(tmp_path, Preparation(8))
     assert (greys(pool), greys(test)) == ([0, 1], [2])
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"no pictures in .*; expected some \(\.jpg.*; correct data\.root"):
-            sources.unlabelled_pictures(root, Preparation(8))
+            folders.unlabelled_pictures(root, Preparation(8))
 
 
 def test_who_has_no_labels_is_told_of_the_key(tmp_path: Path) -> None:
@@ -71,10 +72,10 @@ def test_who_has_no_labels_is_told_of_the_key(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"holds 2 pictures and no folder of a class; expected .* give data\.labels: fal"
     ):
-        sources.image_folder(tmp_path, Preparation(8))
+        folders.image_folder(tmp_path, Preparation(8))
     paint(tmp_path / "both", "train/0.png", "test/0.png")
     with pytest.raises(DataError, match=r"look like sets .*; rename them, or give data\.labels: false if the pictures"):
-        sources.image_folder(tmp_path / "both", Preparation(8))
+        folders.image_folder(tmp_path / "both", Preparation(8))
     images = np.ones((4, 1, 2, 2), np.float32)
     for made in (images, {"images": images}, torch.from_numpy(images)):
         with pytest.raises(
@@ -92,14 +93,14 @@ def test_factories_give_images_in_any_form() -> None:
         images, tensors, {"images": images}, {"images": images, "labels": np.arange(8)}, list(tensors),
         [(image, "cat") for image in tensors], [(image,) for image in tensors],
     ):  # fmt: skip
-        for pool, test in (from_factory(made, labels=False), from_factory((made, made), labels=False)):
+        for pool, test in (from_factory(made, None), from_factory((made, made), None)):
             for samples in (pool, test or pool):
                 inputs, labels = samples.batch(np.arange(8))
                 assert torch.equal(inputs, tensors)
                 assert labels.tolist() == [0] * 8
     for wrong, told in ((np.ones(4), "gave images (4,)"), ({"labels": 1}, "gave images ()"), ("a", "returned str")):
         with pytest.raises(DataError) as caught:
-            from_factory(wrong, labels=False)
+            from_factory(wrong, None)
         assert told in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from search.base import DataError, SpecError
 from search.spec import parse
 from search.spec.schema import DataSpec
-from search.workload.pictures import Preparation, check_pictures, decode, preparation
+from search.workload.data.pictures import Preparation, check_pictures, decode, preparation
 
 
 def read(path: Path, picture: Image.Image, **how: object) -> np.ndarray:

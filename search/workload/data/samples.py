@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.training import Samples
+from methods.training import CLASSIFICATION, Samples, Task
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
-from search.workload.pictures import Preparation, decode
+from search.workload.data.labels import EXPECTED, Form, read_label
+from search.workload.data.pictures import Preparation, decode, decode_mask
 from search.workload.usercode import blaming
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Images held in memory: `images` `(n, c, h, w)` of any real type, `labels` `(n,)` int64.
+    """Images held in memory: `images` `(n, c, h, w)` of any real type, `labels` `(n, ...)` int64 or float32.
 
     A batch is `(images * scale - mean) / std`, in float32; augmented, it is also shifted by up to `shift` pixels per
     axis (zeros come in) and, if `mirror` is set, mirrored with probability one half.
@@ -43,7 +43,7 @@ class Arrays:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """Inputs `(n, c, h, w)` float32 and labels `(n,)` of these indices."""
+        """Inputs `(n, c, h, w)` float32 and labels `(n, ...)` of these indices."""
         images = self.images[indices]
         if augment is not None:
             images = _augment(images, self.shift, mirror=self.mirror, chance=augment)
@@ -71,6 +71,36 @@ class Pictures:
 
     def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
         return self.prepare(torch.from_numpy(decode(path)).permute(2, 0, 1), draw)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Image files beside mask files, whose values are the classes of the pixels; both are prepared alike."""
+
+    paths: tuple[str, ...]
+    masks: tuple[str, ...]
+    prepare: Preparation
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
+        """Inputs `(n, 3, size, size)` float32 and labels `(n, size, size)`, cropped and mirrored together."""
+        draws = [None if augment is None else augment.random(4) for _ in indices]
+        with ThreadPoolExecutor(4) as pool:
+            pairs = list(pool.map(self._read_pair, indices[part], draws[part]))
+        images, masks = zip(*pairs, strict=True)
+        return torch.stack(images), torch.stack(masks)
+
+    def _read_pair(self, index: int, draw: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        image, mask = decode(self.paths[index]), decode_mask(self.masks[index])
+        if image.shape[:2] != mask.shape:
+            raise DataError(
+                f"the mask {self.masks[index]} is {mask.shape} and its picture {image.shape[:2]}; expected one height "
+                "and width; scale the mask, without smoothing"
+            )
+        shaped = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]
+        return self.prepare(shaped[0], draw), self.prepare.mask(shaped[1], draw)
 
 
 @dataclass(frozen=True)
@@ -107,14 +137,14 @@ def _augment(images: np.ndarray, shift: int, *, mirror: bool, chance: np.random.
 class Indexed:
     """A map-style torch dataset of `(image, label)` pairs, read one by one; it does its own augmentation, if any.
 
-    Unless it `has_labels`, its items may be images alone, and every label is 0.
+    Labels have one `form`; without one its items may be images alone, and every label is 0.
 
     Python's, numpy's and torch's global generators are seeded for each item: by its index, or by a draw for an
     augmented batch. A data set that augments by chance so gives the same images to each search, and to each look.
     """
 
     source: Any
-    has_labels: bool = True
+    form: Form | None = "class"
 
     def __len__(self) -> int:
         with blaming("the length of the data set", "the number of its items; mend its __len__", DataError):
@@ -132,31 +162,34 @@ class Indexed:
                 f"the data set's images have the shapes {' and '.join(map(str, sorted(shapes)))}; "
                 "expected one shape (c, h, w) for all; resize them in the data set"
             )
-        return torch.stack(images), torch.tensor(labels)
+        if len({label.shape for label in labels}) > 1:
+            raise DataError("the data set's labels have several shapes; expected one for all; make them alike")
+        return torch.stack(images), torch.stack(labels)
 
-    def _read_pair(self, index: int, seed: int) -> tuple[Tensor, int]:
+    def _read_pair(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
         expected = (
-            "a pair of an image tensor (c, h, w) and an integer label; mend the data set, or its length, or give "
+            f"a pair of an image tensor (c, h, w) and {EXPECTED[self.form]}; mend the data set, or its length, or give "
             "data.labels: false if it has none"
-            if self.has_labels
+            if self.form
             else "an image tensor (c, h, w), alone or before a label; mend the data set, or its length"
         )
         with blaming(f"item {index} of the data set", expected, DataError):
             image, label = self._parts(self.source[index])
-            pixels, number = torch.as_tensor(image).detach().cpu().float(), operator.index(label)
+            pixels = torch.as_tensor(image).detach().cpu().float()
+            truth = read_label(label, self.form or "class", pixels)
         if pixels.ndim != 3 or not torch.isfinite(pixels).all():
             fault = f"has shape {tuple(pixels.shape)}" if pixels.ndim != 3 else "holds NaN or infinity"
             raise DataError(
                 f"image {index} of the data set {fault}; expected finite pixels of shape (c, h, w); clean the data set"
             )
-        return pixels, number
+        return pixels, truth
 
     def _parts(self, item: Any) -> tuple[Any, Any]:
         """The image and the label of an item, 0 if labels are not read."""
-        if not self.has_labels:
+        if self.form is None:
             return (item[0] if isinstance(item, tuple | list) else item), 0
         image, label = item
         return image, label
@@ -177,8 +210,8 @@ def _global_generators_kept() -> Iterator[None]:
 def unlabelled(samples: Arrays | Pictures | Indexed) -> Samples:
     """The same images without their labels: all are 0."""
     if isinstance(samples, Indexed):
-        return replace(samples, has_labels=False)
-    return replace(samples, labels=np.zeros_like(samples.labels))
+        return replace(samples, form=None)
+    return replace(samples, labels=np.zeros(len(samples), np.int64))
 
 
 @dataclass(frozen=True)
@@ -187,6 +220,7 @@ class Answered:
 
     source: Samples
     teacher: nn.Module
+    task: Task = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.source)
@@ -194,14 +228,14 @@ class Answered:
     @cached_property
     @torch.no_grad()
     def labels(self) -> np.ndarray:
-        """The class `(n,)` that the teacher, in eval mode, gives each image, in batches of the size of `evaluate`'s."""
+        """What the teacher, in eval mode, gives each image, `(n, ...)`, in batches of the size of `evaluate`'s."""
         device = next(self.teacher.parameters()).device
         parts = np.array_split(np.arange(len(self)), max(1, -(-len(self) // 512)))
-        found = [self.teacher(self.source.batch(part)[0].to(device)).argmax(1).cpu() for part in parts]
+        found = [self.task.labels(self.teacher(self.source.batch(part)[0].to(device))).cpu() for part in parts]
         return torch.cat(found).numpy()
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
-        """The source's inputs `(n, c, h, w)`, and the teacher's answers `(n,)`."""
+        """The source's inputs `(n, c, h, w)`, and the teacher's answers `(n, ...)`."""
         images, _ = self.source.batch(indices, augment, part)
         return images, torch.from_numpy(self.labels[indices[part]])
 

@@ -1,96 +1,23 @@
-"""Sources of images: the built-in sets, a folder of pictures, or the user's own factory."""
+"""Folders of pictures: a folder for each class, pictures beside masks, or pictures alone."""
 
 from __future__ import annotations
 
-import gzip
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from methods.training import Samples
 from search.base import DataError
-from search.workload.pictures import Preparation
-from search.workload.samples import Arrays, Indexed, Pictures, unlabelled
-
-DIGITS: dict[str, Any] = {"scale": 1 / 16, "mean": 0.305, "std": 0.376}
-FASHION_MNIST: dict[str, Any] = {"scale": 1 / 255, "mean": 0.2860, "std": 0.3530}
-"""How the pixels of the built-in sets become inputs: `(pixel * scale - mean) / std`."""
-
-
-def digits() -> tuple[Arrays, None]:
-    """scikit-learn's 1,797 handwritten digits, `(1, 8, 8)`, pixels scaled to [0, 1]; no test set of its own."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = bunch.images.astype(np.uint8)[:, None]
-    return Arrays(images, bunch.target.astype(np.int64), **DIGITS, shift=1), None
-
+from search.workload.data.pictures import Preparation
+from search.workload.data.samples import Masked, Pictures
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """The endings of picture files, as torchvision's."""
-
-FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
-
-
-def fashion_mnist(root: Path | None) -> tuple[Arrays, Arrays]:
-    """Fashion-MNIST, 60,000 + 10,000 images `(1, 28, 28)`, from `root` or from Debian's dataset-fashion-mnist.
-
-    Raises:
-        DataError: none of the folders holds the four files.
-    """
-    for folder in [root] if root else [Path(name) for name in FASHION_FOLDERS]:
-        for place in (folder, folder / "FashionMNIST" / "raw"):
-            if found := _read_idx_sets(place):
-                return found
-    raise DataError(
-        f"no Fashion-MNIST in {root or ' or '.join(FASHION_FOLDERS)}; expected train-images-idx3-ubyte(.gz) and its "
-        "three companions there; install Debian's dataset-fashion-mnist or set data.root to the folder that has them"
-    )
-
-
-MOST_ITEMS = 100_000_000
-"""More images than any data set of pictures has: an order of them alone takes a gigabyte."""
-
-
-def _read_idx_sets(folder: Path) -> tuple[Arrays, Arrays] | None:
-    sets: list[Arrays] = []
-    for prefix, shift in (("train", 2), ("t10k", 0)):
-        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte")
-        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte")
-        if images is None or labels is None:
-            return None
-        pixels = images[:, None]
-        sets.append(Arrays(pixels, labels.astype(np.int64), **FASHION_MNIST, shift=shift, mirror=shift > 0))
-    return sets[0], sets[1]
-
-
-MOST_BYTES = 2**31
-"""The largest content of an IDX file; Fashion-MNIST's has 47 MB."""
-
-
-def _read_idx(path: Path) -> np.ndarray | None:
-    """Read the bytes of an IDX file, plain or gzipped, in their shape; a missing file gives None."""
-    packed = path.with_name(f"{path.name}.gz")
-    if not path.is_file() and not packed.is_file():
-        return None
-    try:
-        with path.open("rb") if path.is_file() else gzip.open(packed) as file:
-            dimensions = file.read(4)[3]
-            shape = np.frombuffer(file.read(4 * dimensions), ">i4").tolist()
-            if math.prod(shape) > MOST_BYTES or min(shape, default=0) < 0:
-                raise ValueError(f"its shape is {tuple(shape)}")
-            return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)  # what is packed may be more
-    except (ValueError, IndexError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no whole IDX file: {error}; expected one of bytes; fetch it again") from error
-
 
 TRAIN, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation", "eval")
 """The names of folders that hold a set, in lower case; of several held-out sets the first one is read."""
@@ -122,6 +49,63 @@ def image_folder(root: Path, prepare: Preparation) -> tuple[Samples, Samples | N
             "complete them"
         )
     return pictures, _find_pictures(held_out, classes, prepare)
+
+
+IMAGES, MASKS = ("images", "imgs", "pictures"), ("masks", "labels", "annotations")
+"""The names of the two folders of a segmentation set, in lower case."""
+
+
+def mask_folder(root: Path, prepare: Preparation) -> tuple[Samples, Samples | None]:
+    """Pictures and masks of their names under `root/train/images` and `root/train/masks`, and under `root/test`.
+
+    Without sets, `images` and `masks` lie in `root`. The folders may have the other names of `TRAIN`, `HELD_OUT`,
+    `IMAGES` and `MASKS`, in either case.
+
+    Raises:
+        DataError: there are no such folders, or a picture or a mask is alone.
+    """
+    train, held_out = _train_and_held_out({name.lower(): root / name for name in _folders(root)})
+    if train is None:
+        return _find_masked(root, prepare), None
+    return _find_masked(train, prepare), None if held_out is None else _find_masked(held_out, prepare)
+
+
+def _find_masked(folder: Path, prepare: Preparation) -> Masked:
+    places = {name.lower(): folder / name for name in _folders(folder)}
+    images, masks = (next((places[name] for name in names if name in places), None) for names in (IMAGES, MASKS))
+    if images is None or masks is None:
+        raise DataError(
+            f"{folder} has the folders {', '.join(sorted(places)) or 'none'}; expected images and masks, a mask for "
+            "each picture by its name; correct data.root, or rename them"
+        )
+    pictures, known = _by_stem(images), _by_stem(masks)
+    if alone := sorted(pictures.keys() ^ known.keys()):
+        raise DataError(
+            f"{alone[0]} has no {'mask' if alone[0] in pictures else 'picture'} in {folder}, and so have "
+            f"{len(alone) - 1} others; expected one mask for each picture, of the same name but for the ending; add "
+            "or remove them"
+        )
+    if not pictures:
+        raise DataError(f"no pictures in {images}; expected some ({', '.join(ENDINGS)}); correct data.root")
+    stems = sorted(pictures)
+    return Masked(tuple(pictures[stem] for stem in stems), tuple(known[stem] for stem in stems), prepare)
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """The picture files in a folder and below it, by their paths in it without the ending.
+
+    Raises:
+        DataError: two differ by their endings alone.
+    """
+    found: dict[str, str] = {}
+    for path in _pictures_below(folder):
+        stem = str(Path(path).relative_to(folder).with_suffix(""))
+        if stem in found:
+            raise DataError(
+                f"{found[stem]} and {path} differ by their endings alone; expected one file of a name; remove one"
+            )
+        found[stem] = path
+    return found
 
 
 def unlabelled_pictures(root: Path, prepare: Preparation) -> tuple[Samples, Samples | None]:
@@ -223,83 +207,3 @@ def _pictures_below(folder: Path) -> Iterator[str]:
 def _pictures_in(folder: Path) -> list[str]:
     names = (place.name for place in folder.iterdir() if place.name.lower().endswith(ENDINGS))
     return [os.path.join(folder, name) for name in sorted(names) if not name.startswith(".")]
-
-
-def from_factory(returned: object, *, labels: bool = True) -> tuple[Samples, Samples | None]:
-    """Turn the return value of a user's data factory into sample sets.
-
-    The value is `train` or `(train, test)`; each is a map-style torch dataset of `(image, label)`, or a dictionary with
-    `images` `(n, c, h, w)` and `labels` `(n,)`. Without `labels` an item may be an image alone, and images may come
-    without a dictionary.
-
-    Raises:
-        DataError: it is none of these, or an image or label in it cannot be used.
-    """
-    is_list = isinstance(returned, list) and not any(isinstance(one, tuple | list | Tensor) for one in returned)
-    train, test = returned, None
-    if isinstance(returned, tuple | list) and len(returned) == 2 and (is_list or isinstance(returned, tuple)):
-        train, test = returned
-    read = _to_samples if labels else _to_unlabelled
-    return read(train), None if test is None else read(test)
-
-
-def _to_unlabelled(source: object) -> Samples:
-    images = source.get("images") if isinstance(source, dict) else source
-    if isinstance(images, np.ndarray | Tensor) or isinstance(source, dict):
-        pixels = _to_array(images)
-        return _check_arrays(pixels, np.zeros(len(pixels) if pixels.ndim else 0, np.int64))
-    return unlabelled(_to_samples(source))
-
-
-def _to_samples(source: object) -> Arrays | Indexed:
-    if isinstance(source, dict) and {"images", "labels"} <= source.keys():
-        return _check_arrays(_to_array(source["images"]), _to_array(source["labels"]))
-    is_set = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if is_set and not isinstance(source, dict | str | np.ndarray | Tensor):
-        found = Indexed(source)
-        if len(found) > MOST_ITEMS:
-            raise DataError(
-                f"the data set says that it has {len(found):,} items; expected at most {MOST_ITEMS:,}; mend its __len__"
-            )
-        return found
-    raise DataError(
-        f"the data factory returned {type(source).__name__}; expected a torch dataset of (image, label) or a "
-        "dictionary with 'images' and 'labels'; return one of these, or a pair (train, test) of them, or give "
-        "data.labels: false if there are no labels"
-    )
-
-
-def _to_array(values: Any) -> np.ndarray:
-    """The values of an array, of a tensor on any device, or of a list of them, in this machine's byte order."""
-    if isinstance(values, Tensor):
-        return values.detach().cpu().numpy()
-    try:
-        is_tensors = isinstance(values, list | tuple) and any(isinstance(one, Tensor) for one in values)
-        found = np.stack([_to_array(one) for one in values]) if is_tensors else np.asarray(values)
-    except ValueError as error:
-        raise DataError(
-            f"the data factory gave a list of values of different shapes: {error}; expected one shape for all; "
-            "make arrays of them"
-        ) from error
-    if found.dtype.kind == "f" and found.dtype.itemsize > 8:
-        return found.astype(np.float64)  # torch has no longer ones
-    return found.astype(found.dtype.newbyteorder("="), copy=False)
-
-
-def _check_arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
-    if images.ndim != 4 or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"the data factory gave images {images.shape} and labels {labels.shape}; expected (n, c, h, w) and (n,)"
-            "; return arrays of these shapes"
-        )
-    if images.dtype.kind not in "buif" or labels.dtype.kind not in "bui":
-        raise DataError(
-            f"the data factory gave images of {images.dtype} and labels of {labels.dtype}; expected real numbers and "
-            "integers; convert them"
-        )
-    if not np.isfinite(images).all():
-        raise DataError(
-            f"{int((~np.isfinite(images)).sum())} pixels from the data factory are NaN or infinite; "
-            "expected finite values; clean the data"
-        )
-    return Arrays(images, labels.astype(np.int64))
