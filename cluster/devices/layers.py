@@ -117,10 +117,10 @@ def _group_times(layers: Sequence[LayerShape], runtime: Runtime) -> list[float]:
 def network_of(layer: LayerShape, runtime: Runtime) -> Program:
     """A network of this one layer with random weights, for `(n, c, h, w)`, `(n, rows, c)` or `(n, c)` inputs.
 
-    A ReLU follows, which onnxruntime runs inside the layer. In torch a convolution has its batch norm too: there it
-    is a step of its own, while an exporter folds it into the weights.
+    A ReLU follows, which the runtimes of files run inside the layer. In torch a convolution has its batch norm too:
+    there it is a step of its own, while an exporter folds it into the weights.
     """
-    return _onnx(layer) if runtime.kind == "onnxruntime" else _module(layer)
+    return _onnx(layer) if runtime.takes_files else _module(layer)
 
 
 def _in_shape(layer: LayerShape) -> tuple[int, ...]:
@@ -192,7 +192,7 @@ def _module(layer: LayerShape) -> nn.Module:
 
 def _empty_network(runtime: Runtime) -> Program:
     """The least network there is. A compiled one has to compute something, or nothing of it is left to call."""
-    if runtime.kind == "onnxruntime":
+    if runtime.takes_files:
         from onnx import helper
 
         return _file([helper.make_node("Relu", ["x"], ["y"])], (1,), {})

@@ -44,12 +44,12 @@ class Device(Protocol):
 def runtime_of(device: DeviceSpec) -> Runtime:
     """The runtime of a device that is there."""
     assert device.runtime != "profile"
-    return Runtime(device.runtime, device.threads, device.batch)
+    return Runtime(device.runtime, device.threads, device.batch, device.providers)
 
 
 def kind_of(device: DeviceSpec) -> Kind:
     """The kind of program that a device which is there runs."""
-    return "onnx" if device.runtime == "onnxruntime" else "torch"
+    return "onnx" if runtime_of(device).takes_files else "torch"
 
 
 def described(spec: DeviceSpec, known: Mapping[str, str]) -> dict[str, Any]:

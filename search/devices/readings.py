@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from cluster import Runtime
@@ -14,7 +13,7 @@ from search.trials import Times, Timing
 
 def folder_of(identity: Mapping[str, str], runtime: Runtime) -> Path:
     """Return the folder for the figures of all devices of this identity and runtime."""
-    return cache.folder() / "latency" / cache.digest([identity, asdict(runtime)])
+    return cache.folder() / "latency" / cache.digest([identity, runtime.identity()])
 
 
 class Readings:

@@ -177,6 +177,17 @@ def _is_pixel(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 256
 
 
+def check_providers(value: object) -> tuple[str, ...]:
+    """Names of onnxruntime's execution providers. Raises a ValueError."""
+    named = value if isinstance(value, list) else [value]
+    for name in named:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]{1,40}ExecutionProvider", name):
+            raise ValueError(f"{quoted(name)} is no execution provider; write its whole name: CUDAExecutionProvider")
+    if len(set(named)) < len(named):
+        raise ValueError(f"{named[0]} is named twice; expected each execution provider once")
+    return tuple(named)
+
+
 def check_task(value: str, names: list[str]) -> str:
     """One of the tasks that are ours. Raises a ValueError."""
     if value not in names:

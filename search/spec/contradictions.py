@@ -105,6 +105,8 @@ def _device_mistakes(devices: Mapping[str, Any]) -> Iterator[str]:
         is_profile = device.get("runtime") == "profile"
         if is_profile != (device.get("file") is not None):
             yield f"devices.{name}: runtime 'profile' and file, its roofline, belong together; give both"
+        if _is_given(device, "providers") and device.get("runtime", "onnxruntime") != "onnxruntime":
+            yield f"devices.{name}.providers: only runtime 'onnxruntime' has them; leave it out"
         for key in ("threads", "resources"):
             if is_profile and _is_given(device, key):
                 yield f"devices.{name}.{key}: runtime 'profile' measures nothing; leave it out"

@@ -24,6 +24,7 @@ from search.spec.checks import (
     check_methods,
     check_model_name,
     check_output,
+    check_providers,
     check_range,
     check_resources,
     check_store,
@@ -188,11 +189,13 @@ def _metric_json(metric: MetricSpec) -> object:
 class DeviceSpec(_Strict):
     """A device to measure latency on, and the channel multiple it likes.
 
-    `resources` are Ray's: they pin the meter to a node that has them, and it holds them alone. `file` is the roofline
-    of a device that is not there; its predictions are never called measured.
+    `providers` are onnxruntime's, the preferred one first. `resources` are Ray's: they pin the meter to a node that has
+    them, and it holds them alone. `file` is the roofline of a device that is not there; its predictions are never
+    called measured.
     """
 
-    runtime: Literal["onnxruntime", "torch", "torch-compiled", "profile"] = "onnxruntime"
+    runtime: Literal["onnxruntime", "openvino", "torch", "torch-compiled", "profile"] = "onnxruntime"
+    providers: Annotated[tuple[Text, ...], BeforeValidator(check_providers), Field(exclude_if=operator.not_)] = ()
     threads: Annotated[int, Field(gt=0, le=MOST_THREADS)] = 1
     batch: Annotated[int, Field(gt=0, le=65_536)] = 1
     channels: Annotated[int, Field(gt=0, le=4096)] = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,11 +23,14 @@ from cluster.devices.layers import LayerShape, network_of
 from cluster.devices.meter import ATTEMPTS, exclusive, identity, interleaved, measure, quietest
 from cluster.devices.runtimes import Runtime, loaded
 
+no_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is an extra")
 RUNTIMES = [
     Runtime("onnxruntime"),
+    pytest.param(Runtime("openvino"), marks=no_openvino),
     Runtime("torch"),
     pytest.param(Runtime("torch-compiled"), marks=pytest.mark.slow),  # it compiles
 ]
+CPU = ("CPUExecutionProvider",)
 IMAGES = np.random.default_rng(0).standard_normal((3, 3, 32, 32), np.float32)
 
 
@@ -171,6 +175,35 @@ def test_programs_that_a_runtime_cannot_run_are_refused() -> None:
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     with pytest.raises(ValueError, match="takes batches of 1, but the device runs batches of 2"):
         measure({"student": fixed.SerializeToString()}, Runtime("onnxruntime", batch=2), IMAGES)
+
+
+def test_the_runtimes_of_files_compute_the_same() -> None:
+    program, runtimes = network_of(conv(4), Runtime("onnxruntime")), [Runtime("onnxruntime", providers=CPU)]
+    runtimes += [Runtime("openvino")] if importlib.util.find_spec("openvino") else []
+    found = []
+    for runtime in [Runtime("onnxruntime"), *runtimes]:
+        with loaded(program, runtime, IMAGES) as call:
+            found.append(call()[0])  # type: ignore[index]
+    for one in found[1:]:
+        np.testing.assert_allclose(one, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_execution_provider_that_is_missing_is_told_and_not_replaced() -> None:
+    runtime = Runtime("onnxruntime", providers=("TensorrtExecutionProvider",))
+    with pytest.raises(RuntimeError, match=r"no TensorrtExecutionProvider on this device, only .*CPU.*providers"):
+        measure({"student": network_of(conv(4), runtime)}, runtime, IMAGES)
+
+
+def test_a_library_that_is_missing_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for use in (lambda: Runtime("openvino").version, lambda: measure({"a": b""}, Runtime("openvino"), IMAGES)):
+        with pytest.raises(RuntimeError, match=r"openvino needs a package that is missing .*'\.\[openvino\]'"):
+            use()
+
+
+def test_readings_from_before_there_were_providers_are_found_again() -> None:
+    assert Runtime("onnxruntime", 2, 3).identity() == {"kind": "onnxruntime", "threads": 2, "batch": 3}
+    assert Runtime("onnxruntime", providers=CPU).identity()["providers"] == CPU
 
 
 def test_without_a_compiler_nothing_is_compiled() -> None:
