@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 """The most that outputs of a program may differ from its network's, as a share of the largest one or of 1."""
 
 OPSET = 18
-"""The version of ONNX's operators in both kinds of files, so that a timed file runs as a stored one does."""
+"""The version of ONNX's operators, whichever exporter writes a file."""
 
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
 """Loggers that report every step of an export."""
@@ -68,8 +68,8 @@ def onnx_program(model: nn.Module | ExportedProgram, example: Tensor) -> bytes:
         ) from error
 
 
-def timed_onnx(model: nn.Module, example: Tensor) -> bytes:
-    """`model` as an ONNX file that is only timed: by a trace, which takes a tenth of the time of `onnx_program`.
+def onnx_file(model: nn.Module, example: Tensor) -> bytes:
+    """`model` as an ONNX file, to be timed or stored: by a trace, in a twentieth of the time of `onnx_program`.
 
     That takes over where a trace fails, depends on the values of images, or gives other outputs. Arguments and errors
     are those of `onnx_program`.

@@ -25,7 +25,7 @@ from search.devices.device import described, kind_of
 from search.devices.layer_table import layers_of
 from search.devices.meter import Meter, timing_of
 from search.devices.predicted import flat, roofline_of
-from search.export import timed_onnx
+from search.export import onnx_file
 from search.limits import latency_on
 from search.spec import SearchSpec
 from search.spec.schema import MOST_THREADS, DeviceSpec
@@ -173,7 +173,7 @@ def _program(model: Model, device: DeviceSpec) -> Program:
         return _module(model, f"the runtime {device.runtime}")
     if isinstance(model.program, bytes):
         return model.program
-    return timed_onnx(model.program, torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0)))
+    return onnx_file(model.program, torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def _module(model: Model, needer: str) -> nn.Module:

@@ -16,7 +16,7 @@ from methods.base import Plan
 from methods.chain import AnyMethod
 from methods.pipeline import WorkerInputs
 from search.base import Report
-from search.export import timed_onnx
+from search.export import onnx_file
 
 Kind: TypeAlias = Literal["onnx", "torch"]
 """The two kinds of programs: ONNX bytes, or a module."""
@@ -39,7 +39,7 @@ def program(inputs: WorkerInputs, method: AnyMethod | None, plan: Plan | None, k
     if method is not None and plan is not None:
         model = method.apply(model, plan)
     _draw(model.eval())
-    return model if kind == "torch" else timed_onnx(model, torch.from_numpy(inputs.calibration[:3].copy()))
+    return model if kind == "torch" else onnx_file(model, torch.from_numpy(inputs.calibration[:3].copy()))
 
 
 @dataclass(frozen=True)

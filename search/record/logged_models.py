@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 from search.archive import ArchiveError, bare_program, load_program
 from search.base import WorkloadError, first_line
-from search.export import TOLERANCE, ExportError, bare_onnx, exported, onnx_program, parity
+from search.export import TOLERANCE, ExportError, bare_onnx, exported, onnx_file, parity
 from search.record.store import connect_existing, holding_signals
 
 
@@ -76,7 +76,7 @@ class Models:
         _check_program(run_id, student, program, images)
         file = None
         try:
-            file = _onnx(student, program, images) if with_onnx else None
+            file = _onnx(student, images) if with_onnx else None
         except ExportError as error:
             self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
         with warnings.catch_warnings():
@@ -205,10 +205,10 @@ def _check_program(run_id: str, student: nn.Module, program: ExportedProgram, im
         )
 
 
-def _onnx(student: nn.Module, program: ExportedProgram, images: np.ndarray) -> bytes:
-    """The student's program as ONNX; raises `ExportError` where that cannot be done or gives other outputs."""
+def _onnx(student: nn.Module, images: np.ndarray) -> bytes:
+    """The student as ONNX, the file that is timed; raises `ExportError` where that cannot be done or differs."""
     given = torch.from_numpy(images)
-    file = onnx_program(program, given[:2])
+    file = onnx_file(student, given)
     try:
         deviation = parity(student, file, given)
     except Exception as error:  # onnxruntime's errors share no class of their own

@@ -19,7 +19,7 @@ from methods.network import profile
 from methods.pipeline import WorkerInputs
 from methods.training import Samples, top1
 from search.devices.programs import Exporter, program
-from search.export import ExportError, onnx_program, parity, timed_onnx
+from search.export import ExportError, onnx_file, onnx_program, parity
 from tests.support.networks import NETWORKS
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_a_file_that_is_timed_is_made_by_a_trace(
 ) -> None:
     model = build()
     monkeypatch.setattr("search.export.onnx_program", None)
-    written = timed_onnx(model, IMAGES[:1])
+    written = onnx_file(model, IMAGES[:1])
     assert capfd.readouterr() == ("", "")
     for batch in (1, 2, 5):
         assert parity(model, written, IMAGES[:batch]) < 1e-5
@@ -84,7 +84,7 @@ def test_the_other_way_takes_over_where_a_trace_is_not_the_network(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("search.export.onnx_program", lambda model, example: b"the other way")
-    assert timed_onnx(model.eval(), IMAGES) == b"the other way"
+    assert onnx_file(model.eval(), IMAGES) == b"the other way"
 
 
 def test_parity_is_relative_to_the_largest_output() -> None:
