@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -52,17 +53,26 @@ class Judgement(NamedTuple):
     hits: np.ndarray | None
 
 
-def evaluate(
-    model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512, *, task: Task = CLASSIFICATION
-) -> float:
+MOST_IMAGES, MOST_PIXELS = 512, 1 << 21
+"""Images of one pass without gradients, and their pixels: 512 of 64 x 64, or 41 of 224 x 224, whose maps take 1 GiB in
+a VGG-16."""
+
+
+def passes(data: Samples, count: int | None = None) -> list[np.ndarray]:
+    """Split the first `count` images of `data`, by default all, into passes that memory is enough for."""
+    count = len(data) if count is None else min(count, len(data))
+    pixels = math.prod(data.batch(np.arange(1))[0].shape[2:]) if count else 1
+    most = max(1, min(MOST_IMAGES, MOST_PIXELS // pixels))
+    return np.array_split(np.arange(count), max(1, -(-count // most)))
+
+
+def evaluate(model: nn.Module, data: Samples, metric: Metric, *, task: Task = CLASSIFICATION) -> float:
     """Return `metric` of `model` over all of `data`, as `judge` finds it."""
-    return judge(model, data, metric, batch_size, task=task).value
+    return judge(model, data, metric, task=task).value
 
 
 @torch.no_grad()
-def judge(
-    model: nn.Module, data: Samples, metric: Metric, batch_size: int = 512, *, task: Task = CLASSIFICATION
-) -> Judgement:
+def judge(model: nn.Module, data: Samples, metric: Metric, *, task: Task = CLASSIFICATION) -> Judgement:
     """Judge `model` in eval mode by `metric` over all of `data`; several processes that do the same share the images.
 
     The metric reads the task's answers of all images at once.
@@ -73,7 +83,7 @@ def judge(
     model.eval()
     device = next(model.parameters()).device
     answers, labels = [], []
-    for indices in np.array_split(np.arange(len(data)), max(1, -(-len(data) // batch_size))):
+    for indices in passes(data):
         images, truth = data.batch(indices, part=distributed.part(len(indices)))
         outputs = distributed.joined(model(images.to(device)), len(indices))
         if bool(outputs.isnan().any()):

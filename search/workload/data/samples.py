@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.training import CLASSIFICATION, Samples, Task
+from methods.training import CLASSIFICATION, Samples, Task, passes
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
 from search.workload.data.labels import EXPECTED, Form, read_label
@@ -228,10 +228,10 @@ class Answered:
     @cached_property
     @torch.no_grad()
     def labels(self) -> np.ndarray:
-        """What the teacher, in eval mode, gives each image, `(n, ...)`, in batches of the size of `evaluate`'s."""
+        """What the teacher, in eval mode, gives each image, `(n, ...)`, in the passes that `judge` takes."""
         device = next(self.teacher.parameters()).device
-        parts = np.array_split(np.arange(len(self)), max(1, -(-len(self) // 512)))
-        found = [self.task.labels(self.teacher(self.source.batch(part)[0].to(device))).cpu() for part in parts]
+        batches = (self.source.batch(some)[0].to(device) for some in passes(self.source))
+        found = [self.task.labels(self.teacher(images)).cpu() for images in batches]
         return torch.cat(found).numpy()
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:

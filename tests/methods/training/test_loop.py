@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
+from methods.training import Recipe, evaluate, passes, recalibrate, recover, top1, train
 from methods.training.loop import _train_mode
 from methods.training.objective import classifier_name, last_map
 from methods.training.recipe import WHOLE, Chance
@@ -340,13 +340,27 @@ def test_a_single_image_leaves_the_norms_as_they_are() -> None:
 # Evaluation
 
 
+def test_passes_are_smaller_where_images_are_larger() -> None:
+    def sizes(side: int, count: int = 1000) -> list[int]:
+        images = np.zeros((count, 1, side, side), np.uint8)
+        return [len(one) for one in passes(Arrays(images, np.zeros(count, np.int64)))]
+
+    assert sizes(8) == sizes(64) == [500, 500]
+    assert max(sizes(224)) == 40
+    assert sizes(2048, 3) == [1, 1, 1]
+    assert sizes(8, 1) == [1]
+
+
 @pytest.mark.parametrize("metric", [top1, cross_entropy])
-def test_evaluation_does_not_depend_on_the_batch_size(metric: Callable[[Tensor, Tensor], float]) -> None:
+def test_evaluation_does_not_depend_on_the_size_of_passes(
+    metric: Callable[[Tensor, Tensor], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = network(), blobs(101)
     model.train()
-    whole = evaluate(model, data, metric, batch_size=1000)
+    whole = evaluate(model, data, metric)
     for size in (1, 7, 100, 101):
-        assert evaluate(model, data, metric, batch_size=size) == pytest.approx(whole, rel=1e-5)
+        monkeypatch.setattr("methods.training.evaluation.MOST_IMAGES", size)
+        assert evaluate(model, data, metric) == pytest.approx(whole, rel=1e-5)
     images, labels = data.batch(np.arange(101))
     with torch.no_grad():
         assert whole == pytest.approx(metric(model.eval()(images), labels), rel=1e-5)
