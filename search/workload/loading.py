@@ -95,15 +95,23 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     set_threads(teacher, _first_and_last(splits))
     if not spec.data.labels:
         splits = answered(splits, teacher, task)
+    _look_at_answers(spec, teacher, splits, metric, task, is_trained=fit or spec.model.source != "zoo")
+    images = _recovery_images(spec, splits, report)
+    return Workload(teacher, splits, metric, fingerprint(teacher, splits), images, spec.recovery.refit, task)
+
+
+def _look_at_answers(
+    spec: SearchSpec, teacher: nn.Module, splits: Splits, metric: Metric, task: Task, *, is_trained: bool
+) -> None:
+    """Warn of a teacher that is odd, and refuse a metric that is none of its answers."""
     outputs, labels = answers(teacher, splits.train)
     if spec.task.name != "classification":
         warn_of_nothing(task, outputs, labels if spec.data.labels else task.labels(outputs))
-    elif fit or spec.model.source != "zoo":  # or it may be untrained, and known to be
+        return
+    if is_trained:
         warn_of(outputs, labels if spec.data.labels else None)
-    if isinstance(metric, UserMetric) and spec.task.name == "classification":
+    if isinstance(metric, UserMetric):
         check_metric(metric, outputs, labels)
-    images = _recovery_images(spec, splits, report)
-    return Workload(teacher, splits, metric, fingerprint(teacher, splits), images, spec.recovery.refit, task)
 
 
 def _metric(spec: SearchSpec, task: Task) -> Metric:

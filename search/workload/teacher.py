@@ -20,7 +20,7 @@ from search.spec import SearchSpec
 from search.spec.schema import WEIGHT_FILES, ModelSpec, TaskSpec
 from search.workload import zoo
 from search.workload.checkpoints import load_weights, outputs_of
-from search.workload.data.labels import Form
+from search.workload.data.labels import OUTPUT_AXES, OUTPUTS, Form
 from search.workload.data.splits import Splits
 from search.workload.forms import unwrapped
 from search.workload.outputs import outputs_of as parts_of
@@ -234,27 +234,19 @@ def check_labels_fit(teacher: nn.Module, splits: Splits, task: TaskSpec) -> None
         )
 
 
-EXPECTED: dict[Form, str] = {
-    "class": "logits (n, classes)", "map": "logits (n, classes, h, w)", "numbers": "a tensor (n, ...)",
-}  # fmt: skip
-"""The outputs of a network, by the labels that it is taught with."""
-AXES: dict[Form, tuple[int, ...]] = {"class": (2,), "map": (4,), "numbers": (1, 2, 3, 4, 5)}
-"""How many axes they have."""
-
-
 def _outputs(model: nn.Module, images: Tensor, form: Form) -> Tensor:
     """The outputs `(n, ...)` of `model` in its present mode, train or eval."""
     mode = "in training" if model.training else "in evaluation"
     refused = f"{mode}, the network does not take inputs of shape {tuple(images.shape)}: it"
     with blaming(refused, lambda error: f"it to accept the data's images; {_advice(model, error)}"), torch.no_grad():
         found = model(images.clone())
-    if isinstance(found, Tensor) and found.ndim in AXES[form] and len(found) == len(images):
+    if isinstance(found, Tensor) and found.ndim in OUTPUT_AXES[form] and len(found) == len(images):
         return found
     advice = "name them as model.output, or return them alone" if parts_of(found) else "return them"
     other = ", or name what it returns as task" if isinstance(found, Tensor) and form == "class" else ""
     raise WorkloadError(
         f"{mode}, the network returned {told(found)} for inputs of shape {tuple(images.shape)}; expected "
-        f"{EXPECTED[form]}; {advice}{other}"
+        f"{OUTPUTS[form]}; {advice}{other}"
     )
 
 

@@ -29,6 +29,14 @@ ARRAYS: dict[Form, tuple[str, str]] = {
 }
 """The shape and the type of an array of labels."""
 
+OUTPUTS: dict[Form, str] = {
+    "class": "logits (n, classes)", "map": "logits (n, classes, h, w)", "numbers": "a tensor (n, ...)",
+}  # fmt: skip
+"""The outputs of a network that is taught with such labels."""
+
+OUTPUT_AXES: dict[Form, tuple[int, ...]] = {"class": (2,), "map": (4,), "numbers": (1, 2, 3, 4, 5)}
+"""How many axes those may have."""
+
 
 def read_label(label: Any, form: Form, image: Tensor) -> Tensor:
     """The label of an `image` `(c, h, w)` as a tensor: int64 unless it is numbers, which are float32.
