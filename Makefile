@@ -35,8 +35,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# SECTION=quality or SECTION=latency: Torch-Pruning beside our methods.
+SECTION ?= allocation
+
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/allocation.py
+	$(BIN)/python benchmarks/$(SECTION).py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
