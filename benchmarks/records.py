@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster.devices.meter import identity
 from cluster.devices.runtimes import Runtime
 from methods.network import count_macs
-from search.export import timed_onnx
+from search.export import onnx_file
 
 RESULTS = Path(__file__).parent / "results"
 """The committed results, which docs/benchmarks.md is made from."""
@@ -75,7 +75,7 @@ def keep(path: Path, student: nn.Module, images: Tensor) -> None:
     """Keep a student with its MACs, if there is none yet: it is only timed, so the weights of one seed serve."""
     if path.is_file():
         return
-    model = onnx.load_from_string(timed_onnx(student.eval(), images[:3]))
+    model = onnx.load_from_string(onnx_file(student.eval(), images[:3]))
     model.metadata_props.add(key="macs", value=str(count_macs(student, images[:1])))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.SerializeToString())

@@ -105,9 +105,8 @@ class ITPruner:
             return score_removal(shard, teacher, calibration)
         batch, batches, start, stop, readouts = shard
         model = copy.deepcopy(teacher).eval()
-        cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with _reading(model, readouts) as grams, torch.no_grad(), cudnn:
-            model(calibration[start:stop].clone())
+        images = calibration[start:stop]
+        grams = _grams(model, readouts, images)
         for name, *_ in readouts:
             if name not in grams:
                 raise ScoreError(
@@ -118,12 +117,8 @@ class ITPruner:
                     f"the activation of channel group {name!r} is not finite in batch {batch}; "
                     "expected finite values: check the teacher and the calibration set"
                 )
-        samples = {name: len(gram) for name, gram in grams.items()}
-        if odd := [name for name, count in samples.items() if count != next(iter(samples.values()))]:
-            raise ScoreError(
-                f"channel group {odd[0]!r} is read for {samples[odd[0]]} maps of {stop - start} images, others for "
-                f"{next(iter(samples.values()))}, but ITPruner compares groups map by map; try uniform or alds"
-            )
+        if len({len(gram) for gram in grams.values()}) > 1:
+            grams = _grams_of_images(model, readouts, images)
         joint = hsic([grams[name] for name, *_ in readouts]).cpu().numpy()
         return {"batch": np.array(batch), "batches": np.array(batches), "hsic": joint}
 
@@ -271,9 +266,39 @@ def _readout(group: ChannelGroup) -> Readout:
     return group.name, tuple((m.module, m.start, group.width * m.columns) for m in inputs)
 
 
+def _grams_of_images(model: nn.Module, readouts: Sequence[Readout], images: Tensor) -> dict[str, Tensor]:
+    """Compare images where some layers read several maps of each, as windows of attention: all maps of one are one.
+
+    That needs them to follow each other, so that images in the opposite order give the same matrices the other way.
+
+    Raises:
+        ScoreError: they do not.
+    """
+    grams, turned = (_grams(model, readouts, batch, fold=True) for batch in (images, images.flip(0)))
+    for name, gram in grams.items():
+        again = turned[name].flip(0, 1)
+        if len(gram) != len(images) or not torch.allclose(again, gram, rtol=0, atol=1e-3 * float(gram.abs().max())):
+            raise ScoreError(
+                f"channel group {name!r} is read for other maps than the {len(images)} images, in no order of theirs, "
+                "but ITPruner compares groups image by image; try uniform or alds"
+            )
+    return grams
+
+
+@torch.no_grad()
+def _grams(model: nn.Module, readouts: Sequence[Readout], images: Tensor, *, fold: bool = False) -> dict[str, Tensor]:
+    cudnn = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with _reading(model, readouts, len(images) if fold else None) as grams, cudnn:
+        model(images.clone())
+    return grams
+
+
 @contextmanager
-def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str, Tensor]]:
-    """Collect each group's centred Gram matrix where it is read first, and let go of the activation at once."""
+def _reading(model: nn.Module, readouts: Sequence[Readout], images: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """Collect each group's centred Gram matrix where it is read first, and let go of the activation at once.
+
+    Given the number of `images`, all that is read for one of them is one sample.
+    """
     grams: dict[str, Tensor] = {}
 
     def reader(name: str, start: int, length: int) -> Callable[..., None]:
@@ -281,7 +306,9 @@ def _reading(model: nn.Module, readouts: Sequence[Readout]) -> Iterator[dict[str
             given = only_input(inputs, named)
             if given is not None and name not in grams:
                 axis = 1 if isinstance(module, nn.Conv2d) else -1
-                grams[name] = centred_gram(given.narrow(axis, start, length))
+                maps = given.narrow(axis, start, length)
+                is_folded = images is not None and len(maps) % images == 0
+                grams[name] = centred_gram(maps.reshape(images or len(maps), -1) if is_folded else maps)
 
         return read
 

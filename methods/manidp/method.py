@@ -153,7 +153,10 @@ class ManiDP:
         ungated = profile.macs - int(gated_macs(sites, widths(sites)))
         macs, params = sum(map(gate_macs, sites)), sum(map(gate_params, sites))
         least = {"macs": least_macs(sites, ungated + macs), "params": int(scores["params"][0]) + params}
-        why = {"macs": "with one channel per gate", "params": f"because its gates add parameters, {params:,} of them"}
+        why = {
+            "macs": f"with one channel per gate{self._largest_ungated(scores, profile)}",
+            "params": f"because its gates add parameters, {params:,} of them",
+        }
         _check(budget, least, profile, why)
         settings = {"thresholds": self.thresholds, "squeeze": self.squeeze, "ungated_macs": ungated}
         columns = {name: column.tolist() for name, column in to_columns(sites).items()}
@@ -166,6 +169,14 @@ class ManiDP:
             notes=_notes(sites, scores),
             macs_expected=target,
         )
+
+    def _largest_ungated(self, scores: Scores, profile: Profile) -> str:
+        """Name the layer without a gate that needs most MACs, and say why it has none."""
+        reasons = self.untouched(scores, profile)
+        if not reasons:
+            return ""
+        name = max(reasons, key=lambda layer: profile.layer(layer).macs)
+        return f" ({len(reasons)} layers have none, the largest of them {name}: {reasons[name]})"
 
     def apply(self, teacher: nn.Module, plan: Plan, calibration: Tensor | None = None) -> nn.Module:
         """The teacher with fresh gates that keep every channel, or a plain copy where the plan has no gates.

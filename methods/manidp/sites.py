@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from methods.base import Unsupported
-from methods.network.graph import UNTRACEABLE, graph_of
+from methods.network.graph import UNTRACEABLE, graph_of_most
 from methods.network.keeping import KEPT, is_kept
 
 NARROWEST = 8
@@ -102,12 +102,14 @@ def from_columns(columns: Mapping[str, Any]) -> tuple[Site, ...]:
 def trace(model: nn.Module) -> fx.GraphModule:
     """A traced copy of `model`, in eval mode; all that depends on the mode outside its modules stays in it for good.
 
+    Modules inside it that torch.fx cannot trace are called as a whole, so no convolution in them gets a gate.
+
     Raises:
         Unsupported: torch.fx cannot trace the model; the message says why.
     """
     try:
         model = copy.deepcopy(model).eval()
-        return fx.GraphModule(model, graph_of(model), type(model).__name__)
+        return fx.GraphModule(model, graph_of_most(model), type(model).__name__)
     except UNTRACEABLE as error:
         reason = (str(error).splitlines() or [""])[0]
         raise Unsupported(
@@ -144,7 +146,7 @@ class _Finder:
         self.gates = 0
         self.images = next((_shape(node)[:1] for node in graph.nodes if node.op == "placeholder"), ())
         self.convs = [node for node in graph.nodes if self._conv(node)]
-        self.before_weights = _reaching(node for node in graph.nodes if self._is(node, nn.Conv2d | nn.Linear))
+        self.before_weights = _reaching(node for node in graph.nodes if self._has_weights(node))
 
     def visit(self, node: fx.Node) -> None:
         conv = self._conv(node)
@@ -246,10 +248,15 @@ class _Finder:
 
     def _conv(self, node: fx.Node) -> nn.Conv2d | None:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        return module if isinstance(module, nn.Conv2d) else None
+        return module if type(module) is nn.Conv2d else None
 
     def _is(self, node: fx.Node, kinds: Any) -> bool:
         return node.op == "call_module" and isinstance(self.modules[str(node.target)], kinds)
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        """Whether the node calls a convolution or linear layer, or a module with one."""
+        modules = self.modules[str(node.target)].modules() if node.op == "call_module" else ()
+        return any(isinstance(module, nn.Conv2d | nn.Linear) for module in modules)
 
     def _calls(self, node: fx.Node, kinds: _Kinds) -> bool:
         """Whether the node calls one of these modules, functions or tensor methods."""

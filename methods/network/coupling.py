@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch_pruning import DependencyGraph
+from torch_pruning import DependencyGraph, ops
+from torch_pruning.dependency import index_mapping
 
 from methods.base import Tell, untold
 from methods.network.cut import PER_CHANNEL, axis_length
@@ -93,11 +95,15 @@ def _drafts(model: nn.Module, example: Tensor, tell: Tell) -> list[_Draft]:
         if root not in graph.module2node or not _is_producer(root) or (name, "out", 0) in owners:
             continue
         draft = _Draft(name, root.weight.shape[0])
-        for module, axis, index in _reach(graph, root, draft):
-            if isinstance(module, nn.Parameter):
+        reached, channels = _reach(graph, root, draft)
+        draft.width = max(channels) + 1
+        for (node, handler), outputs in reached.items():
+            if isinstance(node.module, nn.Parameter):
                 draft.fix("its channels meet a parameter of no layer that can be cut")
-            elif module in names:
-                _join(draft, names[module], model.get_submodule(names[module]), axis, index)
+            elif node.module in names:
+                member = names[node.module]
+                entries = {entry: channels[output] for entry, output in outputs.items()}
+                _join(draft, member, model.get_submodule(member), _axis(graph, handler), entries)
         for place in draft.places:
             owner = owners.setdefault(place, draft)
             if owner is not draft:
@@ -109,9 +115,29 @@ def _drafts(model: nn.Module, example: Tensor, tell: Tell) -> list[_Draft]:
 
 
 def _trace(graph: _Bounded, model: nn.Module, example: Tensor) -> None:
+    """Have torch-pruning read `model`; steps of it at which it cannot say where entries go end up in `graph.lost`."""
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph.build_dependency(model, (example.clone(),), verbose=False)
+        try:
+            graph.build_dependency(model, (example.clone(),), verbose=False)
+        except ZeroDivisionError:  # one step stopped it, and those behind that were not looked at
+            for node in graph.module2node.values():
+                try:
+                    if node.type in _MAPPINGS:
+                        _MAPPINGS[node.type](graph, node)
+                except ZeroDivisionError as error:
+                    graph.lost[node] = _fault(error)
+
+
+_MAPPINGS: dict[Any, Any] = {
+    ops.OPTYPE.CONCAT: index_mapping.update_concat_index_mapping,
+    ops.OPTYPE.SPLIT: index_mapping.update_split_index_mapping,
+    ops.OPTYPE.RESHAPE: index_mapping.update_reshape_index_mapping,
+    ops.OPTYPE.UNBIND: index_mapping.update_unbind_index_mapping,
+    ops.OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
+    ops.OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
+}
+"""By kind of step, how torch-pruning finds where its entries go."""
 
 
 def _fault(error: Exception) -> str:
@@ -131,13 +157,15 @@ STEPS_TOLD = 20_000
 class _Bounded(DependencyGraph):  # type: ignore[misc]  # it has no types
     """torch-pruning's graph, which walks all ways between two layers: where those multiply it does not end.
 
-    `latest` is the layer that was looked at last; `tell` hears of the steps now and then.
+    `latest` is the layer that was looked at last, `lost` the steps that it cannot follow, with why; `tell` hears of the
+    steps now and then.
     """
 
     def __init__(self, tell: Tell) -> None:
         super().__init__()
         self.steps = 0
         self.latest: Any = None
+        self.lost: dict[Any, str] = {}
         self._tell = tell
 
     def get_out_channels(self, module_or_node: Any) -> Any:
@@ -203,71 +231,107 @@ def _fix_shared_parameters(drafts: Sequence[_Draft], model: nn.Module) -> None:
 _Axis: TypeAlias = Literal["out", "in"]
 
 
+MOST_WAYS = 8
+"""Times that outputs of a layer may come to new entries of one axis; beyond, their group is fixed."""
+
+
 class _Index(NamedTuple):
-    """An entry of an axis and the channel of the group it belongs to, under the names that torch-pruning reads."""
+    """An entry of an axis and the output of the root it goes with, under the names that torch-pruning reads."""
 
     idx: int
     root_idx: int
 
 
-def _reach(graph: Any, root: nn.Module, draft: _Draft) -> Iterator[tuple[Any, _Axis, list[_Index]]]:
-    """Yield all that goes with the outputs of `root`: module, axis, entries of that axis.
+def _reach(graph: Any, root: nn.Module, draft: _Draft) -> tuple[dict[tuple[Any, Any], dict[int, int]], list[int]]:
+    """Find all that goes with the outputs of `root`: by node and handler, an output for each entry of that axis.
+
+    Also the channel of every output: outputs that come to the same entry are one channel, as where a map is joined with
+    what a depthwise layer makes of it.
 
     Differs: torch-pruning follows every index set that reaches an axis, which grows without bound in windowed
-    attention. Here the first one stays, and another one fixes the group: its channels are not one run. So does one
-    with more entries than the longest axis of the network, as where two maps are multiplied.
+    attention. Here one is followed while it brings new entries, `MOST_WAYS` times at most: more fix the group. So does
+    one with more entries than the longest axis of the network, as where two maps are multiplied.
     """
     longest = max(max(module.weight.shape[:2]) for module in graph.module2node if isinstance(module, _PRODUCERS))
     handler = graph.get_pruner_of_module(root).prune_out_channels
-    stack = [(graph.module2node[root], handler, [_Index(channel, channel) for channel in range(draft.width)])]
-    seen: dict[tuple[Any, Any], list[_Index]] = {}
+    stack = [(graph.module2node[root], handler, [_Index(output, output) for output in range(draft.width)])]
+    reached: dict[tuple[Any, Any], dict[int, int]] = {}
+    ways: Counter[tuple[Any, Any]] = Counter()
+    first = list(range(draft.width))
     while stack:
         node, handler, index = stack.pop()
-        if (node, handler) in seen:
-            if seen[node, handler] != index:
-                draft.fix("its channels are reordered or repeated on the way")
+        entries = reached.setdefault((node, handler), {})
+        before = len(entries)
+        for entry, output in index:
+            _unite(first, entries.setdefault(entry, output), output)
+        if len(entries) == before:
             continue
-        seen[node, handler] = index
-        yield node.module, "out" if graph.is_out_channel_pruning_fn(handler) else "in", index
+        ways[node, handler] += 1
+        if ways[node, handler] > MOST_WAYS:
+            draft.fix("its channels are reordered or repeated on the way")
+            continue
+        if node in graph.lost:
+            draft.fix(f"torch-pruning cannot follow its channels ({graph.lost[node]})")
         for dependency in node.dependencies:
             if dependency.is_triggered_by(handler):
-                target = _mapped(index, dependency.index_mapping, longest)
-                if target is None:
-                    draft.fix("its channels are repeated more often than any layer reads")
-                elif target:
-                    stack.append((dependency.target, dependency.handler, sorted(set(target))))
+                target = _mapped(index, dependency.index_mapping, longest, draft)
+                stack += [(dependency.target, dependency.handler, sorted(set(target)))] if target else []
+    numbers = {one: number for number, one in enumerate(sorted({_first(first, output) for output in first}))}
+    return reached, [numbers[_first(first, output)] for output in range(draft.width)]
 
 
-def _mapped(index: list[_Index], mappings: Sequence[Any], longest: int) -> list[_Index] | None:
-    """Apply mappings to the entries of an axis; None if there are more than `longest` of them then."""
+def _axis(graph: Any, handler: Any) -> _Axis:
+    return "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+
+
+def _first(first: list[int], output: int) -> int:
+    """Return the first output of the channel that `output` belongs to."""
+    while first[output] != output:
+        output = first[output]
+    return output
+
+
+def _unite(first: list[int], one: int, other: int) -> None:
+    """Make one channel of those of two outputs."""
+    low, high = sorted((_first(first, one), _first(first, other)))
+    first[high] = low
+
+
+def _mapped(index: list[_Index], mappings: Sequence[Any], longest: int, draft: _Draft) -> list[_Index]:
+    """Apply mappings to the entries of an axis; fix the draft and return none where they cannot be followed."""
     for mapping in filter(None, mappings):
         is_repeating = not getattr(mapping, "reverse", True)
         if len(index) * (getattr(mapping, "_stride", 1) if is_repeating else 1) > longest:
-            return None
-        index = mapping(index)
+            draft.fix("its channels are repeated more often than any layer reads")
+            return []
+        try:
+            index = [_Index(int(entry), int(output)) for entry, output in mapping(index)]
+        except (LookupError, TypeError):  # the output is None where heads of attention share keys
+            draft.fix("torch-pruning cannot follow its channels (they reach a part of a map that it does not know)")
+            return []
     return index
 
 
-def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, index: list[_Index]) -> None:
-    """Add one axis of one module to the draft, or fix the draft where the cut could not slice it."""
+def _join(draft: _Draft, name: str, module: nn.Module, axis: _Axis, entries: Mapping[int, int]) -> None:
+    """Add one axis of one module, the channels by its entries, or fix the draft where the cut could not slice it."""
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return
-    draft.places += [(name, axis, entry) for entry, _ in index]
+    draft.places += [(name, axis, entry) for entry in entries]
     is_norm = isinstance(module, PER_CHANNEL)
     if not is_norm and not (isinstance(module, nn.Conv2d | nn.Linear) and "weight" in module._parameters):
         draft.fix(f"{name} is a {type(module).__name__}, which cannot lose channels one by one")
         return
-    segment = _segment(index, draft.width)
-    if segment is None:
-        draft.fix(f"its channels are not one run of entries in {name}")
-        return
-    start, columns = segment
     length = axis_length(module, axis)
+    runs = _runs(entries, draft.width)
+    if not runs or min(entries) < 0 or max(entries) >= length:
+        draft.fix(f"its channels are no whole runs of entries in {name}")
+        return
     params = sum(p.numel() for p in module.parameters(recurse=False)) // length if is_norm else 0
-    draft.members.append(Member(name, "norm" if is_norm else axis, start, columns, params))
+    draft.members += [Member(name, "norm" if is_norm else axis, start, columns, params) for start, columns in runs]
     if isinstance(module, nn.Conv2d) and module.groups > 1:
-        _join_grouped(draft, name, module, start, columns)
-    elif axis == "out" and not is_norm and (start, columns, draft.width) != (0, 1, length):
+        for start, columns in runs:
+            _join_grouped(draft, name, module, start, columns)
+    elif axis == "out" and not is_norm and (len(entries) < length or any(columns > 1 for _, columns in runs)):
         draft.fix(f"its channels are only a part of what {name} produces")
 
 
@@ -278,8 +342,22 @@ def _join_grouped(draft: _Draft, name: str, conv: nn.Conv2d, start: int, columns
         draft.fix(f"the convolution groups of {name} do not line up with its channels")
 
 
-def _segment(index: list[_Index], width: int) -> tuple[int, int] | None:
-    """Return `(start, columns)` if channel c owns `columns` entries from `start + c * columns` on."""
-    start, columns = index[0].idx, len(index) // width
-    run = [(start + entry, entry // columns) for entry in range(width * columns)]
-    return (start, columns) if index == run else None
+def _runs(entries: Mapping[int, int], width: int) -> list[tuple[int, int]]:
+    """Split an axis into runs `(start, columns)`, in which channel c owns entries from `start + c * columns` on.
+
+    Each has all `width` channels; there are none where entries are left over.
+
+    >>> _runs({0: 0, 1: 1, 4: 0, 5: 0, 6: 1, 7: 1}, 2), _runs({0: 1, 1: 0}, 2)
+    ([(0, 1), (4, 2)], [])
+    """
+    found, left = [], sorted(entries)
+    while left:
+        start, columns = left[0], 0
+        while entries.get(start + columns) == 0:
+            columns += 1
+        run = range(start, start + width * columns)
+        if not columns or any(entries.get(entry) != (entry - start) // columns for entry in run):
+            return []
+        found.append((start, columns))
+        left = left[len(run) :]
+    return found

@@ -59,13 +59,13 @@ def cut_to(
 
 def outputs_kept(groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return, by layer, the rising indices of the outputs it keeps, for the layers that lose some to `cut_to`."""
-    lost = [group for group in groups if group.name in kept and len(kept[group.name]) < group.width]
-    return {
-        member.module: entries(member, kept[group.name])
-        for group in lost
-        for member in group.members
-        if member.axis == "out"
-    }
+    kept_of: dict[str, list[np.ndarray]] = {}
+    for group in groups:
+        if group.name in kept and len(kept[group.name]) < group.width:
+            for member in group.members:
+                if member.axis == "out":
+                    kept_of.setdefault(member.module, []).append(entries(member, kept[group.name]))
+    return {name: np.sort(np.concatenate(parts)) for name, parts in kept_of.items()}
 
 
 def kept_channels(

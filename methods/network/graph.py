@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from typing import Any
 
 from torch import fx, nn
 
@@ -52,6 +53,48 @@ def graph_of(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.Graph:
     if defaults:
         _forget_defaults(graph)
     return graph
+
+
+def graph_of_most(model: nn.Module) -> fx.Graph:
+    """Trace `model` as `graph_of` does; modules inside it whose own forward cannot be traced are called as a whole.
+
+    Raises:
+        UNTRACEABLE: torch.fx cannot trace the forward of the model itself.
+
+    >>> class Branching(nn.Module):
+    ...     def forward(self, x):
+    ...         return x if x.sum() > 0 else -x
+    >>> [node.op for node in graph_of_most(nn.Sequential(nn.Sequential(nn.ReLU(), Branching()), nn.ReLU())).nodes]
+    ['placeholder', 'call_module', 'call_module', 'call_module', 'output']
+    """
+    whole: set[str] = set()
+    while True:
+        tracer = _Skipping(whole)
+        try:
+            return graph_of(model, tracer)
+        except UNTRACEABLE:
+            if not tracer.failed:
+                raise
+            whole.add(tracer.failed)
+
+
+class _Skipping(fx.Tracer):
+    """A tracer that does not enter the modules named in `whole`; `failed` is the innermost that it failed in."""
+
+    def __init__(self, whole: Set[str]) -> None:
+        super().__init__()
+        self.whole = whole
+        self.failed = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except UNTRACEABLE:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
 
 
 def _forget_defaults(graph: fx.Graph) -> None:

@@ -15,7 +15,8 @@ class Member:
     """One axis of one module that shrinks with a group.
 
     Channel `c` of the group owns the entries from `start + c * columns` to `start + (c + 1) * columns - 1` of that
-    axis: `columns` exceeds 1 where a map is flattened into a linear layer, `start` is not 0 behind a concatenation.
+    axis: `columns` exceeds 1 where a map is flattened into a linear layer, `start` is not 0 behind a concatenation. An
+    axis that holds the channels more than once, as behind a concatenation of a map with itself, has as many members.
     `axis` is "out" or "in" for a conv or linear (a depthwise or grouped conv is "out" only: its inputs follow), "norm"
     for a per-channel norm or PReLU, which holds `params` trainable numbers per entry (0 for a conv or linear, whose
     row in the profile says it).

@@ -137,10 +137,21 @@ def widths_out_of_reach(method: str, budget: Budget, profile: Profile, least: Ma
     """
     costs, _ = width_costs(profile)
     why = {
-        name: f"of which {cost.constant:,} cannot be pruned, at channel multiples of {budget.channels}"
+        name: f"of which {cost.constant:,} cannot be pruned{_largest_fixed(profile, name)}, at channel multiples of "
+        f"{budget.channels}"
         for name, cost in costs.items()
     }
     return out_of_reach(method, budget, profile, least, why=why)
+
+
+def _largest_fixed(profile: Profile, cost: str) -> str:
+    """Name the fixed channel group whose layers cost most, with its reason; that of the outputs has to be fixed."""
+    fixed = [group for group in profile.groups if group.fixed and any(one.axis == "in" for one in group.members)]
+    if not fixed:
+        return ""
+    costs = {layer.name: getattr(layer, cost) for layer in profile.layers}
+    largest = max(fixed, key=lambda group: sum(costs.get(name, 0) for name in {one.module for one in group.members}))
+    return f" ({len(fixed)} channel groups are fixed, the largest of them {largest.name}: {largest.fixed})"
 
 
 class _Terms:

@@ -39,7 +39,7 @@ WIDEST = 1 << 13
 
 _Readers: TypeAlias = tuple[tuple[str, int, int], ...]
 _Task: TypeAlias = tuple[str, int, int, _Readers]
-"""A group's name, width and multiple; of each layer that reads it, the name, first entry and entries per channel."""
+"""A group's name, width and multiple; of each place that reads it, the layer, first entry and entries per channel."""
 
 
 def removal_shards(profile: Profile, images: int) -> list[Shard]:
@@ -71,14 +71,16 @@ def score_removal(shard: Shard, teacher: nn.Module, calibration: Tensor) -> Scor
     found: dict[str, np.ndarray] = {}
     for name, width, multiple, readers in tasks:
         parts = []
-        for reader, start, columns in readers:
-            layer, runs = layers[reader], _columns_of(layers[reader], start, columns, width // multiple, multiple)
+        for reader, places in _by_layer(readers).items():
+            layer = layers[reader]
+            runs = [_columns_of(layer, start, columns, width // multiple, multiple) for start, columns in places]
             if reader in moments:
-                parts.append(_reader(layer, runs, moments[reader]))
-            else:
-                block = int(runs[0, 0]), *runs.shape
+                parts.append(_reader(layer, torch.cat(runs, 1), moments[reader]))
+                continue
+            for columns_of_run in runs:
+                block = int(columns_of_run[0, 0]), *columns_of_run.shape
                 own = second_moments(teacher, [reader], calibration, blocks={reader: block})
-                parts.append(_reader(layer, runs, own[reader]))
+                parts.append(_reader(layer, columns_of_run, own[reader]))
         order, errors = _eliminated(parts, width // multiple)
         if not np.isfinite(errors).all():
             raise ScoreError(
@@ -105,6 +107,14 @@ def errors_of(scores: Scores, group: ChannelGroup, widths: Sequence[int]) -> np.
 
 def _key(name: str, part: str) -> str:
     return f"{name}|{part}"
+
+
+def _by_layer(readers: _Readers) -> dict[str, list[tuple[int, int]]]:
+    """The first entries and entries per channel by layer: one that reads a group at several places is one reader."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, *place in readers:
+        found.setdefault(name, []).append((place[0], place[1]))
+    return found
 
 
 def _weighed(group: ChannelGroup, profile: Profile, images: int) -> tuple[_Task, float, int]:

@@ -266,3 +266,41 @@ def test_plans_follow_the_data_unless_told_to_ignore_it() -> None:
 
     assert widths(one, beta_rel=2.0) != widths(other, beta_rel=2.0)
     assert widths(one, beta_rel=0.0) == widths(other, beta_rel=0.0) != widths(one, beta_rel=2.0)
+
+
+class Windows(nn.Module):
+    """Two layers read two windows of each image, one after the other or all first windows before all second ones."""
+
+    def __init__(self, *, by_image: bool) -> None:
+        super().__init__()
+        self.by_image = by_image
+        self.first, self.last, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 1), nn.Linear(10, 4)
+        self.inner = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.first(x).unflatten(2, (2, 7)).movedim(2, 1 if self.by_image else 0)
+        mixed = self.inner(halves.flatten(0, 1)).unflatten(0, halves.shape[:2]).movedim(1 if self.by_image else 0, 2)
+        return self.head(self.last(mixed.flatten(2, 3)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_the_maps_of_an_image_are_compared_as_one() -> None:
+    torch.manual_seed(0)
+    network = Windows(by_image=True).eval()
+    rows, scores = scored(network, IMAGES[:16])
+    assert {"inner.0", "last"} <= set(prunable(rows))
+    with torch.no_grad():
+        halves = network.first(IMAGES[:16]).unflatten(2, (2, 7)).transpose(1, 2)
+        hidden = network.inner[:2](halves.flatten(0, 1)).reshape(16, -1)
+        last = network.last(network.inner(halves.flatten(0, 1)).unflatten(0, (16, 2)).transpose(1, 2).flatten(2, 3))
+    places = [prunable(rows).index(name) for name in ("inner.0", "last")]
+    expected = float(nhsic([hidden, last.mean((2, 3))])[0, 1])
+    assert scores["nhsic"][places[0], places[1]] == pytest.approx(expected, rel=1e-4)
+    plan = METHOD.allocate(scores, rows, Budget("60 %", macs=rows.macs * 6 // 10), knobs())
+    student = METHOD.apply(network, plan, IMAGES[:16])
+    assert (count_macs(student, IMAGES), count_params(student)) == (plan.macs, plan.params)
+
+
+def test_maps_in_no_order_of_the_images_are_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ScoreError, match=r"'(first|inner.0)' is read for other maps than the 16 images"):
+        scored(Windows(by_image=False).eval(), IMAGES[:16])

@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from methods.base import Unsupported
+from methods.base import Budget, Unsupported
 from methods.manidp.gates import Gate, Gated, active, gated, mask_inputs, saliencies
 from methods.manidp.losses import quantile_threshold
+from methods.manidp.method import ManiDP
 from methods.manidp.sites import (
     Site,
     find_sites,
@@ -32,7 +33,7 @@ from methods.manidp.sites import (
     widths,
 )
 from methods.manidp.thresholds import least_macs
-from methods.network import count_macs, count_params
+from methods.network import count_macs, count_params, profile
 from search.workload import zoo
 from tests.support.networks import NETWORKS
 
@@ -188,6 +189,32 @@ def test_networks_that_branch_on_values_are_refused() -> None:
 
     with pytest.raises(Unsupported, match=r"torch.fx cannot trace the network: TraceError: .*; expected .*; rewrite"):
         trace(Branching())
+
+
+def test_a_module_that_branches_on_values_is_called_as_a_whole() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.conv(x if x.sum() > 0 else -x))
+
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), Branching(), nn.Conv2d(16, 16, 3), nn.ReLU())
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = profile(model, images)
+    method = ManiDP()
+    scores = method.score(("sites",), model, images, 0)
+    assert scores["conv"].tolist() == ["1", "3"]
+    assert "2.conv: the traced forward does not call it" in scores["skipped"].tolist()
+    plan = method.allocate(scores, found, Budget("80 %", macs=found.macs * 8 // 10), {})
+    student = method.apply(model, plan, images)
+    method.settle(student, plan, images)
+    assert isinstance(student, Gated)
+    assert (count_macs(student, images), count_params(student)) == (plan.macs, plan.params)
+    assert student.instance_macs(images).double().mean() <= found.macs * 8 // 10
 
 
 @networks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -298,6 +299,15 @@ def test_infeasible_names_what_is_missed() -> None:
     assert "10 MACs" in both
     assert "10 params" in both
     assert "both together are not" in both
+
+
+def test_infeasible_names_the_largest_group_that_is_fixed() -> None:
+    rows = teacher("plain")[1]
+    fixed = replace(rows, groups=tuple(replace(one, fixed=f"reason of {one.name}") for one in rows.groups))
+    layers = {one.name: {member.module for member in one.members if not member.params} for one in fixed.groups[:-1]}
+    largest = max(layers, key=lambda name: sum(rows.layer(layer).macs for layer in layers[name]))
+    told = str(widths_out_of_reach("uniform", Budget("b", macs=1), fixed, {"macs": 7000, "params": 9}))
+    assert f"({len(layers)} channel groups are fixed, the largest of them {largest}: reason of {largest})" in told
 
 
 def test_width_cost_is_the_polynomial() -> None:
