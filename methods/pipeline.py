@@ -18,7 +18,7 @@ from methods.chain import AnyMethod, Chain, link_plans, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
-from methods.training import CLASSIFICATION, Judgement, Metric, Recipe, Samples, Task, judge, passes
+from methods.training import CLASSIFICATION, Judgement, Metric, Recipe, Samples, Task, judge, parts, reads
 
 COMPARED = 512
 """Validation images on which the outputs of a student and its teacher are compared, labels aside."""
@@ -176,18 +176,20 @@ def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
     student = chain.links[-1].apply(before, last, calibration if inputs.refit else None)
     chain.settle(student, plan, calibration)
     student.eval()
-    apart = []
-    for some in passes(inputs.validation, COMPARED):
-        images = inputs.validation.batch(some)[0].to(calibration.device)
-        apart.append(inputs.task.mimicry(student(images), teacher(images), Recipe(steps=0).temperature))
+    batches = (inputs.validation.batch(some)[0].to(calibration.device) for some in reads(inputs.validation, COMPARED))
+    apart = [
+        inputs.task.mimicry(student(images), teacher(images), Recipe(steps=0).temperature)
+        for batch in batches
+        for images in parts(batch)
+    ]
     return float(torch.cat(apart).mean())
 
 
 def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:
     """Count the MACs that a student needs per image: the mean on either set, and the most."""
     calibrated = student.instance_macs(calibration).double()
-    batches = (inputs.validation.batch(some)[0] for some in passes(inputs.validation))
-    validated = torch.cat([student.instance_macs(batch).double() for batch in batches])
+    batches = (inputs.validation.batch(some)[0] for some in reads(inputs.validation))
+    validated = torch.cat([student.instance_macs(part).double() for batch in batches for part in parts(batch)])
     return {
         "macs_expected": round(float(calibrated.mean())),
         "macs_expected_validation": round(float(validated.mean())),

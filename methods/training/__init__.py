@@ -4,7 +4,7 @@ Read `task` first (what outputs mean) and `recipe` (the words), then `objective`
 norms), `loop` and `distributed` (a step that processes share).
 """
 
-from methods.training.evaluation import Judgement, evaluate, judge, passes, recalibrate
+from methods.training.evaluation import Judgement, evaluate, judge, parts, reads, recalibrate
 from methods.training.loop import recover, train
 from methods.training.recipe import Metric, Recipe, Samples
 from methods.training.task import CLASSIFICATION, Classification, Regression, Segmentation, Task, top1
@@ -21,7 +21,8 @@ __all__ = [
     "Task",
     "evaluate",
     "judge",
-    "passes",
+    "parts",
+    "reads",
     "recalibrate",
     "recover",
     "top1",

@@ -53,17 +53,20 @@ class Judgement(NamedTuple):
     hits: np.ndarray | None
 
 
-MOST_IMAGES, MOST_PIXELS = 512, 1 << 21
-"""Images of one pass without gradients, and their pixels: 512 of 64 x 64, or 41 of 224 x 224, whose maps take 1 GiB in
-a VGG-16."""
+READ, MOST_PIXELS = 512, 1 << 21
+"""Images read at a time, and the pixels of those that a network sees at a time, where no gradients are kept: 512 images
+of 64 x 64, or 41 of 224 x 224, whose maps take 1 GiB in a VGG-16."""
 
 
-def passes(data: Samples, count: int | None = None) -> list[np.ndarray]:
-    """Split the first `count` images of `data`, by default all, into passes that memory is enough for."""
-    count = len(data) if count is None else min(count, len(data))
-    pixels = math.prod(data.batch(np.arange(1))[0].shape[2:]) if count else 1
-    most = max(1, min(MOST_IMAGES, MOST_PIXELS // pixels))
-    return np.array_split(np.arange(count), max(1, -(-count // most)))
+def reads(data: Samples, most: int | None = None) -> list[np.ndarray]:
+    """Split the indices of the first `most` images of `data`, by default of all, into equal reads."""
+    count = len(data) if most is None else min(most, len(data))
+    return np.array_split(np.arange(count), max(1, -(-count // READ)))
+
+
+def parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Split `images` `(n, c, h, w)` into parts whose maps there is memory for."""
+    return torch.split(images, max(1, min(READ, MOST_PIXELS // max(1, math.prod(images.shape[2:])))))
 
 
 def evaluate(model: nn.Module, data: Samples, metric: Metric, *, task: Task = CLASSIFICATION) -> float:
@@ -83,13 +86,18 @@ def judge(model: nn.Module, data: Samples, metric: Metric, *, task: Task = CLASS
     model.eval()
     device = next(model.parameters()).device
     answers, labels = [], []
-    for indices in passes(data):
+    for indices in reads(data):
         images, truth = data.batch(indices, part=distributed.part(len(indices)))
-        outputs = distributed.joined(model(images.to(device)), len(indices))
-        if bool(outputs.isnan().any()):
-            raise FloatingPointError("the network returned NaN; expected numbers; lower the learning rate")
-        answers.append(task.answers(outputs).cpu())
+        mine = torch.cat([_answers(model, part, task) for part in parts(images.to(device))])
+        answers.append(distributed.joined(mine, len(indices)).cpu())
         labels.append(distributed.joined(truth.to(device), len(indices)).cpu())
     found, wanted = torch.cat(answers), torch.cat(labels)
     is_right = (found.argmax(1) == wanted).numpy() if metric is top1 else None
     return Judgement(float(metric(found, wanted)), is_right)
+
+
+def _answers(model: nn.Module, images: Tensor, task: Task) -> Tensor:
+    outputs = model(images)
+    if bool(outputs.isnan().any()):
+        raise FloatingPointError("the network returned NaN; expected numbers; lower the learning rate")
+    return task.answers(outputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from methods.training import CLASSIFICATION, Samples, Task, passes
+from methods.training import CLASSIFICATION, Samples, Task, parts, reads
 from methods.training.recipe import WHOLE, Chance
 from search.base import DataError
 from search.workload.data.labels import EXPECTED, Form, read_label
@@ -228,10 +228,10 @@ class Answered:
     @cached_property
     @torch.no_grad()
     def labels(self) -> np.ndarray:
-        """What the teacher, in eval mode, gives each image, `(n, ...)`, in the passes that `judge` takes."""
+        """What the teacher, in eval mode, gives each image, `(n, ...)`, in the parts that `judge` takes."""
         device = next(self.teacher.parameters()).device
-        batches = (self.source.batch(some)[0].to(device) for some in passes(self.source))
-        found = [self.task.labels(self.teacher(images)).cpu() for images in batches]
+        batches = (self.source.batch(some)[0].to(device) for some in reads(self.source))
+        found = [self.task.labels(self.teacher(part)).cpu() for images in batches for part in parts(images)]
         return torch.cat(found).numpy()
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from methods.training import Recipe, evaluate, passes, recalibrate, recover, top1, train
+from methods.training import Recipe, evaluate, parts, reads, recalibrate, recover, top1, train
 from methods.training.loop import _train_mode
 from methods.training.objective import classifier_name, last_map
 from methods.training.recipe import WHOLE, Chance
@@ -340,26 +340,26 @@ def test_a_single_image_leaves_the_norms_as_they_are() -> None:
 # Evaluation
 
 
-def test_passes_are_smaller_where_images_are_larger() -> None:
-    def sizes(side: int, count: int = 1000) -> list[int]:
-        images = np.zeros((count, 1, side, side), np.uint8)
-        return [len(one) for one in passes(Arrays(images, np.zeros(count, np.int64)))]
+def test_parts_are_smaller_where_images_are_larger() -> None:
+    def sizes(side: int, count: int) -> list[int]:
+        return [len(part) for part in parts(torch.empty(count, 3, side, side))]
 
-    assert sizes(8) == sizes(64) == [500, 500]
-    assert max(sizes(224)) == 40
+    assert sizes(8, 512) == sizes(64, 512) == [512]
+    assert sizes(224, 100) == [41, 41, 18]
     assert sizes(2048, 3) == [1, 1, 1]
-    assert sizes(8, 1) == [1]
+    assert [len(read) for read in reads(blobs(1025))] == [342, 342, 341]
+    assert [len(read) for read in reads(blobs(1025), 100)] == [100]
 
 
 @pytest.mark.parametrize("metric", [top1, cross_entropy])
-def test_evaluation_does_not_depend_on_the_size_of_passes(
+def test_evaluation_does_not_depend_on_the_size_of_reads(
     metric: Callable[[Tensor, Tensor], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = network(), blobs(101)
     model.train()
     whole = evaluate(model, data, metric)
     for size in (1, 7, 100, 101):
-        monkeypatch.setattr("methods.training.evaluation.MOST_IMAGES", size)
+        monkeypatch.setattr("methods.training.evaluation.READ", size)
         assert evaluate(model, data, metric) == pytest.approx(whole, rel=1e-5)
     images, labels = data.batch(np.arange(101))
     with torch.no_grad():
