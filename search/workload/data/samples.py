@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from search.base import DataError
 from search.workload.data.labels import EXPECTED, Form, read_label
 from search.workload.data.pictures import Preparation, decode, decode_mask
 from search.workload.usercode import blaming
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,11 @@ class Pictures:
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """Inputs `(n, 3, size, size)` float32 and labels `(n,)`; augmented ones are cropped and mirrored at random."""
-        draws = [None if augment is None else augment.random(4) for _ in indices]
-        with ThreadPoolExecutor(4) as pool:
-            images = list(pool.map(self._read_picture, [self.paths[i] for i in indices[part]], draws[part]))
+        images = _in_threads(self._read_picture, indices, augment, part)
         return torch.stack(images), torch.from_numpy(self.labels[indices[part]])
 
-    def _read_picture(self, path: str, draw: np.ndarray | None) -> Tensor:
-        return self.prepare(torch.from_numpy(decode(path)).permute(2, 0, 1), draw)
+    def _read_picture(self, index: int, draw: np.ndarray | None) -> Tensor:
+        return self.prepare(torch.from_numpy(decode(self.paths[index])).permute(2, 0, 1), draw)
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,7 @@ class Masked:
 
     def batch(self, indices: np.ndarray, augment: Chance = None, part: slice = WHOLE) -> tuple[Tensor, Tensor]:
         """Inputs `(n, 3, size, size)` float32 and labels `(n, size, size)`, cropped and mirrored together."""
-        draws = [None if augment is None else augment.random(4) for _ in indices]
-        with ThreadPoolExecutor(4) as pool:
-            pairs = list(pool.map(self._read_pair, indices[part], draws[part]))
-        images, masks = zip(*pairs, strict=True)
+        images, masks = zip(*_in_threads(self._read_pair, indices, augment, part), strict=True)
         return torch.stack(images), torch.stack(masks)
 
     def _read_pair(self, index: int, draw: np.ndarray | None) -> tuple[Tensor, Tensor]:
@@ -101,6 +98,15 @@ class Masked:
             )
         shaped = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]
         return self.prepare(shaped[0], draw), self.prepare.mask(shaped[1], draw)
+
+
+def _in_threads(
+    read: Callable[[int, np.ndarray | None], T], indices: np.ndarray, augment: Chance, part: slice
+) -> list[T]:
+    """Read the `part` of these indices, each with four draws of its own if a generator is given."""
+    draws = [None if augment is None else augment.random(4) for _ in indices]
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(read, indices[part], draws[part]))
 
 
 @dataclass(frozen=True)

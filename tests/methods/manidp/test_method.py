@@ -118,10 +118,8 @@ def test_expected_and_static_limits_are_both_met_in_expectation() -> None:
 
 def test_what_is_out_of_reach_says_why() -> None:
     _, rows, scores = case("plain")
-    with pytest.raises(
-        Infeasible,
-        match=r"manidp reaches no less than .* with one channel per gate \(\d+ layers have none, the largest .*\);",
-    ) as caught:
+    told = r"manidp reaches no less than .* with one channel per gate \(\d+ layers have none, the largest .*\);"
+    with pytest.raises(Infeasible, match=told) as caught:
         METHOD.allocate(scores, rows, Budget("tiny", macs=1000), {})
     gates = 24 * (16 + 24) + 32 * (24 + 32)
     assert caught.value.least == {"macs": rows.macs - 576 * 16 * 24 - 144 * 24 * 32 + gates + 576 * 16 + 144}
