@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import safetensors.numpy
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from search.frontier import Rule, standing, winner
@@ -34,8 +35,8 @@ class Reader:
 
     def trials(self) -> list[Candidate]:
         """Return every trial that ended, by budget and number, without its plan."""
-        runs = child_runs(self._client, self._experiment, self._run_id)
-        found = [candidate_of_run(run.info.run_id, run.data, run.info.end_time) for run in runs if _state(run)]
+        runs = filter(_state, child_runs(self._client, self._experiment, self._run_id))
+        found = [candidate_of_run(run.info.run_id, run.data, run.info.end_time) for run in runs]
         return sorted(found, key=lambda candidate: (candidate.budget, candidate.trial))
 
     def works(self) -> dict[str, str]:
@@ -123,7 +124,11 @@ def rule_of(tags: Mapping[str, str]) -> Rule:
     return cast(Rule, tags.get("paredown.winner", "best"))
 
 
-def _state(run: Any) -> str | None:
-    """Return how a trial ended, if it did."""
+def _state(run: Run) -> str | None:
+    """Return how a trial ended, if it did.
+
+    MLflow reads a run's row, and after it tags, params and metrics in any order, while a driver may be writing them.
+    The row is the last that is written: where it says that the run is over, the rest is whole.
+    """
     state: str | None = run.data.tags.get("paredown.state")
-    return state
+    return None if run.info.status == "RUNNING" else state

@@ -98,6 +98,16 @@ def test_an_interrupt_between_the_two_writes_that_end_a_trial() -> None:
     assert statuses(record) == ["FAILED", "KILLED"]
 
 
+def test_a_trial_that_is_just_being_ended_is_none_yet() -> None:
+    """MLflow reads a run's row, and then its tags, params and metrics in any order: the last may be there alone."""
+    record = begun()
+    run_id = record.trials.start(Proposal("half", 0, "alds", {}, {"learning_rate": 0.1}))
+    record.client.set_tag(run_id, "paredown.state", "failed")
+    assert not record.read.trials()
+    found = record.trials.fail(run_id, "failed", "no reason", 1.0)
+    assert record.read.trials() == [found]
+
+
 def test_a_trial_is_written_in_few_transactions() -> None:
     """Each waits for the disk; a driver with many workers is held up by nothing else as long."""
     record = begun()
