@@ -128,7 +128,7 @@ def settings(subject: Subject) -> dict[str, Any]:
             "test": len(splits.test),
         },
         "channels": CHANNELS,
-        "recipe": {k: v for k, v in dataclasses.asdict(RECIPE).items() if k not in ("steps", "report_every")},
+        "recipe": {k: v for k, v in RECIPE.identity().items() if k not in ("steps", "report_every")},
     }
 
 

@@ -19,6 +19,7 @@ from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
 from methods.training import CLASSIFICATION, Judgement, Metric, Recipe, Samples, Task, judge, parts, reads
+from methods.training.layout import running_layout
 
 COMPARED = 512
 """Validation images on which the outputs of a student and its teacher are compared, labels aside."""
@@ -66,14 +67,14 @@ class Progress:
 class Outcome:
     """The result of a trial: top-1 on the validation set at three moments, counted costs, and the student's state.
 
-    The three moments are after `apply`, after `settle` and at the end. `macs` and `params` are counted on the student
-    itself. A gated student also has the mean over the calibration images, the mean over the validation images and the
-    most of any calibration image. `hits` `(n,)` tells whether each validation image is classified right at the end, if
-    the metric is top-1. `size_bytes` is that of its state as stored. `state` maps each name of `state_dict()`
-    to its array: with the plan, it is the whole student.
+    The three moments are after `apply`, which who only looks leaves out, after `settle` and at the end. `macs` and
+    `params` are counted on the student itself. A gated student also has the mean over the calibration images, the mean
+    over the validation images and the most of any calibration image. `hits` `(n,)` tells whether each validation image
+    is classified right at the end, if the metric is top-1. `size_bytes` is that of its state as stored. `state` maps
+    each name of `state_dict()` to its array: with the plan, it is the whole student.
     """
 
-    top1_surgery: float
+    top1_surgery: float | None
     top1_bn: float
     top1_validation: float
     macs: int
@@ -118,13 +119,7 @@ def trial(
     """
     started = time.perf_counter()
     teacher, calibration = on_device(inputs)
-    student = method.apply(teacher, plan, calibration if inputs.refit else None)
-    example = calibration[:1]
-    macs, params = count_macs(student, example), count_params(student)
-    if (macs, params) != (plan.macs, plan.params):
-        raise PlanMismatch(
-            f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
-        )
+    student = _built(inputs, method, plan)
     surgery = inputs.judged(student)
     method.settle(student, plan, calibration)
     last = settled = inputs.judged(student)
@@ -136,32 +131,57 @@ def trial(
     if isinstance(student, PerInput) and recipe.steps:  # training moved what the thresholds are compared with
         method.settle(student, plan, calibration)
         last = inputs.judged(student)
-    return Outcome(
-        top1_surgery=surgery.value,
-        top1_bn=settled.value,
-        top1_validation=last.value,
-        hits=last.hits,
-        macs=macs,
-        params=params,
-        size_bytes=size_bytes(student),
-        seconds=time.perf_counter() - started,
-        state=arrays_of(student),
-        **(_expected(student, inputs, calibration) if isinstance(student, PerInput) else {}),
-    )
+    found = _outcome(inputs, student, plan, (surgery, settled, last), started)
+    return replace(found, state=arrays_of(student))
 
 
-def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan, seed: int) -> Outcome:
+def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> Outcome:
     """Apply and settle, but do not train: returns the outcome of no steps of recovery, without the student's state.
 
     Raises:
         PlanMismatch: as `trial` does.
     """
-    try:
-        next(trial(inputs, method, plan, Recipe(steps=0), seed))
-    except StopIteration as end:
-        outcome: Outcome = replace(end.value, state={})
-        return outcome
-    raise AssertionError("a recovery of no steps made progress")
+    started = time.perf_counter()
+    _, calibration = on_device(inputs)
+    student = _built(inputs, method, plan)
+    method.settle(student, plan, calibration)
+    settled = inputs.judged(student)
+    return _outcome(inputs, student, plan, (None, settled, settled), started)
+
+
+def _built(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> nn.Module:
+    """Return the student of a plan, in the layout that it runs fastest in."""
+    teacher, calibration = on_device(inputs)
+    student = method.apply(teacher, plan, calibration if inputs.refit else None)
+    macs, params = count_macs(student, calibration[:1]), count_params(student)
+    if (macs, params) != (plan.macs, plan.params):
+        raise PlanMismatch(
+            f"{plan.method} planned {plan.macs} MACs and {plan.params} params, but the student has {macs} and {params}"
+        )
+    return student.to(memory_format=running_layout(student))
+
+
+def _outcome(
+    inputs: WorkerInputs,
+    student: nn.Module,
+    plan: Plan,
+    moments: tuple[Judgement | None, Judgement, Judgement],
+    started: float,
+) -> Outcome:
+    """Return what a student reached at the three moments and what it costs, without its state."""
+    surgery, settled, last = moments
+    return Outcome(
+        top1_surgery=None if surgery is None else surgery.value,
+        top1_bn=settled.value,
+        top1_validation=last.value,
+        hits=last.hits,
+        macs=plan.macs,
+        params=plan.params,
+        size_bytes=size_bytes(student),
+        seconds=time.perf_counter() - started,
+        state={},
+        **(_expected(student, inputs) if isinstance(student, PerInput) else {}),
+    )
 
 
 @torch.no_grad()
@@ -185,8 +205,9 @@ def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
     return float(torch.cat(apart).mean())
 
 
-def _expected(student: PerInput, inputs: WorkerInputs, calibration: Tensor) -> dict[str, int]:
+def _expected(student: PerInput, inputs: WorkerInputs) -> dict[str, int]:
     """Count the MACs that a student needs per image: the mean on either set, and the most."""
+    _, calibration = on_device(inputs)
     calibrated = student.instance_macs(calibration).double()
     batches = (inputs.validation.batch(some)[0] for some in reads(inputs.validation))
     validated = torch.cat([student.instance_macs(part).double() for batch in batches for part in parts(batch)])
@@ -211,6 +232,10 @@ def rebuild(teacher: nn.Module, method: AnyMethod, plan: Plan, state: Mapping[st
 
 
 def on_device(inputs: WorkerInputs) -> tuple[nn.Module, Tensor]:
-    """Return the teacher in eval mode and the calibration images, on this process's device."""
+    """Return the teacher in eval mode and in the layout that it runs fastest in, and the calibration images.
+
+    Both are on this process's device.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return inputs.teacher.to(device).eval(), torch.from_numpy(inputs.calibration.copy()).to(device)
+    teacher = inputs.teacher.to(device).to(memory_format=running_layout(inputs.teacher))
+    return teacher.eval(), torch.from_numpy(inputs.calibration.copy()).to(device)

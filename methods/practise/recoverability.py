@@ -22,6 +22,7 @@ from methods.base import ScoreError
 from methods.hooks import hooked
 from methods.network.graph import UNTRACEABLE, graph_of, has_weights, passes_on, replace, replaced
 from methods.practise.blocks import closings, drop
+from methods.training.layout import training_layout
 from methods.training.objective import classifier_name, last_map, tapped
 
 Repair: TypeAlias = Literal["sequential_ls", "adaptor_sgd", "drop"]
@@ -169,6 +170,7 @@ def adaptor_error(reference: Reference, dropped: Sequence[str], *, steps: int, s
     Differs: calibration images are not augmented; for the adaptors' places see `add_adaptors`.
     """
     student = reference.without(dropped).requires_grad_(False)
+    student.to(memory_format=training_layout(student, reference.images.device))
     adaptors = add_adaptors(student, dropped) if steps else []
     if adaptors:
         optimizer = torch.optim.SGD([a.weight for a in adaptors], lr=0.02, momentum=0.9, weight_decay=1e-4)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.training import distributed
+from methods.training.layout import training_layout
 from methods.training.objective import objective_of
 from methods.training.recipe import Objective, Recipe, Samples
 
@@ -43,7 +44,7 @@ def train(
         return
     size = _batch_size(data, recipe)
     device = next(model.parameters()).device
-    layout = _layout(model, device)
+    layout = training_layout(model, device)
     model.to(memory_format=layout)
     distributed.align(model)
     optimizer, schedule = _optimizer(model, recipe, undecayed)
@@ -75,20 +76,6 @@ def train(
             yield step
             _train_mode(model, recipe)
     model.eval()
-
-
-def _layout(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Return the faster layout of maps, channels last, unless it corrupts memory.
-
-    On CPUs the backward pass of a strided 1x1 convolution of few input channels, as cut projections have them, writes
-    past its workspace (oneDNN issue 6035, in torch 2.15): a block of channels there is 8 wide with AVX2, 16 with
-    AVX-512.
-    """
-    is_exposed = device.type == "cpu" and any(
-        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
-        for m in model.modules()
-    )
-    return torch.contiguous_format if is_exposed else torch.channels_last
 
 
 def _train_mode(model: nn.Module, recipe: Recipe) -> None:

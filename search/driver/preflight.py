@@ -81,7 +81,7 @@ _Looks: TypeAlias = Mapping[tuple[str, str], _Look]
 
 def _looks(prepared: Prepared, cluster: Cluster, report: Report) -> _Looks:
     """Plan what can be reached as the first round of the search does, and judge the students."""
-    spec, looks = prepared.spec, dict[tuple[str, str], _Look]()
+    looks = dict[tuple[str, str], _Look]()
     asked = [(budget, one.name) for budget in prepared.first_plans for one in prepared.capable(budget)]
     requests = [Request(name, prepared.target(budget), defaults(named(name))) for budget, name in asked]
     plans = dict[tuple[str, str], Plan]()
@@ -91,7 +91,7 @@ def _looks(prepared: Prepared, cluster: Cluster, report: Report) -> _Looks:
         else:
             looks[place] = _Look(str(found), 0.0)
     places = list(plans)
-    items = [(named(plan.method), plan, spec.search.seed) for plan in plans.values()]
+    items = [(named(plan.method), plan) for plan in plans.values()]
     for event in cluster.run(look, items):
         if isinstance(event, Done | Failed):
             budget, name = place = places[event.index]

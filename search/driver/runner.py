@@ -110,7 +110,7 @@ class Runner:
     def judge(self, waiting: Sequence[Planned]) -> list[Judged]:
         """Build, refit and judge students before any training, each once; those that cannot be built end here."""
         new = {one.student: one for one in reversed(waiting) if one.student not in self._looks}
-        names, items = list(new), [(*self._work(one), one.proposal.seed(self._seed)) for one in new.values()]
+        names, items = list(new), [self._work(one) for one in new.values()]
         seconds: dict[str, float] = {}
         for event in self._cluster.run(look, items):
             if isinstance(event, Done | Failed):
