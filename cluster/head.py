@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,15 @@ if sys.platform == "linux":
 main()
 """
 """Ray's command line, but it ends with the thread that started it, even one that is killed."""
+
+
+def own_python() -> dict[str, str] | None:
+    """Return the runtime environment of this Python, if its path needs quotes in a shell; otherwise none is needed.
+
+    Ray starts the workers that have variables of their own through a shell, and does not quote what it starts.
+    """
+    quoted = shlex.quote(sys.executable)
+    return None if quoted == sys.executable else {"py_executable": quoted}
 
 
 @contextmanager

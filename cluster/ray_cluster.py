@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.base import ClusterError, Event, Item, always
 from cluster.groups import Coordinator, Group
-from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, as_it_listens, on_loopback
+from cluster.head import LOCAL_OBJECT_STORE_BYTES, METER, OWN_PRIORITY, as_it_listens, on_loopback, own_python
 from cluster.inline import resources_text, without_context
 from cluster.pool import Pool
 from cluster.reach import check_cluster
@@ -210,17 +210,18 @@ def _connect(address: str) -> None:
     """Connect this process, with Ray's usage reports off."""
     check_cluster(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "job_config": _job_config()}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ours: dict[str, Any] = {"job_config": _job_config(), "runtime_env": own_python(), **quiet}
     try:
         if address == "auto":
             keep_token()
             os.environ |= OWN_PRIORITY | os.environ
             store = LOCAL_OBJECT_STORE_BYTES
             with on_loopback():
-                ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **quiet)
+                ray.init("local", include_dashboard=False, object_store_memory=store, resources={METER: 1}, **ours)
         else:
             with as_it_listens(address):
-                ray.init(address, **quiet)
+                ray.init(address, **ours)
     except (ConnectionError, RayError, OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster at {address!r}: {error}; expected a running head node; check the address, or use auto"

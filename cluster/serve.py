@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from cluster.base import ClusterError
 from cluster.front import BEFORE_THE_APP, stay_on_loopback
-from cluster.head import as_it_listens, own_head
+from cluster.head import as_it_listens, own_head, own_python
 from cluster.reach import check_cluster
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def connected(address: str) -> Iterator[str]:
             check_cluster(address)
             opened.enter_context(as_it_listens(address))
         try:
-            context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            context = ray.init(address, runtime_env=own_python(), log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, OSError, ValueError) as error:
             raise ClusterError(
                 f"no Ray cluster at {address!r}: {error}; expected a running head node on this machine; check the "

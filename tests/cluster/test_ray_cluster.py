@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -245,6 +246,27 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(
     finally:
         broken.close()
     assert not ray.is_initialized()
+
+
+IN_A_SHELL = """
+import os, sys, ray
+from cluster import RayCluster
+
+def executable():
+    return sys.executable, os.environ["OWN"]
+
+cluster = RayCluster(None, max_parallel=1)
+task = ray.remote(executable).options(runtime_env={"env_vars": {"OWN": "here"}})
+assert ray.get(task.remote(), timeout=60) == (sys.executable, "here")
+cluster.close()
+"""
+
+
+@pytest.mark.ray
+def test_workers_with_variables_of_their_own_start_where_the_path_of_python_has_a_space(tmp_path: Path) -> None:
+    (tmp_path / "an environment").symlink_to(sys.prefix)
+    python = tmp_path / "an environment" / "bin" / "python"
+    subprocess.run([python, "-P", "-c", IN_A_SHELL], check=True, timeout=120)
 
 
 def test_a_head_of_our_own_starts_workers_at_the_priority_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
