@@ -69,14 +69,14 @@ def made_programs(students: Path, shares: Sequence[int]) -> dict[tuple[str, int]
 def make(students: Path, missing: Sequence[tuple[str, int]]) -> None:
     """Cut the students that are missing, and keep them untrained."""
     subject = load()
-    teacher, example = subject.workload.teacher, subject.calibration[:1]
+    teacher, train = subject.workload.teacher, subject.workload.splits.train
     for row, share in missing:
         budget = budget_of(subject, share)
         try:
             if row == TEACHER:
                 student = teacher
             elif row in PEERS:
-                student, _ = within(teacher, row, budget.macs or 0, example)
+                student, _ = within(teacher, row, budget.macs or 0, train)
             else:
                 method = named(row)
                 student = method.apply(teacher, subject.planner.plan(row, budget, defaults(method)))

@@ -170,7 +170,7 @@ def peer(subject: Subject, job: Job, recipe: Recipe) -> tuple[nn.Module, dict[st
     """
     teacher, splits, metric = subject.workload.teacher, subject.workload.splits, subject.workload.metric
     limit = budget_of(subject, job.share).macs or 0
-    student, ratio = within(teacher, job.row, limit, subject.calibration[:1])
+    student, ratio = within(teacher, job.row, limit, splits.train)
     surgery = evaluate(student, splits.validation, metric)
     recalibrate(student, subject.calibration)
     settled = evaluate(student, splits.validation, metric)
