@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from methods.refit.removal import removal_keys, removal_shards, score_removal
 
 class Narrowing:
     """Scores are the elimination of every group's channels; students are cut to a plan's widths and refit."""
+
+    refits: ClassVar[bool] = True
 
     def shards(self, profile: Profile, calibration: Tensor) -> list[Shard]:
         """The elimination of every group's channels; `calibration` is `(n, c, h, w)`."""

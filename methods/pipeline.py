@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Plan, Scores, Shard
-from methods.chain import AnyMethod, Chain, link_plans, student_of
+from methods.chain import AnyMethod, Chain, is_settled, link_plans, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
@@ -120,9 +120,10 @@ def trial(
     started = time.perf_counter()
     teacher, calibration = on_device(inputs)
     student = _built(inputs, method, plan)
-    surgery = inputs.judged(student)
-    method.settle(student, plan, calibration)
-    last = settled = inputs.judged(student)
+    last = settled = surgery = inputs.judged(student)
+    if not (inputs.refit and is_settled(method)):
+        method.settle(student, plan, calibration)
+        last = settled = inputs.judged(student)
     if recipe.steps:
         yield Progress(0, recipe.steps, settled.value)
     for step in method.recover(student, teacher, inputs.train, replace(recipe, task=inputs.task), seed):
@@ -144,7 +145,8 @@ def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> Outcome:
     started = time.perf_counter()
     _, calibration = on_device(inputs)
     student = _built(inputs, method, plan)
-    method.settle(student, plan, calibration)
+    if not (inputs.refit and is_settled(method)):
+        method.settle(student, plan, calibration)
     settled = inputs.judged(student)
     return _outcome(inputs, student, plan, (None, settled, settled), started)
 
@@ -194,7 +196,8 @@ def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
     *plans, last = link_plans(plan)
     before = _student_of(inputs, steps_of(chain.links[:-1], plans))
     student = chain.links[-1].apply(before, last, calibration if inputs.refit else None)
-    chain.settle(student, plan, calibration)
+    if not (inputs.refit and is_settled(chain)):
+        chain.settle(student, plan, calibration)
     student.eval()
     batches = (inputs.validation.batch(some)[0].to(calibration.device) for some in reads(inputs.validation, COMPARED))
     apart = [

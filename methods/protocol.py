@@ -70,7 +70,10 @@ class Method(Protocol):
         ...
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Re-estimate in place all that needs images but no training: the norms' statistics, a gate's threshold."""
+        """Re-estimate in place all that needs images but no training: the norms' statistics, a gate's threshold.
+
+        It is left out where `apply` was given images and the class says `refits = True`: its norms are set then.
+        """
         ...
 
     def recover(

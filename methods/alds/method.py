@@ -66,6 +66,7 @@ class ALDS:
     """
 
     is_last: ClassVar[bool] = False
+    refits: ClassVar[bool] = True
     slices: tuple[int, ...] | None = None
     schemes: tuple[int, ...] = SCHEMES
     skip: tuple[str, ...] = ()

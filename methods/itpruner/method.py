@@ -57,6 +57,7 @@ class ITPruner:
     batch: int = 64
     name: ClassVar[str] = "itpruner"
     is_last: ClassVar[bool] = False
+    refits: ClassVar[bool] = True
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType(
         {
             "objective": Choice(("quadratic", "linear", "log"), "quadratic"),

@@ -41,31 +41,34 @@ def cut_to(
     A copy that `shares` has the model's own parameters where nothing was cut from them: quick to make, to be read only.
     """
     student = copy.deepcopy(model, {id(one): one for one in model.parameters()} if shares else None)
+    for name, sides in _stays(model, groups, kept).items():
+        module = student.get_submodule(name)
+        for side, index in sides.items():
+            _slice(module, side, torch.from_numpy(index))
+    return student
+
+
+def outputs_kept(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return, by module, the rising indices of what it still puts out, for those that lose some outputs to `cut_to`."""
+    return {name: sides["out"] for name, sides in _stays(model, groups, kept).items() if "out" in sides}
+
+
+def _stays(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return, by module and side, the rising indices of the entries that stay, where some do not."""
     masks: dict[str, dict[str, np.ndarray]] = {}
     for group in groups:
         if group.name not in kept or len(kept[group.name]) == group.width:
             continue
         for member in group.members:
-            module = student.get_submodule(member.module)
             side = "in" if member.axis == "in" else "out"
-            mask = masks.setdefault(member.module, {}).setdefault(side, np.ones(axis_length(module, side), dtype=bool))
+            whole = np.ones(axis_length(model.get_submodule(member.module), side), dtype=bool)
+            mask = masks.setdefault(member.module, {}).setdefault(side, whole)
             mask[entries(member, np.setdiff1d(np.arange(group.width), kept[group.name]))] = False
-    for name, sides in masks.items():
-        module = student.get_submodule(name)
-        for side, mask in sides.items():
-            _slice(module, side, torch.from_numpy(np.flatnonzero(mask)))
-    return student
-
-
-def outputs_kept(groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return, by layer, the rising indices of the outputs it keeps, for the layers that lose some to `cut_to`."""
-    kept_of: dict[str, list[np.ndarray]] = {}
-    for group in groups:
-        if group.name in kept and len(kept[group.name]) < group.width:
-            for member in group.members:
-                if member.axis == "out":
-                    kept_of.setdefault(member.module, []).append(entries(member, kept[group.name]))
-    return {name: np.sort(np.concatenate(parts)) for name, parts in kept_of.items()}
+    return {name: {side: np.flatnonzero(mask) for side, mask in sides.items()} for name, sides in masks.items()}
 
 
 def kept_channels(

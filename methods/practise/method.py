@@ -59,6 +59,7 @@ class PRACTISE:
 
     name: ClassVar[str] = "practise"
     is_last: ClassVar[bool] = False
+    refits: ClassVar[bool] = True
     knobs: ClassVar[Mapping[str, Knob]] = MappingProxyType({"selector": Choice(("pairwise", "additive"), "pairwise")})
 
     def __post_init__(self) -> None:

@@ -170,9 +170,9 @@ def adaptor_error(reference: Reference, dropped: Sequence[str], *, steps: int, s
     Differs: calibration images are not augmented; for the adaptors' places see `add_adaptors`.
     """
     student = reference.without(dropped).requires_grad_(False)
-    student.to(memory_format=training_layout(student, reference.images.device))
     adaptors = add_adaptors(student, dropped) if steps else []
     if adaptors:
+        student.to(memory_format=training_layout(student, reference.images.device))
         optimizer = torch.optim.SGD([a.weight for a in adaptors], lr=0.02, momentum=0.9, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, int(0.4 * steps)))
         for batch in _batches(len(reference.images), steps, seed):

@@ -23,6 +23,7 @@ from methods.network.graph import shares_weights
 from methods.network.reading import read_elsewhere
 from methods.network.rows import Profile
 from methods.refit.moments import IMAGES, input_rows, output_rows, products, ridged
+from methods.refit.norms import Norms
 
 PRIOR = 1e-2
 """The pull of a weight towards the one it had, in units of the mean second moment of what the layer reads."""
@@ -54,15 +55,17 @@ def refit(
     With X the rows that a layer of the student reads, Y the outputs that it should have, W its weight before,
     C = X'X / n and P = `PRIOR` times the mean of C's diagonal, the weight becomes (Y'X/n + W P) (C + P)^-1: ridge
     regression held to W. A bias is fitted with it. Convolution groups are fitted each on its own. Where nothing was
-    lost, nothing changes. The student's batch norms take their statistics from the same pass, so that the later
-    layers see what a later `recalibrate` will give them.
+    lost, nothing changes. The statistics of the batch norms follow in the same pass: each mean moves by as much, and
+    each variance grows by the factor, that the student's maps differ from the teacher's on these images. So they stay
+    those of the images that the teacher was trained on, of which these may be a poor sample.
 
     Left alone are layers that run more than once, share their weights or have them read elsewhere, are wider than
     `WIDEST`, are frozen, read NaN or what is beyond `LARGEST`, or are no plain `Conv2d` or `Linear`.
 
     Args:
         images: `(n, c, h, w)`; as many are used as `IMAGES` and `PIXELS` allow, and none if that is a single one.
-        kept: by name, the teacher's outputs, rising, that a layer of the student still has, where it lost some.
+        kept: by name, the teacher's outputs, rising, that a layer or a norm of the student still has, where it lost
+            some.
         pairs: by name, how to fit what stands in the place of a layer.
     """
     images = images[: min(IMAGES, max(2, PIXELS // images[0, 0].numel()))]
@@ -73,6 +76,7 @@ def refit(
     plain = [name for name in _plain(student, teacher) if name not in elsewhere]
     places = {name: teacher.get_submodule(name) for name in (*plain, *pairs)}
     targets: dict[str, list[Tensor]] = {name: [] for name in places}
+    norms = Norms(student, teacher, kept)
 
     def keep(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         rows = output_rows(layer, outputs, len(images)).flatten(1)
@@ -81,7 +85,7 @@ def refit(
     def fit(name: str, layer: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
         if len(targets[name]) == 1 and (given := only_input(inputs, named)) is not None:
             held = places[name] if name in pairs else layer
-            rows, wanted = input_rows(held, given, len(images)), targets[name].pop()
+            rows, wanted = input_rows(held, given, len(images), like=places[name]), targets[name].pop()
             if max(float(rows.abs().max()), float(wanted.abs().max())) < LARGEST:  # and neither is NaN
                 if name in pairs:
                     weight, second, _ = _fitted(held, rows, wanted, moves_bias=False)
@@ -90,12 +94,11 @@ def refit(
                     _put(layer, *_fitted(held, rows, wanted, moves_bias=layer.bias is not None))
 
     hooks = [layer.register_forward_hook(partial(keep, name)) for name, layer in places.items()]
-    with hooked(hooks):
+    with hooked([*hooks, *norms.watched()]):
         teacher(images.clone())
     layers = [(name, student.get_submodule(name)) for name in places]
-    norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     fits = [layer.register_forward_pre_hook(partial(fit, name), with_kwargs=True) for name, layer in layers]
-    with hooked([*fits, *(norm.register_forward_pre_hook(_take_statistics, with_kwargs=True) for norm in norms)]):
+    with hooked([*fits, *norms.following()]):
         student.eval()(images.clone())
 
 
@@ -118,16 +121,6 @@ def _is_free(layer: nn.Module, model: nn.Module) -> bool:
     if weight is None or not weight.requires_grad or weight[0].numel() > WIDEST:
         return False
     return not shares_weights(model, layer, by_name=True)
-
-
-def _take_statistics(norm: nn.Module, inputs: tuple[object, ...], named: Mapping[str, object]) -> None:
-    """Give a batch norm in eval mode the mean and the variance of what it is about to read."""
-    if (given := only_input(inputs, named)) is not None:
-        axes = [axis for axis in range(given.ndim) if axis != 1]
-        assert isinstance(norm.running_mean, Tensor)
-        assert isinstance(norm.running_var, Tensor)
-        norm.running_mean.copy_(given.mean(axes))
-        norm.running_var.copy_(given.var(axes))
 
 
 def _put(layer: nn.Module, weight: Tensor, _: Tensor, shift: Tensor) -> None:

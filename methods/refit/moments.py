@@ -21,8 +21,9 @@ from methods.hooks import hooked, only_input
 IMAGES, BATCH = 256, 32
 """Calibration images read, and the number at a time."""
 
-ROWS, ROWS_PER_COLUMN = 1 << 14, 4
-"""Rows that are enough for a layer: so many, and so many per column."""
+ROWS, ROWS_PER_COLUMN, PLENTY = 1 << 14, 4, 256
+"""Rows that are enough for a layer: so many, or the last per column if that is less, and always the second per column.
+A depthwise filter of nine columns gains nothing from thousands."""
 
 WIDE = 2304
 """Columns from which on products are summed in float32, twice as fast: there the ridge is far above their noise."""
@@ -125,24 +126,25 @@ def ridged(second: Tensor, rows: int, least: float = RIDGE) -> Tensor:
     return found
 
 
-def input_rows(layer: nn.Module, inputs: Tensor, images: int) -> Tensor:
+def input_rows(layer: nn.Module, inputs: Tensor, images: int, *, like: nn.Module | None = None) -> Tensor:
     """The rows of `inputs` that `layer` reads at its chosen positions: `(rows, groups, n)`.
 
     Args:
         images: their number in all; they share out the rows that are enough.
+        like: the layer whose positions are taken, by default this one: one of more columns may read more of them.
     """
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, layer.in_features)
-        chosen = positions(layer, rows.shape[1], images).to(inputs.device)
+        chosen = positions(like or layer, rows.shape[1], images).to(inputs.device)
         return rows[:, chosen].reshape(-1, 1, layer.in_features)
     height, width = numeric_padding(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, (width, width, height, height), mode=mode)
     spans = zip(padded.shape[-2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
     sides = [(side - step * (size - 1) - 1) // stride + 1 for side, step, size, stride in spans]
-    chosen = positions(layer, sides[0] * sides[1], images).to(inputs.device)
+    chosen = positions(like or layer, sides[0] * sides[1], images).to(inputs.device)
     down, right = (
         (start * stride)[:, None] + step * torch.arange(size, device=inputs.device)
         for start, stride, step, size in zip(
@@ -170,7 +172,8 @@ def output_rows(layer: nn.Module, outputs: Tensor, images: int) -> Tensor:
 def positions(layer: nn.Module, count: int, images: int) -> Tensor:
     """The positions, of an image's `count`, that are read, rising: the same for every image and in every run."""
     assert isinstance(layer.weight, Tensor)
-    enough = max(ROWS, ROWS_PER_COLUMN * layer.weight[0].numel())
+    columns = layer.weight[0].numel()
+    enough = max(min(ROWS, PLENTY * columns), ROWS_PER_COLUMN * columns)
     generator = np.random.default_rng(0)
     return torch.from_numpy(np.sort(generator.permutation(count)[: -(-enough // images)]))
 

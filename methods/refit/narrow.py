@@ -38,5 +38,5 @@ def narrowed(teacher: nn.Module, choices: Mapping[str, Any], calibration: Tensor
         kept = kept_channels(teacher, groups, widths, criterion)
     student = cut_to(teacher, groups, kept)
     if calibration is not None and kept:
-        refit(student, teacher, calibration, kept=outputs_kept(groups, kept))
+        refit(student, teacher, calibration, kept=outputs_kept(teacher, groups, kept))
     return student

@@ -238,6 +238,7 @@ def fittings(teacher: nn.Module, choices: dict[str, tuple[int, int]]) -> dict[st
 @torch.no_grad()
 def test_the_student_comes_closer_when_it_is_fitted_in_order(name: str) -> None:
     teacher, student, choices = decomposed(name)
+    recalibrate(teacher, IMAGES)  # so that to follow the teacher's norms is to estimate the student's
     before = copy.deepcopy(student)
     recalibrate(before, IMAGES)
     refit(student, teacher, IMAGES, pairs=fittings(teacher, choices))
@@ -248,7 +249,7 @@ def test_the_student_comes_closer_when_it_is_fitted_in_order(name: str) -> None:
     assert not any(module._forward_hooks for module in teacher.modules())
     settled = copy.deepcopy(student)
     recalibrate(settled, IMAGES)
-    torch.testing.assert_close(settled(IMAGES), student(IMAGES), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(settled(IMAGES), student(IMAGES), rtol=0, atol=5e-3 * float(wanted.abs().max()))
 
 
 @torch.no_grad()

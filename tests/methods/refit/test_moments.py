@@ -63,7 +63,9 @@ def test_rows_of_a_linear_layer_are_all_its_positions(shape: tuple[int, ...]) ->
     torch.testing.assert_close(output_rows(layer, layer(inputs), images=5), rows @ layer.weight.T)
 
 
-def test_where_positions_abound_the_same_few_stand_for_all() -> None:
+def test_where_positions_abound_the_same_few_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(positions(nn.Conv2d(1, 1, 3), 1000, images=128)) == moments.PLENTY * 9 / 128
+    monkeypatch.setattr(moments, "PLENTY", moments.ROWS)
     layer = nn.Conv2d(1, 1, 1)
     chosen = positions(layer, 1000, images=256)
     assert len(chosen) == moments.ROWS // 256 == 64
@@ -78,7 +80,8 @@ def test_where_positions_abound_the_same_few_stand_for_all() -> None:
 
 
 @torch.no_grad()
-def test_moments_are_the_mean_product_of_the_rows() -> None:
+def test_moments_are_the_mean_product_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "PLENTY", moments.ROWS)
     network = NETWORKS["grouped"]().double()
     images = IMAGES.double()
     seen: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from methods import METHODS
 from methods.base import Budget, Infeasible, Plan, Scores
 from methods.network import Profile, count_macs, count_params, profile
-from methods.pipeline import Outcome, PlanMismatch, Progress, WorkerInputs, rebuild, score, trial
+from methods.pipeline import Outcome, PlanMismatch, Progress, WorkerInputs, look, rebuild, score, trial
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate
 from search.workload import zoo
@@ -159,11 +159,23 @@ def test_one_seed_gives_one_outcome(method: str) -> None:
 
 @methods
 def test_without_recovery_the_norms_have_the_last_word(method: str) -> None:
+    """Where no refit has set them."""
     plan = plan_for("resnet14", method, 0.4)
-    steps, outcome = ended(trial(bench("resnet14"), METHODS[method], plan, replace(RECIPE, steps=0), 0))
+    as_cut = replace(bench("resnet14"), refit=False)
+    steps, outcome = ended(trial(as_cut, METHODS[method], plan, replace(RECIPE, steps=0), 0))
     assert steps == []
     assert outcome.top1_validation == outcome.top1_bn
     assert outcome.top1_bn != outcome.top1_surgery
+
+
+@methods
+def test_who_only_looks_finds_what_a_trial_begins_with(method: str) -> None:
+    plan, inputs = plan_for("resnet14", method, 0.4), bench("resnet14")
+    _, outcome = ended(trial(inputs, METHODS[method], plan, replace(RECIPE, steps=0), 0))
+    found = look(inputs, METHODS[method], plan)
+    assert (found.top1_bn, found.top1_validation) == (outcome.top1_bn, outcome.top1_validation)
+    assert (found.top1_surgery, found.state) == (None, {})
+    assert (outcome.top1_bn == outcome.top1_surgery) is (method != "manidp")
 
 
 def test_a_plan_that_misstates_its_cost_is_caught() -> None:
