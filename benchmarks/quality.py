@@ -32,6 +32,7 @@ from methods.pipeline import Outcome, rebuild, trial
 from methods.protocol import defaults
 from methods.training import Recipe, evaluate, recalibrate, recover
 from search.driver.planning.planner import Planner
+from search.driver.study import RECOVERY
 from search.spec import reading
 from search.workload import Workload, loading
 
@@ -52,7 +53,10 @@ CHANNELS = 8
 STEPS, MORE_STEPS = 430, 1290
 """One and three epochs of the 55,000 training images."""
 
-RECIPE = Recipe(steps=STEPS, batch_size=128, precision="bf16")
+RECIPE = Recipe(steps=STEPS, batch_size=128, learning_rate=float(RECOVERY["learning_rate"].default), precision="bf16")
+"""As a search trains its first trials. At twice the rate a refit student loses more than it learns: `channels` at 25 %
+of the MACs went from 90.6 % to 85.3 % with one seed, and to 93.2 % at 0.03."""
+
 HEAD = "| row | budget | seed | steps | MACs | params | as cut | untrained | validation | test | seconds |"
 
 
