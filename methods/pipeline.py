@@ -229,7 +229,7 @@ def size_bytes(model: nn.Module) -> int:
 
 def rebuild(teacher: nn.Module, method: AnyMethod, plan: Plan, state: Mapping[str, np.ndarray]) -> nn.Module:
     """Rebuild the student of a past trial, in eval mode, from its plan and its state."""
-    student = method.apply(teacher, plan)
+    student = method.apply(teacher, plan).to(memory_format=torch.contiguous_format)  # as files hold it
     load_arrays(student, state)
     return student.eval()
 

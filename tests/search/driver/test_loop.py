@@ -147,7 +147,7 @@ def test_a_changed_spec_is_refused_and_forked(here: Path) -> None:
 
 
 def test_what_falls_behind_is_given_up_and_costs_are_told(here: Path) -> None:
-    result = search(here, SPEC.replace("trials: 3", "trials: 18").replace("steps: 5", "steps: 20"))
+    result = search(here, SPEC.replace("trials: 3", "trials: 26").replace("steps: 5", "steps: 20"))
     stopped = [one for one in result.candidates if one.state == "stopped"]
     assert stopped
     assert result.cost.stopped == len(stopped)

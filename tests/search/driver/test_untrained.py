@@ -130,7 +130,7 @@ def test_a_first_plan_that_fails_is_told(here: Path, monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise Infeasible("odd", {})
 
-    monkeypatch.setattr(type(METHODS["uniform"]), "settle", broken)
+    monkeypatch.setattr(type(METHODS["uniform"]), "apply", broken)
     told = preflight(parsed(here, SPEC), inline, quiet)
     for budget in told.budgets:
         assert budget.kept is not None

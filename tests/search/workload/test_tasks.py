@@ -41,7 +41,10 @@ class Maps(nn.Module):
 def numbers(outputs=2):
     torch.manual_seed(0)
     body = [nn.Conv2d(1, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()]
-    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, outputs))
+    network = nn.Sequential(*body, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, outputs))
+    for _ in range(30):  # in train mode, so that its norm knows what it reads
+        network(torch.randn(32, 1, 12, 12))
+    return network
 
 def pictures(kind, count=96, **changes):
     chance = np.random.default_rng(0)
