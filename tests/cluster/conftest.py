@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from cluster import Cluster, InlineCluster, RayCluster
-from tests.support import cluster_items
-from tests.support.cluster_items import CONTEXT, CPUS, WORKERS
+from tests.cluster import cluster_items
+from tests.cluster.cluster_items import CONTEXT, CPUS, WORKERS
 
 
 @pytest.fixture(scope="module")

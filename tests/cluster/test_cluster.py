@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import Cluster, ClusterError, Done, Event, Failed, InlineCluster, Step, Stopped, always
-from tests.support.cluster_items import CONTEXT, WORKERS, agreeing, careful, counted, refusing, results, total
+from tests.cluster.cluster_items import CONTEXT, WORKERS, agreeing, careful, counted, refusing, results, total
 
 
 def test_values_come_back_by_item(cluster: Cluster) -> None:

@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from cluster import ClusterError, Done, Failed, RayCluster, Step, head, pool
-from tests.support.cluster_items import (
+from tests.cluster.cluster_items import (
     CONTEXT,
     CPUS,
     WORKERS,

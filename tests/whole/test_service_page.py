@@ -22,9 +22,9 @@ from search.service.app import Settings, app
 from search.service.guard import Access, digest_of
 from search.service.watching import Backends
 from search.spec.reading import with_stores
-from tests.support.browser import CHROMIUM, DRIVER, Browser, browsing
 from tests.support.searches import SPEC, inline, parsed, place, quiet
 from tests.support.sockets import beyond_loopback
+from tests.whole.browser import CHROMIUM, DRIVER, Browser, browsing
 
 LONG = SPEC.replace("name: digits", "name: long").replace("trials: 3", "trials: 500") + "cluster: {max_parallel: 1}\n"
 LONG_S = 240

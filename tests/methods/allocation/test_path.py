@@ -15,9 +15,9 @@ from methods.allocation.grid import Charge, Grid, ascend, cliques, largest_table
 from methods.allocation.path import build_path, distinct, evaluate, price_bound, share, uniform
 from methods.itpruner.relaxation import Worth, upper_bound
 from methods.network.widths import WidthCost
+from tests.methods.allocation.itpruner_vectors import VECTORS, Vector
 from tests.methods.itpruner.authors import reference_rates, reference_widths
 from tests.methods.itpruner.continuous import continuous
-from tests.support.itpruner_vectors import VECTORS, Vector
 
 OBJECTIVES = ("quadratic", "linear", "log")
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)

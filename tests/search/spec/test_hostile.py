@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.support.specs import GOOD, mistakes, spec
+from tests.search.spec.specs import GOOD, mistakes, spec
 
 
 def bomb(levels: int) -> str:

@@ -16,7 +16,7 @@ from search.spec import load
 from search.spec.amounts import Amount, drop, latency
 from search.trials import Teacher
 from search.units import Scale
-from tests.support.specs import GOOD, mistakes, spec
+from tests.search.spec.specs import GOOD, mistakes, spec
 
 
 def teacher(macs: int) -> Teacher:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from search.units import Scale
-from tests.support.specs import mistakes, spec
+from tests.search.spec.specs import mistakes, spec
 
 OWN = {
     "name": "mine",

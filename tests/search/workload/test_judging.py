@@ -14,7 +14,7 @@ from search.base import WorkloadError
 from search.units import TOP1, Scale
 from search.workload.judging import answers, check_metric, warn_of
 from search.workload.usercode import UserMetric
-from tests.support.numbered import numbered
+from tests.search.workload.numbered import numbered
 
 LABELS = torch.arange(60) % 3
 GOOD = 5 * F.one_hot(LABELS, 3).float() + torch.linspace(-1, 1, 180).reshape(60, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from search.base import DataError
 from search.workload.data.samples import Indexed
 from search.workload.data.sources import from_factory
-from tests.support.numbered import parted
+from tests.search.workload.numbered import parted
 
 
 class Pairs:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from search.workload.data.pictures import Preparation
 from search.workload.data.samples import Arrays, Pictures, Subset
-from tests.support.numbered import numbered, numbers
+from tests.search.workload.numbered import numbered, numbers
 
 
 def test_a_plain_batch_is_the_normalised_image() -> None:

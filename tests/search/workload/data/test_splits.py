@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from search.base import DataError
 from search.workload.data.samples import Arrays, Indexed
 from search.workload.data.splits import check_stable, split
-from tests.support.numbered import numbered, numbers, parted
+from tests.search.workload.numbered import numbered, numbers, parted
 
 
 @given(st.integers(4, 200), st.floats(0.05, 0.3), st.integers(1, 300), st.booleans(), st.integers(0, 3))
