@@ -2,7 +2,7 @@
 
     python benchmarks/untrained.py examples/fashion_mnist.yaml
 
-Plans as a search makes them with default knobs, students as its trials build them, norms re-estimated, no step of
+Plans as a search makes them with default knobs, students as its trials build them, refit, no step of
 recovery. Prints a Markdown table, and the seconds that a student took to build, refit and judge.
 """
 
@@ -18,9 +18,8 @@ from cluster.inline import InlineCluster
 from methods import named
 from methods.base import Budget, Infeasible
 from methods.network import profile
-from methods.pipeline import Outcome, trial
+from methods.pipeline import look
 from methods.protocol import defaults
-from methods.training import Recipe
 from search.driver.planning.planner import Planner
 from search.spec import reading
 from search.workload import Workload, loading
@@ -65,13 +64,9 @@ def cell(workload: Workload, planner: Planner, name: str, budget: Budget) -> str
         plan = planner.plan(name, budget, defaults(method))
     except Infeasible:
         return "-"
-    running = trial(workload.worker_inputs(), method, plan, Recipe(steps=0), 0)
-    try:
-        next(running)
-    except StopIteration as end:
-        outcome: Outcome = end.value
+    found = look(workload.worker_inputs(), method, plan).top1_bn
     used = plan.macs / planner.macs
-    return f"{outcome.top1_bn:.3f}" + (f" ({used:.1%})" if used < 0.95 * (budget.macs or 0) / planner.macs else "")
+    return f"{found:.3f}" + (f" ({used:.1%})" if used < 0.95 * (budget.macs or 0) / planner.macs else "")
 
 
 if __name__ == "__main__":

@@ -210,8 +210,8 @@ def _connect(address: str) -> None:
     """Connect this process, with Ray's usage reports off."""
     check_cluster(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ours: dict[str, Any] = {"job_config": _job_config(), "runtime_env": own_python(), **quiet}
+    ours: dict[str, Any] = {"job_config": _job_config(), "runtime_env": own_python()}
+    ours |= {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "auto":
             keep_token()

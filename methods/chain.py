@@ -151,14 +151,14 @@ def student_of(
     student = teacher
     for method, plan in steps:
         student = method.apply(student, plan, calibration if refit else None)
-        if calibration is not None and plan.loss > 0 and not (refit and is_settled(method)):
+        if calibration is not None and plan.loss > 0 and needs_settling(method, refit=refit):
             method.settle(student, plan, calibration)
     return student
 
 
-def is_settled(method: AnyMethod) -> bool:
-    """Whether `apply`, given images, leaves nothing to settle, as a method says of itself by `refits`."""
-    return bool(getattr(links_of(method)[-1], "refits", False))
+def needs_settling(method: AnyMethod, *, refit: bool) -> bool:
+    """Whether `apply` leaves something to settle: not if it was to refit and the class says that it `refits`."""
+    return not (refit and getattr(links_of(method)[-1], "refits", False))
 
 
 def link_plans(plan: Plan) -> list[Plan]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Plan, Scores, Shard
-from methods.chain import AnyMethod, Chain, is_settled, link_plans, student_of
+from methods.chain import AnyMethod, Chain, link_plans, needs_settling, student_of
 from methods.network import count_macs, count_params
 from methods.protocol import Method, PerInput
 from methods.state import arrays_of, load_arrays
@@ -121,7 +121,7 @@ def trial(
     teacher, calibration = on_device(inputs)
     student = _built(inputs, method, plan)
     last = settled = surgery = inputs.judged(student)
-    if not (inputs.refit and is_settled(method)):
+    if needs_settling(method, refit=inputs.refit):
         method.settle(student, plan, calibration)
         last = settled = inputs.judged(student)
     if recipe.steps:
@@ -145,7 +145,7 @@ def look(inputs: WorkerInputs, method: AnyMethod, plan: Plan) -> Outcome:
     started = time.perf_counter()
     _, calibration = on_device(inputs)
     student = _built(inputs, method, plan)
-    if not (inputs.refit and is_settled(method)):
+    if needs_settling(method, refit=inputs.refit):
         method.settle(student, plan, calibration)
     settled = inputs.judged(student)
     return _outcome(inputs, student, plan, (None, settled, settled), started)
@@ -196,7 +196,8 @@ def distance(inputs: WorkerInputs, chain: Chain, plan: Plan) -> float:
     *plans, last = link_plans(plan)
     before = _student_of(inputs, steps_of(chain.links[:-1], plans))
     student = chain.links[-1].apply(before, last, calibration if inputs.refit else None)
-    if not (inputs.refit and is_settled(chain)):
+    student.to(memory_format=running_layout(student))
+    if needs_settling(chain, refit=inputs.refit):
         chain.settle(student, plan, calibration)
     student.eval()
     batches = (inputs.validation.batch(some)[0].to(calibration.device) for some in reads(inputs.validation, COMPARED))

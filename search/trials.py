@@ -63,9 +63,9 @@ class Teacher:
 class Top1:
     """Validation top-1 of a student: after recovery, by which the search decides, and on the way there.
 
-    `surgery` and `bn` are top-1 right after `apply` and after `settle`. `drop` is the teacher's
-    top-1 minus `validation`; searches of early versions did not record it. `hits` tells whether each validation image
-    was classified right, as `search.noise` writes it; a metric of the user's own tells nothing of single images.
+    `surgery` and `bn` are top-1 right after `apply` and after `settle`. `drop` is the teacher's top-1 minus
+    `validation`; searches of early versions did not record it. `hits` tells whether each validation image was
+    classified right, as `search.noise` writes it; a metric of the user's own tells nothing of single images.
     """
 
     validation: float
