@@ -20,7 +20,7 @@ from typing import Any
 ROWS = ("uniform", "itpruner", "practise", "alds", "alds measure=group_max", "manidp", "practise+alds", "itpruner+alds")
 """A method or chain each, with the knobs that are not to have their defaults."""
 
-HEAD = "method | after surgery | after BN | after recovery | test | MACs | expected MACs | params | size | seconds"
+HEAD = "method | after surgery | untrained | after recovery | test | MACs | expected MACs | params | size | seconds"
 
 
 def main() -> None:

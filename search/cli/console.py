@@ -320,7 +320,7 @@ def _figure_rows(figures: Mapping[str, Any]) -> dict[str, str]:
         "params": _with_share(figures["params"], teacher["params"]) + _limit_note(limits, "params"),
         "size": size(figures["size_bytes"]) + _limit_note(limits, "size_bytes"),
         f"validation {metric.name} after surgery": metric.shown(figures["top1_surgery"]),
-        f"validation {metric.name} after BN": metric.shown(figures["top1_bn"]),
+        f"validation {metric.name} untrained": metric.shown(figures["top1_bn"]),
         f"validation {metric.name} after recovery": _beside_teacher(figures, "top1_validation", metric),
         "lost of it": metric.lost(figures["top1_drop"]) + _limit_note(limits, "top1_drop", metric=metric),
         f"test {metric.name}": _beside_teacher(figures, "top1_test", metric),

@@ -323,7 +323,7 @@ def main() -> NoReturn:
 
 def _run() -> NoReturn:
     try:
-        app(standalone_mode=True)
+        app(prog_name="paredown")
     except Exception as error:
         if (code := exit_code(error)) is not None:
             fail(reason_for(error), code)

@@ -256,7 +256,7 @@ def _hover_text(result: SearchResult, candidate: Candidate) -> str:
         f"<b>{escape(method_label(candidate.method))}</b> · {escape(candidate.budget)} #{candidate.trial}",
         f"knobs: {escape(knobs(candidate.knobs))}",
         f"{name} after surgery {score(candidate.top1.surgery)}",
-        f"{name} after BN {score(candidate.top1.bn)}",
+        f"{name} untrained {score(candidate.top1.bn)}",
         f"{name} after recovery <b>{score(candidate.top1.validation)}</b>",
         f"MACs {count(candidate.macs)}, {percent((candidate.macs or 0) / result.teacher.macs)}{expected}",
         f"params {count(candidate.params)}, {percent((candidate.params or 0) / result.teacher.params)}",

@@ -153,7 +153,7 @@ def test_a_metric_of_the_users_own_is_shown_by_its_name_and_values() -> None:
     loss = search_result(FOUND, metric=Scale("loss", worst=2.0, best=0.0))
     page = Page(html(loss))
     assert "half: 48.8 % MACs at +0.038" in page.text
-    assert "1.1780.3560.094" in page.text  # the cells of after surgery, after BN and after recovery
+    assert "1.1780.3560.094" in page.text  # the cells of after surgery, untrained and after recovery
     assert "from loss 2 to 0" in page.text
     assert "top-1" not in page.text.lower()
     axis = page.figures["frontier-0"]["layout"]["yaxis"]
