@@ -1,12 +1,12 @@
-"""The quality of every method's students beside Torch-Pruning's: top-1 by share of the MACs, before and after training.
+"""The quality of every method's students beside Torch-Pruning's and FastNAS's: top-1 by share of the MACs.
 
     python benchmarks/quality.py
     python benchmarks/quality.py --full
 
-ResNet-20 on Fashion-MNIST, one thread. Ours are planned and tried as a search does, with default knobs. The peers are
-cut by Torch-Pruning; then they get what ours get: norms re-estimated on the same images, and the same recovery from the
-same teacher with the same seed. Each result is on disk as soon as it is known, and a run goes on where an earlier one
-ended. `tables.py` makes docs/benchmarks.md of the results.
+ResNet-20 on Fashion-MNIST, one thread. Ours are planned and tried as a search does, with default knobs. The peers
+are cut by their tools; then they get what ours get: norms re-estimated on the same images, and the same recovery from
+the same teacher with the same seed. FastNAS runs where it is installed (`fastnas.py` says how). Each result is on disk
+as soon as it is known, and a run goes on where an earlier one ended. `tables.py` makes docs/benchmarks.md of the results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fastnas
 import torch
 from peers import PEERS, within
 from records import RESULTS, SCRATCH, begun, file_of, keep, write
@@ -37,7 +38,8 @@ from search.spec import reading
 from search.workload import Workload, loading
 
 SPEC = Path(__file__).parents[1] / "examples" / "fashion_mnist.yaml"
-ROWS = ("channels+alds", "channels", "itpruner", "practise", "alds", "uniform", *PEERS)
+THEIRS = (*PEERS, *([fastnas.ROW] if fastnas.IS_INSTALLED else []))
+ROWS = ("channels+alds", "channels", "itpruner", "practise", "alds", "uniform", *THEIRS)
 FEW_ROWS = ("channels+alds", "channels", *PEERS)
 """Those that are trained for longer as well."""
 
@@ -79,7 +81,9 @@ class Subject(NamedTuple):
 
 def main() -> None:
     """Run the jobs whose results are missing, and print each."""
-    parser = argparse.ArgumentParser(description="Top-1 by share of the MACs: our methods beside Torch-Pruning.")
+    parser = argparse.ArgumentParser(
+        description="Top-1 by share of the MACs: our methods beside other tools."
+    )
     parser.add_argument("--full", action="store_true", help="every row, budget, seed and length")
     parser.add_argument("--rows", nargs="*", choices=ROWS, help="these alone")
     parser.add_argument("--steps", type=int, default=STEPS, help="of recovery, without --full")
@@ -90,7 +94,7 @@ def main() -> None:
     jobs = full() if given.full else (Job(row, SHARES[0], 0, given.steps) for row in given.rows or QUICK_ROWS)
     out = given.out or (RESULTS if given.full else SCRATCH) / "quality.json"
     subject = load()
-    kept = begun(out, settings(subject), "torch", "torch-pruning")
+    kept = begun(out, settings(subject), "torch", "torch-pruning", *fastnas.PACKAGES)
     kept.setdefault("teacher", judged(subject, subject.workload.teacher))
     print(f"results are in {out}\n\n{HEAD}\n|---|" + "---:|" * (HEAD.count("|") - 2))
     for job in jobs:
@@ -141,7 +145,7 @@ def result(subject: Subject, job: Job, students: Path) -> dict[str, Any]:
     started = time.perf_counter()
     recipe = dataclasses.replace(RECIPE, steps=job.steps, report_every=job.steps)
     try:
-        student, before = (peer if job.row in PEERS else ours)(subject, job, recipe)
+        student, before = (peer if job.row in THEIRS else ours)(subject, job, recipe)
     except Infeasible as error:
         return {"reason": str(error)}
     keep(file_of(students, job.row, job.share), student, subject.calibration)
@@ -167,20 +171,24 @@ def ours(subject: Subject, job: Job, recipe: Recipe) -> tuple[nn.Module, dict[st
 
 
 def peer(subject: Subject, job: Job, recipe: Recipe) -> tuple[nn.Module, dict[str, float]]:
-    """Cut with Torch-Pruning, then settle and train as `methods.pipeline.trial` does; also return its ratio and top-1.
+    """Cut with another tool, then settle and train as `methods.pipeline.trial` does; also return its ratio and top-1.
 
     Raises:
-        Infeasible: no pruning ratio reaches the budget.
+        Infeasible: the tool does not reach the budget.
     """
     teacher, splits, metric = subject.workload.teacher, subject.workload.splits, subject.workload.metric
     limit = budget_of(subject, job.share).macs or 0
-    student, ratio = within(teacher, job.row, limit, splits.train)
+    if job.row == fastnas.ROW:
+        student, found = fastnas.within(teacher, limit, splits.train, subject.calibration), {}
+    else:
+        student, ratio = within(teacher, job.row, limit, splits.train)
+        found = {"pruning_ratio": ratio}
     surgery = evaluate(student, splits.validation, metric)
     recalibrate(student, subject.calibration)
     settled = evaluate(student, splits.validation, metric)
     for _ in recover(student, teacher, splits.train, recipe, job.seed):
         pass
-    return student, {"pruning_ratio": ratio, "top1_surgery": surgery, "top1_bn": settled}
+    return student, found | {"top1_surgery": surgery, "top1_bn": settled}
 
 
 def budget_of(subject: Subject, share: int) -> Budget:

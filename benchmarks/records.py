@@ -32,6 +32,8 @@ TEACHER = "teacher"
 def begun(path: Path, settings: Mapping[str, Any], *packages: str) -> dict[str, Any]:
     """Return the results so far, or the head of new ones: the day, the machine and the versions.
 
+    A package that earlier results did not need is added to their versions.
+
     Raises:
         SystemExit: those of `path` were made with other settings.
     """
@@ -41,6 +43,7 @@ def begun(path: Path, settings: Mapping[str, Any], *packages: str) -> dict[str, 
             raise SystemExit(
                 f"{path} was made with settings {kept['settings']}; expected {settings}; give another --out"
             )
+        kept["made"]["versions"] = made(*packages)["versions"] | kept["made"]["versions"]
         return kept
     return {"made": made(*packages), "settings": settings, "runs": []}
 

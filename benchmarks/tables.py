@@ -18,8 +18,8 @@ import numpy as np
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 DOCS = FOLDER.parent / "docs"
-PEER = "torch-pruning"
-"""The beginning of the names of the rows that are not ours."""
+PEERS = ("torch-pruning", "fastnas")
+"""The beginnings of the names of the rows that are not ours."""
 
 STEPS = 430
 """The steps of an epoch."""
@@ -28,7 +28,7 @@ DOUBT = 0.005
 """Two standard errors of top-1 on 10,000 images: a smaller difference of a single seed says nothing."""
 
 RULE = textwrap.fill(
-    "On the test images, beside the best of Torch-Pruning's rows, with the difference of the means in points. "
+    "On the test images, beside the best row of another tool, with the difference of the means in points. "
     "A row is ahead or behind if all its seeds are, and by more than half a point where there is one seed.",
     120,
 )
@@ -42,8 +42,8 @@ class Row(NamedTuple):
 
     @property
     def is_peer(self) -> bool:
-        """A row of Torch-Pruning."""
-        return self.name.startswith(PEER)
+        """A row of another tool."""
+        return self.name.startswith(PEERS)
 
     @property
     def has_model(self) -> bool:
@@ -119,7 +119,7 @@ def table_line(row: Row, share: int, teacher: Mapping[str, Any], latency: Mappin
 
 
 def verdict(rows: Sequence[Row], share: int) -> str:
-    """Say which of ours are ahead of, level with and behind the best of Torch-Pruning's rows on the test images."""
+    """Say which of ours are ahead of, level with and behind the best row of another tool on the test images."""
     peers = [row for row in rows if row.is_peer and row.has_model]
     ours = [row for row in rows if not row.is_peer and row.has_model]
     if not peers or not ours:
@@ -233,7 +233,7 @@ def draw(quality: Mapping[str, Any], path: Path) -> None:
             plane.errorbar(
                 [100 * row.runs[0]["macs"] / teacher["macs"] for row in rows], [top.mean() for top in tops],
                 yerr=spreads, color=f"C{index}", marker="o", markersize=4, capsize=3, label=name,
-                linestyle="--" if name.startswith(PEER) else "-",
+                linestyle="--" if name.startswith(PEERS) else "-",
             )  # fmt: skip
         plane.axhline(100 * teacher["top1_test"], color="black", linewidth=1, label="teacher")
         plane.set(xlabel="MACs, % of the teacher's", ylabel="test top-1, %", title=f"{steps:,} steps")
