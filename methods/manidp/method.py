@@ -36,7 +36,7 @@ from methods.manidp.thresholds import least_macs
 from methods.network import Layer, Profile, count_params
 from methods.network.reach import out_of_reach
 from methods.protocol import collected, defaults
-from methods.training import Recipe, Samples, recalibrate, recover, train
+from methods.training import Recipe, Samples, recover, train
 
 SEED = 0
 """Of fresh gates, so that a plan decides its student."""
@@ -195,11 +195,12 @@ class ManiDP:
         return student
 
     def settle(self, student: nn.Module, plan: Plan, calibration: Tensor) -> None:
-        """Calibrate thresholds and norms together to the plan's expected MACs on `calibration`, see `settling`."""
+        """Calibrate thresholds and norms together to the plan's expected MACs on `calibration`, see `settling`.
+
+        A student without gates is its teacher, and stays as it is.
+        """
         if isinstance(student, Gated) and plan.macs_expected is not None:
             settle(student, calibration, plan.macs_expected)
-        else:
-            recalibrate(student, calibration)
 
     def recover(
         self, student: nn.Module, teacher: nn.Module, data: Samples, recipe: Recipe, seed: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,16 @@ FAR = 10.0
 BATCH = 128
 """Most images in a pass that only looks."""
 
-Statistics: TypeAlias = Mapping[BatchNorm, tuple[Tensor, Tensor]]
-"""The running mean and variance of norms, as they came."""
+class Statistics(NamedTuple):
+    """The running mean and variance of a norm as they came, and what the calibration images had then."""
+
+    mean: Tensor
+    variance: Tensor
+    seen_mean: Tensor
+    seen_variance: Tensor
+
+
+Before: TypeAlias = Mapping[BatchNorm, Statistics]
 
 
 @torch.no_grad()
@@ -66,42 +74,58 @@ def quieten(student: Gated, images: Tensor) -> None:
 def settle(student: Gated, images: Tensor, target: int) -> None:
     """Set thresholds and norm statistics so that `images` `(n, c, h, w)` need `target` MACs on average, or a bit less.
 
-    The norm of a depthwise convolution keeps the statistics it came with: it reads zeros where a channel is not active,
-    but what it makes of them is masked again. All norms keep them, which are the teacher's before training, where
-    outputs were else not finite or far larger than the ungated network's. See `thresholds.calibrate`.
+    A norm's statistics move by as much as those of what it reads do on `images`. The norm of a depthwise convolution
+    keeps those it came with: it reads zeros where a channel is not active, but what it makes of them is masked again.
+    All norms keep them where outputs were else not finite or far larger than the ungated network's. See
+    `thresholds.calibrate`.
 
     Source: none; the authors only train.
     """
     inherited = {site.norm for site in student.sites if site.is_depthwise}
     kept = [student.network.get_submodule(name) for name in inherited if name]
     norms = [norm for norm in norms_of(student) if norm not in kept]
-    before = {one: (_copied(one.running_mean), _copied(one.running_var)) for one in norms}
     with hooked(mask.register_forward_hook(lambda _, inputs, __: inputs[0]) for mask in student.masks):
         scale = _scale(student, images)
+    before = _statistics_of(student, images, norms)
     if before and len(images) > 1:
         approach(student, images, target, lambda rate, _: _set_to(rate, student, images, before))
         _estimate(student, images, _behind_the_masks(student, images, list(before)), before)
     calibrate(student, images, target)
     if _scale(student, images) <= FAR * max(1.0, scale):
         return
-    for norm, (mean, variance) in before.items():
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
+    for norm, came in before.items():
+        _set(norm, came.mean, came.variance)
     calibrate(student, images, target)
     _log.warning(
-        "with norms estimated anew under the gates, outputs are no longer of the scale they were; the norms keep the "
+        "with norms that follow the gates, outputs are no longer of the scale they were; the norms keep the "
         "statistics they came with; calibrate on more images, or allow more MACs"
     )
 
 
-def _copied(values: Tensor | None) -> Tensor:
-    assert values is not None
-    return values.clone()
+def _statistics_of(student: Gated, images: Tensor, norms: Sequence[BatchNorm]) -> dict[BatchNorm, Statistics]:
+    """The statistics of norms as they came, which stay, and as the images have them with the thresholds that came."""
+    came = [_statistics(norm) for norm in norms]
+    recalibrate(student, images, norms=norms)
+    found = {norm: Statistics(*before, *_statistics(norm)) for norm, before in zip(norms, came, strict=True)}
+    for norm, before in found.items():
+        _set(norm, before.mean, before.variance)
+    return found
 
 
-def _set_to(rate: float, student: Gated, images: Tensor, before: Statistics) -> None:
+def _statistics(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean.clone(), norm.running_var.clone()
+
+
+def _set(norm: BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+def _set_to(rate: float, student: Gated, images: Tensor, before: Before) -> None:
     """Set thresholds and norms for one remain rate, in the order in which they run."""
     found: list[list[Tensor]] = [[] for _ in student.masks]
 
@@ -118,12 +142,14 @@ def _set_to(rate: float, student: Gated, images: Tensor, before: Statistics) -> 
         mask.threshold.copy_(torch.stack(thresholds).mean())
 
 
-def _estimate(student: Gated, images: Tensor, norms: Sequence[BatchNorm], before: Statistics) -> None:
-    """Re-estimate some norms, and keep their variances from vanishing."""
+def _estimate(student: Gated, images: Tensor, norms: Sequence[BatchNorm], before: Before) -> None:
+    """Move some norms by as much as the masks move what they read, and keep their variances from vanishing."""
     recalibrate(student, images, norms=norms)
     for norm in norms:
-        assert norm.running_var is not None
-        norm.running_var.copy_(torch.maximum(norm.running_var, FLOOR * before[norm][1]))
+        came, (mean, variance) = before[norm], _statistics(norm)
+        grown = (variance + norm.eps) / (came.seen_variance + norm.eps)
+        moved = grown * (came.variance + norm.eps) - norm.eps
+        _set(norm, came.mean + mean - came.seen_mean, torch.maximum(moved, FLOOR * came.variance))
 
 
 def _behind_the_masks(student: Gated, images: Tensor, norms: Sequence[BatchNorm]) -> list[BatchNorm]:

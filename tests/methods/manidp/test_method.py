@@ -26,7 +26,7 @@ from methods.manidp.thresholds import calibrate, set_quantiles
 from methods.network import Profile, count_macs, count_params, profile
 from methods.pipeline import WorkerInputs, rebuild, trial
 from methods.protocol import defaults
-from methods.training import Recipe, evaluate, recalibrate, recover, top1, train
+from methods.training import Recipe, evaluate, recover, top1, train
 from search.workload.data.samples import Arrays
 from tests.support.networks import NETWORKS
 
@@ -394,7 +394,6 @@ def test_a_student_without_gates_is_recovered_as_any_other() -> None:
     plan = METHOD.allocate(scores, rows, Budget("own", macs=rows.macs), {})
     ours, theirs = METHOD.apply(teacher, plan), copy.deepcopy(teacher)
     METHOD.settle(ours, plan, CALIBRATION)
-    recalibrate(theirs, CALIBRATION)
     assert list(METHOD.recover(ours, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0)) == [3]
     list(recover(theirs, teacher, blobs(128, 0), replace(RECIPE, steps=3), 0))
     assert torch.equal(weights(ours), weights(theirs))
