@@ -6,7 +6,8 @@
 ResNet-20 on Fashion-MNIST, one thread. Ours are planned and tried as a search does, with default knobs. The peers
 are cut by their tools; then they get what ours get: norms re-estimated on the same images, and the same recovery from
 the same teacher with the same seed. FastNAS runs where it is installed (`fastnas.py` says how). Each result is on disk
-as soon as it is known, and a run goes on where an earlier one ended. `tables.py` makes docs/benchmarks.md of the results.
+as soon as it is known, and a run goes on where an earlier one ended. `tables.py` makes docs/benchmarks.md of the
+results.
 """
 
 from __future__ import annotations
@@ -81,9 +82,7 @@ class Subject(NamedTuple):
 
 def main() -> None:
     """Run the jobs whose results are missing, and print each."""
-    parser = argparse.ArgumentParser(
-        description="Top-1 by share of the MACs: our methods beside other tools."
-    )
+    parser = argparse.ArgumentParser(description="Top-1 by share of the MACs: our methods beside other tools.")
     parser.add_argument("--full", action="store_true", help="every row, budget, seed and length")
     parser.add_argument("--rows", nargs="*", choices=ROWS, help="these alone")
     parser.add_argument("--steps", type=int, default=STEPS, help="of recovery, without --full")

@@ -35,6 +35,7 @@ FAR = 10.0
 BATCH = 128
 """Most images in a pass that only looks."""
 
+
 class Statistics(NamedTuple):
     """The running mean and variance of a norm as they came, and what the calibration images had then."""
 
