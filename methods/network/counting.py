@@ -23,6 +23,15 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     return counted(model, example)[1]
 
 
+def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Count the multiply-accumulates of each module of `model`, those inside it included, for `example[:1]`."""
+    with fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example[:1].clone())
+    found = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    return {name: found.get(f"{root}.{name}" if name else root, 0) for name, _ in model.named_modules()}
+
+
 def counted(model: nn.Module, example: Tensor) -> tuple[Tensor, int]:
     """Return the output for `example[:1]`, which is left as it is, and the multiply-accumulates of the pass."""
     with fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:

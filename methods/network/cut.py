@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import ScoreError
-from methods.network.groups import ChannelGroup, Member
+from methods.network.groups import Axis, ChannelGroup, Member
 
 CRITERIA = ("l1", "l2", "bn_gamma", "fpgm")
 """Ways to score a filter: its L1 or L2 norm, the scale of the norm behind it, its distance to the others (FPGM)."""
@@ -42,9 +42,13 @@ def cut_to(
     """
     student = copy.deepcopy(model, {id(one): one for one in model.parameters()} if shares else None)
     for name, sides in _stays(model, groups, kept).items():
-        module = student.get_submodule(name)
         for side, index in sides.items():
-            _slice(module, side, torch.from_numpy(index))
+            if isinstance(side, int):
+                _keep(*_held(student, name), side, torch.from_numpy(index))
+            elif side == "count":
+                setattr(*_held(student, name), len(index))
+            else:
+                _slice(student.get_submodule(name), side, torch.from_numpy(index))
     return student
 
 
@@ -57,15 +61,15 @@ def outputs_kept(
 
 def _stays(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, np.ndarray]
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[Axis, np.ndarray]]:
     """Return, by module and side, the rising indices of the entries that stay, where some do not."""
-    masks: dict[str, dict[str, np.ndarray]] = {}
+    masks: dict[str, dict[Axis, np.ndarray]] = {}
     for group in groups:
         if group.name not in kept or len(kept[group.name]) == group.width:
             continue
         for member in group.members:
-            side = "in" if member.axis == "in" else "out"
-            whole = np.ones(axis_length(model.get_submodule(member.module), side), dtype=bool)
+            side = "out" if member.axis == "norm" else member.axis
+            whole = np.ones(_length(model, member.module, side), dtype=bool)
             mask = masks.setdefault(member.module, {}).setdefault(side, whole)
             mask[entries(member, np.setdiff1d(np.arange(group.width), kept[group.name]))] = False
     return {name: {side: np.flatnonzero(mask) for side, mask in sides.items()} for name, sides in masks.items()}
@@ -108,7 +112,8 @@ def channel_scores(model: nn.Module, group: ChannelGroup, criterion: str) -> np.
         chosen = [(m, _filters(model.get_submodule(m.module), rule)) for m in group.members if m.axis == "out"]
     total = np.zeros(group.width)
     for member, values in chosen:
-        part = values.double().cpu().numpy()[member.start : member.start + group.width]
+        part = values.double().cpu().numpy()[entries(member, np.arange(group.width))]
+        part = part.reshape(group.width, member.columns).sum(1)
         total += part / (part.mean() or 1.0)
     if not np.isfinite(total).all():
         raise ScoreError(
@@ -134,6 +139,20 @@ def _filters(layer: nn.Module, criterion: str) -> Tensor:
 def _weight(module: nn.Module) -> Tensor:
     assert isinstance(module.weight, Tensor)
     return module.weight.detach()
+
+
+def _length(model: nn.Module, name: str, side: Axis) -> int:
+    """Count the entries on one side of what `name` is in `model`; a count has as many as it says."""
+    if side == "in" or side == "out":
+        return axis_length(model.get_submodule(name), side)
+    held = getattr(*_held(model, name))
+    return int(held if side == "count" else held.shape[side])
+
+
+def _held(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds what has this dotted name, and the last part of the name."""
+    owner, _, attribute = name.rpartition(".")
+    return model.get_submodule(owner), attribute
 
 
 def axis_length(module: nn.Module, side: str) -> int:

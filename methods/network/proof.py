@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Tell, untold
-from methods.network.counting import count_params, counted
+from methods.network.attention.heads import counted_heads, drafts
+from methods.network.counting import count_params, counted, macs_by_module
 from methods.network.coupling import FAILURES
 from methods.network.cut import cut_to, entries, kept_channels
 from methods.network.groups import ChannelGroup
@@ -32,12 +33,14 @@ def proved(model: nn.Module, found: Profile, example: Tensor, tell: Tell = untol
 
     Half of every group goes at once, then of every second one, and so on: any two groups are told apart in one of the
     trials, so that a size which the network's code derives from another shows. `example` is `(n, c, h, w)`.
-    Groups that are not proved within the trials that are made are fixed too. `tell` hears of every trial.
+    Groups that are not proved within the trials that are made are fixed too. `tell` hears of every trial. Where single
+    channels cannot go, heads of attention may.
     """
-    costs, groups = width_costs(found)
+    teacher = _Teacher(model, example[:1])
+    found = _with_heads(teacher, found, tell)
     reasons: dict[str, str] = {}
-    trial = _Trial(model, example[:1], groups, costs, tell)
-    while left := [group for group in groups if group.name not in reasons]:
+    trial = _Trial(teacher, found, tell)
+    while left := [group for group in trial.groups if group.name not in reasons]:
         fresh: dict[str, str] = {}
         for part in _parts(left):
             fresh |= trial.faults([group for group in part if group.name not in fresh])
@@ -45,6 +48,34 @@ def proved(model: nn.Module, found: Profile, example: Tensor, tell: Tell = untol
             break
         reasons |= fresh
     return tuple(replace(g, fixed=reasons[g.name]) if g.name in reasons else g for g in found.groups)
+
+
+def _with_heads(teacher: _Teacher, found: Profile, tell: Tell) -> Profile:
+    """Put groups of whole heads in the place of those whose channels cannot go one by one, if the heads can."""
+    heads = {group: name for group in found.groups if (name := counted_heads(teacher.model, group, found))}
+    macs = macs_by_module(teacher.model, teacher.example) if heads else {}
+    for number, (group, name) in enumerate(heads.items(), 1):
+        tell(number, len(heads), "trial cuts of heads")
+        fault = group.fixed or _fault_of(teacher, found, group)
+        for draft in drafts(teacher.model, group, name, found, macs) if fault else ():
+            tried = _replaced(found, draft)
+            if (fault := _fault_of(teacher, tried, draft)) is None:
+                found = tried
+                break
+        if fault and group.fixed is None:
+            reason = f"{fault}, nor without half of {name}; keep the width of a head in the module, not in its input"
+            found = _replaced(found, replace(group, fixed=reason))
+    return found
+
+
+def _replaced(found: Profile, group: ChannelGroup) -> Profile:
+    """Put a group in the place of that of its name."""
+    return replace(found, groups=tuple(group if one.name == group.name else one for one in found.groups))
+
+
+def _fault_of(teacher: _Teacher, found: Profile, group: ChannelGroup) -> str | None:
+    """Say why a single group cannot be cut."""
+    return _Trial(teacher, found).faults([group]).get(group.name)
 
 
 def _parts(groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
@@ -56,20 +87,27 @@ def _parts(groups: Sequence[ChannelGroup]) -> Iterator[list[ChannelGroup]]:
 
 @dataclass
 class _Trial:
-    """Cuts half of some `groups` of `model` and compares; `made` counts the trials."""
+    """Cuts half of some groups of the teacher and compares; `made` counts the trials."""
 
-    model: nn.Module
-    example: Tensor
-    groups: Sequence[ChannelGroup]
-    costs: dict[str, WidthCost]
-    tell: Tell
+    teacher: _Teacher
+    found: Profile
+    tell: Tell = untold
     made: int = 0
+
+    @cached_property
+    def _costs(self) -> tuple[dict[str, WidthCost], tuple[ChannelGroup, ...]]:
+        return width_costs(self.found)
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups that are not fixed."""
+        return self._costs[1]
 
     def faults(self, part: Sequence[ChannelGroup]) -> dict[str, str]:
         """Return by name why groups of `part` cannot be cut: tried all at once, then by halves where that fails."""
         if not part:
             return {}
-        if not self._is_steady:
+        if not self.teacher.is_steady:
             return {group.name: "the network answers the same image differently from call to call" for group in part}
         most = max(MOST_AT_LEAST, MOST_PER_GROUP * len(self.groups))
         if self.made >= most:
@@ -89,45 +127,53 @@ class _Trial:
         The cut network must cost what its widths say, and match the one whose readers ignore that half. A wrong
         coupling changes the output about as much as the cut does, rounding (TF32 included) far less.
         """
-        kept = {group.name: self._kept[group.name] for group in part}
-        student = cut_to(self.model, part, kept, shares=True)
+        kept = self.teacher.halves(part)
+        student = cut_to(self.teacher.model, part, kept, shares=True)
         try:
-            found, macs = counted(student, self.example)
+            found, macs = counted(student, self.teacher.example)
         except FAILURES as error:
             return f"the network does not run without these channels ({type(error).__name__})"
         vector = np.array([len(kept.get(group.name, range(group.width))) for group in self.groups])
         for cost, actual in (("macs", macs), ("params", count_params(student))):
-            if (planned := self.costs[cost](vector)) != actual:
+            if (planned := self._costs[0][cost](vector)) != actual:
                 return (
                     f"without these channels the network needs {actual:,} {cost}, but its layers alone {planned:,}: "
                     "another step of its forward shrinks with them"
                 )
-        whole, expected = self._whole, self._ignoring(part, kept)
+        whole, expected = self.teacher.whole, self.teacher.ignoring(part, kept)
         slack = 1e-2 * (expected - whole).abs().max() + 1e-6 * whole.abs().max()
         if found.shape == expected.shape and bool((found - expected).abs().max() <= slack):
             return None
         return "the network without these channels differs from one in which nothing reads them"
 
-    @cached_property
-    def _kept(self) -> dict[str, np.ndarray]:
-        """Half of the channels of every group."""
-        halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in self.groups}
-        return kept_channels(self.model, self.groups, halves, "l1")
+
+@dataclass
+class _Teacher:
+    """The whole network and its outputs for `example`, `(1, c, h, w)`."""
+
+    model: nn.Module
+    example: Tensor
+
+    def halves(self, groups: Sequence[ChannelGroup]) -> dict[str, np.ndarray]:
+        """Choose half of the channels of every group."""
+        halves = {group.name: max(group.width // group.multiple // 2, 1) * group.multiple for group in groups}
+        return kept_channels(self.model, groups, halves, "l1")
 
     @cached_property
-    def _whole(self) -> Tensor:
+    def whole(self) -> Tensor:
+        """The outputs."""
         with torch.no_grad():
             return cast(Tensor, self.model(self.example.clone()))
 
     @cached_property
-    def _is_steady(self) -> bool:
+    def is_steady(self) -> bool:
         """Whether a second call gives the same outputs."""
         with torch.no_grad():
             again = self.model(self.example.clone())
-        return torch.allclose(self._whole, again, rtol=1e-3, atol=1e-5, equal_nan=True)
+        return torch.allclose(self.whole, again, rtol=1e-3, atol=1e-5, equal_nan=True)
 
     @torch.no_grad()
-    def _ignoring(self, part: Sequence[ChannelGroup], kept: dict[str, np.ndarray]) -> Tensor:
+    def ignoring(self, part: Sequence[ChannelGroup], kept: dict[str, np.ndarray]) -> Tensor:
         """Return the output where nothing reads the channels that are not `kept`; the weights are restored."""
         before: list[tuple[Tensor, Tensor, Tensor]] = []
         for group in part:

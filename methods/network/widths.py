@@ -50,7 +50,7 @@ def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGr
 
     Widths are numbers of channels kept, in the order of the groups returned, which is the profile's. At any widths that
     are multiples of each group's `multiple` the value equals what `methods.network.profile` counts on the network after
-    the cut, integer for integer. The constant holds all that no width changes (fixed groups, attention products).
+    the cut, integer for integer. The constant holds all that no width changes, such as fixed groups.
 
     Source: a convolution costs one bilinear term per pair of groups it joins; ITPruner (arXiv 2108.08532), section 3.3.
     """
@@ -68,6 +68,7 @@ def width_costs(profile: Profile) -> tuple[dict[str, WidthCost], tuple[ChannelGr
         params.linear += (layer.params - size) // layer.weight_shape[0] * outputs[1]
     for position, group in enumerate(groups):
         params.linear[position] += sum(member.params * member.columns for member in group.members)
+        macs.linear[position] += sum(member.macs for member in group.members)
     costs = {"macs": macs.cost(profile.macs, base), "params": params.cost(profile.params, base)}
     return costs, groups
 
