@@ -3,7 +3,7 @@
 Read `profile` first, which writes the `rows` and `groups`; then `counting`, `reading` (weights used past their layer),
 `keeping` (the modules that a user protects), `coupling` (which channels go together), `proof` (by a trial cut),
 `widths` (how narrow a group may get), `cut`, `graph` (a traced network) and `reach` (the error of a budget that no plan
-meets).
+meets). The room `attention` has to do with heads.
 """
 
 from methods.network.counting import count_macs, count_params

@@ -6,7 +6,8 @@ modules without saying so, and it cannot see sizes that the network's own code c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Tell, untold
+from methods.hooks import hooked
 from methods.network.attention.heads import counted_heads, drafts
 from methods.network.counting import count_params, counted, macs_by_module
 from methods.network.coupling import FAILURES
@@ -26,6 +28,10 @@ from methods.network.widths import WidthCost, width_costs
 
 MOST_PER_GROUP, MOST_AT_LEAST = 8, 256
 """The most trial cuts that are made: so many for each group, or in all."""
+
+AWAKE = 1.5
+"""The deviation of queries, keys and values where heads are tried. Where they are small, as before training, attention
+weighs all tokens alike, and a wrong scale of its products would not show."""
 
 
 def proved(model: nn.Module, found: Profile, example: Tensor, tell: Tell = untold) -> tuple[ChannelGroup, ...]:
@@ -53,7 +59,10 @@ def proved(model: nn.Module, found: Profile, example: Tensor, tell: Tell = untol
 def _with_heads(teacher: _Teacher, found: Profile, tell: Tell) -> Profile:
     """Put groups of whole heads in the place of those whose channels cannot go one by one, if the heads can."""
     heads = {group: name for group in found.groups if (name := counted_heads(teacher.model, group, found))}
-    macs = macs_by_module(teacher.model, teacher.example) if heads else {}
+    if not heads:
+        return found
+    macs = macs_by_module(teacher.model, teacher.example)
+    teacher = _Teacher(_awake(teacher.model, teacher.example, heads), teacher.example)
     for number, (group, name) in enumerate(heads.items(), 1):
         tell(number, len(heads), "trial cuts of heads")
         fault = group.fixed or _fault_of(teacher, found, group)
@@ -66,6 +75,23 @@ def _with_heads(teacher: _Teacher, found: Profile, tell: Tell) -> Profile:
             reason = f"{fault}, nor without half of {name}; keep the width of a head in the module, not in its input"
             found = _replaced(found, replace(group, fixed=reason))
     return found
+
+
+@torch.no_grad()
+def _awake(model: nn.Module, example: Tensor, groups: Iterable[ChannelGroup]) -> nn.Module:
+    """Copy `model`, with weights of the layers that produce `groups` at which their outputs have the deviation `AWAKE`."""
+    model = copy.deepcopy(model)
+
+    def wake(layer: nn.Module, _: object, output: Tensor) -> Tensor:
+        factor = AWAKE / max(float(output.std()), 1e-6)
+        for parameter in layer.parameters(recurse=False):
+            parameter.mul_(factor)
+        return output * factor
+
+    names = {member.module for group in groups for member in group.members if member.axis == "out"}
+    with hooked(model.get_submodule(name).register_forward_hook(wake) for name in names):
+        model(example.clone())
+    return model
 
 
 def _replaced(found: Profile, group: ChannelGroup) -> Profile:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from methods.network.attention.opened import opened
 from methods.network.keeping import kept
 from methods.pipeline import WorkerInputs
 from methods.training import CLASSIFICATION, Judgement, Metric, Samples, Task, judge, top1
@@ -92,6 +93,7 @@ def load(spec: SearchSpec, report: Report, *, fit: bool = True) -> Workload:
     check_teacher(teacher, _first_and_last(splits), splits.classes, form_of(spec))
     if spec.data.labels and spec.task.name in ("segmentation", "regression"):
         check_labels_fit(teacher, splits, spec.task)
+    teacher = opened(teacher, _first_and_last(splits))
     set_threads(teacher, _first_and_last(splits))
     if not spec.data.labels:
         splits = answered(splits, teacher, task)

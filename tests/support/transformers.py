@@ -93,6 +93,14 @@ class FromInput(nn.Module):
         return cast(Tensor, self.proj(mixed.reshape(images, tokens, dim)))
 
 
+class ScaledByInput(Biased):
+    """Takes the scale of its products from the width of its input, so that it would change with the heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = (x.shape[-1] // self.num_heads) ** -0.5
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """Attention and two layers behind norms, each added to what it reads."""
 

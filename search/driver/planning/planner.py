@@ -28,7 +28,7 @@ from search.workload import Workload
 
 _log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Raised whenever a method's scores change meaning, so that cached ones are made anew."""
 
 

@@ -21,7 +21,7 @@ from methods.network.widths import levels, width_costs
 from methods.protocol import defaults
 from search.export import exported, onnx_program
 from tests.support.odd_networks import seeded
-from tests.support.transformers import Biased, FromInput, Fused, Normed, Separate, transformer
+from tests.support.transformers import Biased, FromInput, Fused, Normed, ScaledByInput, Separate, transformer
 
 IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 CUTTABLE = (Fused, Normed, Separate, Biased)
@@ -157,6 +157,15 @@ def test_heads_that_cannot_go_say_what_to_do() -> None:
         assert "num_heads" in str(group.fixed)
         assert "keep the width of a head" in str(group.fixed)
     assert [group.name for group in found.groups if group.fixed is None] == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.3, 1.0, 2.0])
+def test_a_scale_that_would_change_with_the_heads_shows(gain: float) -> None:
+    model = transformer(ScaledByInput)
+    for number in (0, 1):
+        model.get_submodule(f"blocks.{number}.attn.qkv").weight.data *= gain  # type: ignore[union-attr,operator]
+    for group in heads_of(profile(model, IMAGES)):
+        assert (group.width, group.fixed is None) == (24, False)
 
 
 class Flat(nn.Module):
