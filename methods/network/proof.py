@@ -72,14 +72,14 @@ def _with_heads(teacher: _Teacher, found: Profile, tell: Tell) -> Profile:
                 found = tried
                 break
         if fault and group.fixed is None:
-            reason = f"{fault}, nor without half of {name}; keep the width of a head in the module, not in its input"
+            reason = f"{fault}, nor without half of the heads ({name}); keep the width of a head in the module itself"
             found = _replaced(found, replace(group, fixed=reason))
     return found
 
 
 @torch.no_grad()
 def _awake(model: nn.Module, example: Tensor, groups: Iterable[ChannelGroup]) -> nn.Module:
-    """Copy `model`, with weights of the layers that produce `groups` at which their outputs have the deviation `AWAKE`."""
+    """Copy `model`, with layers that produce `groups` scaled until their outputs have the deviation `AWAKE`."""
     model = copy.deepcopy(model)
 
     def wake(layer: nn.Module, _: object, output: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from methods.base import Budget, Infeasible, grid_step
-from methods.network.groups import ChannelGroup, Member
+from methods.network.groups import Axis, ChannelGroup, Member
 from methods.network.reach import out_of_reach
 from methods.network.rows import Profile
 
@@ -174,9 +174,9 @@ class _Terms:
         return WidthCost(total - rest, self.linear, self.pairs)
 
 
-def _segments(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], list[tuple[int, int]]]:
+def _segments(groups: Sequence[ChannelGroup]) -> dict[tuple[str, Axis], list[tuple[int, int]]]:
     """Return the groups `(position, columns)` that share each axis of each module."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    found: dict[tuple[str, Axis], list[tuple[int, int]]] = {}
     for position, group in enumerate(groups):
         for member in group.members:
             found.setdefault((member.module, member.axis), []).append((position, member.columns))

@@ -24,9 +24,7 @@ class Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         images, tokens, dim = x.shape
         assert dim == self.dim
-        q, k, v = (
-            self.qkv(x).reshape(images, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        q, k, v = self.qkv(x).reshape(images, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return cast(Tensor, self.proj(mixed.reshape(images, tokens, self.attn_dim)))
 

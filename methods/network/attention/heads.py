@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
-from os.path import commonprefix
+from itertools import combinations, takewhile
 
 from torch import nn
 
@@ -30,7 +29,8 @@ def counted_heads(model: nn.Module, group: ChannelGroup, found: Profile) -> str 
     plain = {layer.name for layer in found.layers if not layer.whole}
     if not layers <= plain or not {"in", "out"} <= {member.axis for member in group.members}:
         return None
-    around = ".".join(commonprefix([name.split(".") for name in layers]))
+    parents = zip(*(name.split(".")[:-1] for name in layers), strict=False)
+    around = ".".join(parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, parents))
     for name, value in _numbers(model.get_submodule(around)).items():
         if name in HEADS and value > 1 and group.width % value == 0:
             return f"{around}.{name}".lstrip(".")

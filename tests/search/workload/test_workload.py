@@ -155,6 +155,31 @@ def test_factories_from_files_and_packages(folder: Path, name: str) -> None:
     assert len(found.splits.test) == len(found.splits.validation) == 6
 
 
+ATTENTIVE = """
+from torch import nn
+
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.attend = nn.Conv2d(1, 12, 2, 2), nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.attend(x, x, x)[0]).mean(1))
+"""
+
+
+def test_attention_is_opened(folder: Path) -> None:
+    (folder / "attentive.py").write_text(ATTENTIVE)
+    found = profile(load(folder, factory("./attentive.py:Attentive")).teacher, torch.rand(1, 1, 8, 8))
+    assert {group.name: group.width for group in found.groups if group.fixed is None} == {
+        "patches": 12,
+        "attend.qkv": 3,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
