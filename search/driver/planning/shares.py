@@ -27,7 +27,7 @@ GRID = 0.8
 """Shares are tried for limits that are the teacher's cost times powers of this: limits that are alike share them, and
 those found for one do not depend on what was asked before it."""
 
-VERSION = 1
+VERSION = 2
 """Raised whenever what is found changes meaning."""
 
 Shares: TypeAlias = Mapping[str, KnobValue]
