@@ -40,18 +40,21 @@ class TrackingError(SearchError):
 
 
 SECRET = (
-    r"(?:password|passwd|passphrase|pwd|pass|secret|token|credentials?|signature|sig|auth|jwt|(?:api|access|account|"
-    r"private|secret|shared|encryption)[_.-]?key)"
+    r"(?:password|passwd|passphrase|pwd|pass|secret|token|bearer|credentials?|signature|sig|auth|authorization|jwt|"
+    r"(?:api|access|account|private|secret|shared|encryption)[_.-]?key)"
 )
 """The ends of the names of secrets, case aside."""
 
-_KEY = rf"((?:^|[?&;,\s{{'\"]|%3b|%26|%3f)[\w.-]*{SECRET}(?: ?= ?|%3d))"
+_KEY = rf"((?:^|[?#&;,\s{{'\"]|%3b|%26|%3f)[\w.-]*{SECRET}(?: ?= ?|%3d))"
 _VALUE = r"(?:'[^'\n]*'|\"[^\"\n]*\"|\{[^}\n]*\}|(?:(?!%3b|%26)[^&;\s'\"])+)"
 
 MASKS = (
     # a password with spaces, unless a port stands in its place
     (r"//([^:/@\s]*):(?!\d{1,5}(?:[/?#;,)\s]|$))(?:(?!://)[^\n'\"])*@(?=[\w.\[-])", r"//\1:***@"),
-    (r"//([^:/@\s]*):[^\s'\"]+@", r"//\1:***@"),
+    # one with quotation marks, which else end a text
+    (r"//([^:/@\s]*):(?:[^\s'\"]|['\"](?![\s,:;)\]}]|$)){1,2000}@", r"//\1:***@"),
+    # USER:PASSWORD@HOST:PORT
+    (r"(?<![\w.+/@:-])([\w.+-]+):(?!/)[^\s'\"@]+@(?=[\w.-]+:\d{1,5}(?!\w))", r"\1:***@"),
     (r"(https?)://[^/@\s'\"]+@", r"\1://***@"),  # a token as user name
     (r"//(?=[^/@\s'\"]*\d)[^:/@\s'\"]{20,}(:[^/@\s]*)?@", "//***@"),
     (_KEY + _VALUE, r"\1***"),

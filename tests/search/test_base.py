@@ -33,6 +33,13 @@ SECRETS = (
     "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3DS3cret%3BUID%3Dada",
     "mysql://db/studies?passwd=S3cret more",
     "mysql://db/studies?client_secret=S3cret&AccountKey=S3cret==",
+    "postgresql://ada:'S3cret'@db/studies",
+    "postgresql://ada:it's\"S3cret@db/studies",
+    "http://mlflow:5000/#token=S3cret",
+    "http://mlflow:5000/?Authorization=S3cret",
+    "http://mlflow:5000/?x=1&bearer=S3cret",
+    "ada:S3cret@127.0.0.1:6379",
+    "ada:S3cret/more@head.internal:6379",
 )
 
 PLAIN = (
@@ -45,6 +52,11 @@ PLAIN = (
     "http://mlflow:5000",
     "http://mlflow:5000/path?workspace=tokens",
     "https://mlflow.example.org/api/@me",
+    "127.0.0.1:6379",
+    "[::1]:6379",
+    "ada@head.internal:6379",
+    "models:/digits@edge",
+    "registry/image:1.2@sha256:0123456789",
 )
 
 
@@ -73,4 +85,6 @@ def test_an_address_without_a_secret_is_shown_whole(address: str) -> None:
 
 def test_the_words_around_an_address_stay() -> None:
     text = "the head is http://10.0.0.1:8265, and the nodes have CPU: 2; write to ada@example.org"
+    assert masked(text) == text
+    text = '{"uri": "http://10.0.0.1:8265","by":"ada@example.org", "at": \'http://10.0.0.1\'}'
     assert masked(text) == text
