@@ -160,6 +160,18 @@ def test_planted_code_is_refused_and_never_runs(
     assert not caplog.records
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_pickle_of_a_newer_protocol_is_refused_without_a_warning_of_torch(
+    ours: bytes, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(ours)
+    replaced(path, lambda records: records.update({INPUTS: pickle.dumps(Bomb(), 4)}))
+    with pytest.raises(ArchiveError, match="sample inputs"):
+        load_program(path, "it")
+    assert [str(one.message) for one in recwarn] == []
+
+
 @pytest.mark.parametrize("name", ["empty", "random", "truncated", "half a record", "twice", "packed", "text"])
 def test_a_file_that_is_no_program_is_told_by_our_message_alone(
     name: str, ours: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]

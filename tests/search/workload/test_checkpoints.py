@@ -149,6 +149,16 @@ def test_what_cannot_be_used_is_told_by_what_it_is(tmp_path: Path) -> None:
         assert len(message) < 700
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_bare_pickle_is_told_without_a_warning_of_torch(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path = tmp_path / f"{protocol}.pt"
+        path.write_bytes(pickle.dumps(network(), protocol))
+        with pytest.raises(WorkloadError, match="cannot read the weights"):
+            load_weights(network(), path)
+    assert [str(one.message) for one in recwarn] == []
+
+
 class Versioned(nn.Linear):
     """Refuses a state that does not say its version, as some published networks do."""
 
