@@ -13,6 +13,8 @@ from cluster.devices.layers import LayerShape
 
 ELEMENT = 4
 """Bytes of one weight or activation, in fp32."""
+LONGEST = 10_000
+"""Characters of a roofline's file."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ def roofline(path: Path) -> Roofline:
         ValueError: the file cannot be read or is wrong; every mistake is named.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = yaml.safe_load(_text(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the roofline {path}: {error}; expected a YAML file; check the path") from error
     keys = [field.name for field in fields(Roofline)]
     if not isinstance(raw, dict):
@@ -44,6 +46,17 @@ def roofline(path: Path) -> Roofline:
     if mistakes:
         raise ValueError(f"the roofline {path} is wrong:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return Roofline(**numbers)
+
+
+def _text(path: Path) -> str:
+    """The text of a file that is none without an end, such as a device."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    with path.open(encoding="utf-8") as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise ValueError(f"it has over {LONGEST:,} characters")
+    return text
 
 
 def _number(value: object) -> float:

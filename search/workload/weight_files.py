@@ -42,6 +42,8 @@ def read_weights(path: Path) -> Any:
         WorkloadError: there is no such file, or it cannot be read without unpickling code.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file; a device or a pipe may have no end")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_plain_types()), warnings.catch_warnings(action="ignore"):
@@ -72,8 +74,8 @@ def _plain_types() -> list[Any]:
 
 def _kind(path: Path, error: Exception) -> str:
     """Say what a file is that cannot be read."""
-    if path.is_dir():
-        return "it is a folder"
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "it is a device or a pipe"
     with path.open("rb") as file:
         start = file.read(100)
     if not start:

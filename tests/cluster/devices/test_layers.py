@@ -192,3 +192,13 @@ def test_a_roofline_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> 
         roofline(path)
     with pytest.raises(ValueError, match="cannot read the roofline"):
         roofline(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 5_000, "a: &a [x, x]\n" * 1_000, "macs_per_s: " + "9" * 5_000])
+def test_a_file_that_no_roofline_is_like_is_told_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "board.yaml"
+    path.write_text(text)
+    for odd in (path, tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match=r"cannot read the roofline .*; expected a YAML file") as caught:
+            roofline(odd)
+        assert len(str(caught.value)) < 300

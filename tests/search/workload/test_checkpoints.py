@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -157,6 +158,13 @@ def test_a_bare_pickle_is_told_without_a_warning_of_torch(tmp_path: Path, recwar
         with pytest.raises(WorkloadError, match="cannot read the weights"):
             load_weights(network(), path)
     assert [str(one.message) for one in recwarn] == []
+
+
+def test_what_has_no_end_is_never_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", Path("/dev/null")):
+        with pytest.raises(WorkloadError, match=f"cannot read the weights {path}: it is a device or a pipe; expected"):
+            load_weights(network(), path)
 
 
 class Versioned(nn.Linear):
