@@ -132,10 +132,11 @@ def _torchvision_network(model: ModelSpec) -> nn.Module:
     try:
         weights = model.weights if _is_enum(model) else None
         network: nn.Module = torchvision.models.get_model(model.name, weights=weights, **model.args)
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise WorkloadError(
-            f"torchvision could not make {model.name} with weights {model.weights!r}: {one_line(error)}; "
-            "expected a weights enum of that model, or a .safetensors or .pt file; correct model.weights or model.args"
+            f"torchvision could not make {model.name} with weights {model.weights!r}: {reason}; expected arguments "
+            "that it takes, and a weights enum of that model or a file; correct model.weights or model.args"
         ) from error
     return network
 
