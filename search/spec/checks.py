@@ -46,14 +46,29 @@ def check_address(value: str) -> str:
 
 def check_store(value: str) -> str:
     """Refuse the place of a store that is no text, or an address that none can be. Raises as `check_text` does."""
-    try:
-        if check_text(value).startswith(("http://", "https://")) and urlsplit(value).port == 0:
-            raise ValueError("port 0")
-    except ValueError as error:
-        if value.startswith("http"):
+    if check_text(value).startswith(("http://", "https://")):
+        try:
+            if urlsplit(value).port == 0:
+                raise ValueError("port 0")
+        except ValueError as error:
             raise ValueError(f"{quoted(value)} is no address: {error}; write http://HOST:PORT") from error
-        raise
+    elif "://" in value and not value.startswith("sqlite:"):
+        _check_database(value)
     return value
+
+
+def _check_database(address: str) -> None:
+    """Refuse the address of a database that SQLAlchemy cannot read; its reason may show a part of a password."""
+    from sqlalchemy.engine import make_url  # takes time to import, and most stores are files
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        place = make_url(address)
+        is_one = (place.port or 1) in range(1, 2**16) and not set("[]") & set(place.host or "")
+    except (ArgumentError, ValueError):
+        is_one = False
+    if not is_one:
+        raise ValueError(f"{quoted(address)} is no address; write DIALECT://USER@HOST:PORT/NAME, or a file's name")
 
 
 def _check_once(values: list[str], what: str) -> None:

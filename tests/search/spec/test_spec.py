@@ -158,6 +158,13 @@ budgets:
         ("model: {source: factory, name: net.py}", "model.name: 'net.py' is no function; write pkg.mod:fn or"),
         ("data: {source: factory, name: 'a:1'}", "data.name: 'a:1' is no function; write pkg.mod:fn or ./file.py:fn"),
         ("tracking: {uri: 'http://['}", "tracking.uri: 'http://[' is no address: Invalid IPv6 URL; write http://HOST:"),
+        (
+            "tracking: {studies: 'postgresql://db:port/x'}",
+            "tracking.studies: 'postgresql://db:port/x' is no address; wr",
+        ),
+        ("tracking: {studies: 'mysql://db:99999/x'}", "is no address; write DIALECT://USER@HOST:PORT/NAME"),
+        ("tracking: {uri: 'postgresql://['}", "tracking.uri: 'postgresql://[' is no address"),
+        ("tracking: {uri: '://x'}", "tracking.uri: '://x' is no address"),
         ("tracking: {studies: ' studies'}", "tracking.studies: ' studies' is empty, or has white space around it"),
         ("metric: 'a\tb'", "holds U+0009, which cannot be seen; write it without"),
         ("search: {trials: 2, explore: 1}", "too few for 2 methods and the baseline"),
