@@ -104,9 +104,18 @@ def printable(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, at most 400 characters long."""
-    return textwrap.shorten(str(error).strip().partition("\n")[0], 400, placeholder=" ...")
+    return shortened(str(error).strip().partition("\n")[0], 400)
 
 
 def one_line(error: BaseException) -> str:
     """Another library's message on one line, at most 400 characters long."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...")
+    return shortened(str(error), 400)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text on one line, at most `length` characters long; what is cut is no address that then shows its secret.
+
+    >>> shortened("failed: mysql://ada:love lace@db", 26)
+    'failed: mysql://ada:***@db'
+    """
+    return textwrap.shorten(masked(text), length, placeholder=" ...")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import textwrap
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from methods.base import Choice, Knob, KnobValue, Range
 from methods.chain import AnyMethod
 from methods.protocol import defaults
-from search.base import SearchError, masked
+from search.base import SearchError, shortened
 from search.record.store import HELD_S, check_sqlite, sqlite_address, sqlite_path, without_sql
 from search.trials import Proposal, trial_seed
 
@@ -322,7 +321,7 @@ def storage(location: str) -> Storage:
                 return RDBStorage(location)
             return RDBStorage(sqlite_address(path), engine_kwargs={"connect_args": {"timeout": HELD_S}})
         except (SQLAlchemyError, ImportError) as error:
-            reason = masked(textwrap.shorten(without_sql(str(error)), 300))
+            reason = shortened(without_sql(str(error)), 300)
             raise SearchError(
                 f"cannot use tracking.studies: {reason}; expected a database URL that SQLAlchemy can open, or a file "
                 "name; correct it, or leave it out"

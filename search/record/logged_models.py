@@ -6,7 +6,6 @@ Every step may be cut short by a kill and taken again: what is there already is 
 from __future__ import annotations
 
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from search.archive import ArchiveError, bare_program, load_program
-from search.base import WorkloadError, first_line
+from search.base import WorkloadError, first_line, shortened
 from search.export import TOLERANCE, ExportError, bare_onnx, exported, onnx_file, parity
 from search.record.store import connect_existing, holding_signals
 
@@ -78,7 +77,7 @@ class Models:
         try:
             file = _onnx(student, images) if with_onnx else None
         except ExportError as error:
-            self._client.set_tag(run_id, "paredown.onnx_refused", textwrap.shorten(str(error), 500))
+            self._client.set_tag(run_id, "paredown.onnx_refused", shortened(str(error), 500))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             uri = self._log_pt2(run_id, student, images[:2])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search.base import SpecError, TrackingError
+from search.base import SpecError, TrackingError, shortened
 from search.limits import TOP1_DROP, Costs, Limits, latencies_in
 from search.record.store import connect_existing
 
@@ -186,7 +185,7 @@ def find_version(uri: str, name: str) -> Version:
         one = client.get_model_version_by_alias(model, alias) if alias else client.get_model_version(model, number)
     except MlflowException as error:
         raise TrackingError(
-            f"there is no {name} in the MLflow store: {textwrap.shorten(str(error), 300)}; expected a registered "
+            f"there is no {name} in the MLflow store: {shortened(str(error), 300)}; expected a registered "
             "version; check its name and --uri"
         ) from error
     return _version(one)

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import tempfile
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.reach import REACH_S, answers
 from search import cache
-from search.base import TrackingError, masked
+from search.base import TrackingError, masked, shortened
 from search.record.moved import local_path, reroot
 
 log = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ def unwritable(uri: str, reason: str) -> str:
             f"copy the database, then run: mlflow db upgrade {shlex.quote(uri)}"
         )
     return masked(
-        f"cannot use the MLflow store {uri}: {textwrap.shorten(without_sql(reason), 300)}; expected a store this "
+        f"cannot use the MLflow store {uri}: {shortened(without_sql(reason), 300)}; expected a store this "
         "process may read and write; correct tracking.uri, or the permissions of its folder"
     )
 

@@ -9,8 +9,13 @@ from typing import Any
 
 import yaml
 
+from search.base import masked
+
 DEEPEST, MOST_PARTS, MOST_DIGITS = 32, 20_000, 100
 """The levels of a document, its keys and values with every alias written out, and the characters of a number."""
+
+LONGEST_ADDRESS = 10_000
+"""The characters of a text in which a secret is looked for."""
 
 JOINERS = "\u200c\u200d"
 """Signs without a look of their own that Persian and emoji are written with."""
@@ -88,6 +93,9 @@ def read(text: str) -> tuple[object, list[str]]:
     loader = _Loader(text)
     try:
         found = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        _hide_secrets(error, text.splitlines())
+        raise
     except (ValueError, RecursionError) as error:  # of a scalar that looks like a date and is none, such as 2026-13-01
         raise yaml.YAMLError(str(error)) from error
     finally:
@@ -107,11 +115,19 @@ def suggestion(key: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
 
 
+def _hide_secrets(error: yaml.MarkedYAMLError, lines: list[str]) -> None:
+    """Have an error about the document not show the lines, cut as it shows them, that hold a secret."""
+    for mark in filter(None, (error.context_mark, error.problem_mark)):
+        line = lines[mark.line][:LONGEST_ADDRESS] if mark.line < len(lines) else ""
+        if masked(line) != line:
+            mark.buffer = None
+
+
 def quoted(value: object) -> str:
-    """A value of a document as it stands in a message: what is long is cut.
+    """A value of a document as it stands in a message: what is secret is hidden, then what is long is cut.
 
     >>> quoted("a\\0b"), quoted(10**90)
     ("'a\\\\x00b'", '1000000000000000000000000000000000000000 ...')
     """
-    text = repr(value[:100] if isinstance(value, str) else value)
+    text = repr(masked(value[:LONGEST_ADDRESS])) if isinstance(value, str) else masked(repr(value)[:LONGEST_ADDRESS])
     return text if len(text) <= 80 else f"{text[:40]} ..."

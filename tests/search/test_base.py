@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from search.base import SearchError, masked
+from search.base import SearchError, first_line, masked, one_line
 from search.service.submit import check_secrets
 
 SECRETS = (
@@ -81,6 +81,13 @@ def test_a_secret_in_an_address_is_shown_nowhere(address: str) -> None:
 def test_an_address_without_a_secret_is_shown_whole(address: str) -> None:
     assert masked(address) == address
     check_secrets(address, address)
+
+
+def test_what_is_cut_shows_no_half_of_a_secret() -> None:
+    for length in range(340, 400):
+        error = ValueError(f"{'x' * length} postgresql://ada:S3cret and more@db/studies")
+        assert "S3cret" not in one_line(error)
+        assert "S3cret" not in first_line(error)
 
 
 def test_the_words_around_an_address_stay() -> None:

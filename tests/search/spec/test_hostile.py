@@ -41,6 +41,25 @@ def test_no_sign_of_a_key_or_a_value_is_hidden_or_reaches_the_terminal(sign: str
         assert all(one.isprintable() or one == "\n" for one in told)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tracking: {uri: 'postgresql://ada:S3cret%s@db:port/x'}",
+        "tracking: {uri: 'http://S3cret%s@mlflow:port'}",
+        "cluster: {address: 'ray://ada:S3cret%s@h:1 x'}",
+        "metric: 'http://ada:S3cret%s@h:1'",
+        "tracking: ['http://ada:S3cret%s@h:1']",
+        "tracking: {uri: 'http://ada:S3cret%s@h:1",
+        "tracking: {uri: http://ada:S3cret%s@h:1: x}",
+    ],
+)
+def test_a_value_is_not_cut_where_its_secret_then_shows(text: str) -> None:
+    for length in (0, 20, 80, 200):
+        told = mistakes(GOOD + text % (length * "a"))
+        assert "S3c" not in told.replace("***", ""), told
+        assert "line 11" in told or "***" in told
+
+
 def test_a_comment_hides_nothing_either() -> None:
     assert "line 11: U+202E (RIGHT-TO-LEFT OVERRIDE) cannot be seen" in mistakes(f"{GOOD}# \u202e of a report")
     assert spec("\ufeff" + GOOD.replace("\n", "\r\n") + "# \u062a\u200c\u0628").decisive() == spec().decisive()
