@@ -262,8 +262,10 @@ def _check_answer(address: str) -> None:
         port = place.port or {"http": 80, "https": 443}[place.scheme]
         socket.create_connection((place.hostname or "", port), timeout=CONNECT_S).close()
     except (OSError, KeyError, ValueError) as error:
+        # what Python says of a port may be a part of a password
+        reason = error if isinstance(error, OSError) else "it is no http://HOST:PORT"
         raise ClusterError(
-            f"no Ray cluster at {address!r}: {error}; expected the dashboard of a running head, such as "
+            f"no Ray cluster at {address!r}: {reason}; expected the dashboard of a running head, such as "
             "http://127.0.0.1:8265; check the address, or make a tunnel to it"
         ) from error
 

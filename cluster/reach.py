@@ -44,9 +44,15 @@ def check_cluster(address: str) -> None:
     """
     if address in ("auto", "local"):
         return
-    has_port = "://" in address or re.search(r":[^:]", address)
-    if not has_port or not answers(address):
-        reason = f"nobody answered within {REACH_S:g} s" if has_port else "it has no port"
+    scheme, is_url, _ = address.partition("://")
+    reason = None
+    if is_url and scheme != "ray":
+        reason = "it is neither HOST:PORT nor ray://HOST:PORT"
+    elif not is_url and not re.search(r":[^:]", address):
+        reason = "it has no port"
+    elif not answers(address):
+        reason = f"nobody answered within {REACH_S:g} s"
+    if reason:
         raise ClusterError(
             f"no Ray cluster at {address!r}: {reason}; expected a running head node; check the address, or use auto"
         )

@@ -27,12 +27,21 @@ def test_who_listens_is_heard(port: int) -> None:
         "postgresql://127.0.0.1:{}/x",
     ):
         assert answers(form.format(port))
-        check_cluster(form.format(port))
+    check_cluster(f"127.0.0.1:{port}")
+    check_cluster(f"ray://127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "http://", "http://[", "a:b"]
-)
+@pytest.mark.parametrize("address", ["http://{}:{}", "sqlite:///a.db", "anyscale://{}:{}", "postgresql://a:b@{}:{}/x"])
+def test_what_ray_cannot_connect_to_is_refused_even_if_somebody_answers(port: int, address: str) -> None:
+    with pytest.raises(ClusterError, match=r"no Ray cluster at .*: it is neither HOST:PORT nor ray://HOST:PORT; expec"):
+        check_cluster(address.format("127.0.0.1", port))
+
+
+def test_nobody_at_a_url_is_told() -> None:
+    assert not any(map(answers, ("http://127.0.0.1:1", "http://", "http://[")))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "ray://", "ray://[", "a:b"])
 def test_nobody_at_an_address_is_told_at_once(address: str) -> None:
     started = time.monotonic()
     assert not answers(address)

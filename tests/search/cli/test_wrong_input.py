@@ -74,6 +74,12 @@ def test_the_address_of_a_spec_is_tried_too(run: Run, tmp_path: Path) -> None:
     assert "no Ray cluster at 'http://127.0.0.1:1'" in run("submit", spec, "--address", "http://127.0.0.1:1").reason(2)
 
 
+def test_the_address_of_jobs_is_told_without_its_password(run: Run) -> None:
+    for address in ("postgresql://ada:S3cret/x@127.0.0.1:1/db", "http://ada:S3cret/x@127.0.0.1:1"):
+        assert "no http://HOST:PORT; expected" in (reason := run("list", "--address", address).reason(2))
+        assert "S3cret" not in reason
+
+
 def test_a_budget_below_reach_names_the_least_cost(run: Run, tmp_path: Path) -> None:
     spec = write(tmp_path, budgets=[{"name": "half", "macs": "50%"}, {"name": "dust", "macs": 100}])
     ended = run("check", spec, "--json")
@@ -161,7 +167,7 @@ def test_arguments_that_are_not_known(run: Run, arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.code == 2
     assert "Traceback" not in ended.err
-    assert "Usage: paredown" in ended.err
+    assert re.search(r"Usage: (python -m pytest\.)?paredown", ended.err)
 
 
 def test_a_trial_that_raises_leaves_its_trace_in_a_file(run: Run, tmp_path: Path) -> None:
