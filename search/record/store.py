@@ -260,12 +260,15 @@ def connect_existing(uri: str) -> MlflowClient:
     """Return a client of a store that was made before: MLflow would make a new one beside whoever asks.
 
     Raises:
-        TrackingError: there is no such file.
+        TrackingError: there is no such file, or no driver for such a database.
     """
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
         raise TrackingError(f"no MLflow store at {uri}; expected the file {path}; run a search first or give --uri")
-    return connect(uri)
+    try:
+        return connect(uri)
+    except FAULTS as error:
+        raise TrackingError(unwritable(uri, str(error))) from error
 
 
 def sqlite_path(uri: str) -> Path | None:

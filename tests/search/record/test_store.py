@@ -40,6 +40,9 @@ def test_a_missing_driver_is_told_without_the_password() -> None:
     with pytest.raises(TrackingError) as caught:
         check_store("nosuchdatabase://user:secret@localhost/db")
     assert "secret" not in str(caught.value)
+    with pytest.raises(TrackingError, match=r"cannot use the MLflow store .*No module named 'pymssql'") as caught:
+        find_search("mssql+pymssql://user:secret@localhost/db", "digits")
+    assert "secret" not in str(caught.value)
 
 
 def begun() -> Record:
