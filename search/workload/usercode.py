@@ -48,8 +48,20 @@ def blaming(
     except (KeyboardInterrupt, SearchError):
         raise
     except BaseException as error:
-        rest = expected if isinstance(expected, str) else expected(error)
+        rest = _own_import(error) or (expected if isinstance(expected, str) else expected(error))
         raise kind(f"{what} raised {type(error).__name__}: {one_line(error)}; expected {rest}") from error
+
+
+def _own_import(error: BaseException) -> str | None:
+    """The rest of the message about a call that imported a module of the user's and got ours of that name."""
+    missed = error.obj if isinstance(error, AttributeError) else None
+    name = missed.__name__ if isinstance(missed, ModuleType) else getattr(error, "name", None) or ""
+    if (name := name.partition(".")[0]) in OURS and isinstance(error, ImportError | AttributeError):
+        return (
+            f"a file to import its own {name!r} at its top, because in a function, when that is called, the name is "
+            "that of Paredown's package; move the import there"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ray import cloudpickle
 from torch import nn
 
 import methods
-from search.base import SpecError
+from search.base import SpecError, WorkloadError
 from search.spec import reading
 from search.workload import loading, usercode
 from search.workload.usercode import user_modules
@@ -68,6 +69,18 @@ def test_a_users_modules_with_names_of_ours_work_beside_them_and_are_sent_to_wor
     root = Path(methods.__file__).parent.parent
     found = subprocess.run(command, input=sent, capture_output=True, check=True, cwd=root)
     assert found.stdout.decode().strip() == "torch.Size([2, 3])"
+
+
+@pytest.mark.parametrize("line", ["import methods.net", "from methods import net", "import methods; methods.twice(1)"])
+def test_a_call_that_imports_a_name_of_ours_is_told_where_to(folder: Path, line: str) -> None:
+    (folder / "methods").mkdir()
+    (folder / "methods" / "__init__.py").write_text("def twice(x):\n    return 2 * x\n")
+    (folder / "methods" / "net.py").write_text("")
+    (folder / "late.py").write_text(f"def metric(logits, labels):\n    {line}\n    return 0.5\n")
+    told = "Error: .*; expected a file to import its own 'methods' at its top, because in a function, .*; move the imp"
+    metric = usercode.UserMetric("late.py:metric", usercode.load_function("late.py:metric", str(folder)))
+    with pytest.raises(WorkloadError, match=told):
+        metric(torch.zeros(1, 2), torch.zeros(1))
 
 
 def test_an_error_in_a_users_code_is_told_with_its_place(folder: Path) -> None:
