@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -45,11 +46,26 @@ def blaming(
     """
     try:
         yield
+        if closed := _reopened():
+            raise kind(f"{what} closed the standard {closed}; expected code that leaves it open; take the close out")
     except (KeyboardInterrupt, SearchError):
         raise
     except BaseException as error:
+        _reopened()
         rest = _own_import(error) or (expected if isinstance(expected, str) else expected(error))
         raise kind(f"{what} raised {type(error).__name__}: {one_line(error)}; expected {rest}") from error
+
+
+def _reopened() -> str | None:
+    """Open standard output or error again where a user's code closed it, in the place of the other; return which."""
+    for number, name in ((1, "output"), (2, "error")):
+        stream = "stdout" if number == 1 else "stderr"
+        if getattr(getattr(sys, stream), "closed", False):
+            with suppress(OSError):
+                os.dup2(3 - number, number)
+            setattr(sys, stream, open(number, "w", errors="backslashreplace", closefd=False))  # noqa: SIM115
+            return name
+    return None
 
 
 def _own_import(error: BaseException) -> str | None:

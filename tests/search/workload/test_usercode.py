@@ -83,6 +83,23 @@ def test_a_call_that_imports_a_name_of_ours_is_told_where_to(folder: Path, line:
         metric(torch.zeros(1, 2), torch.zeros(1))
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("end", ["return 1", "raise ValueError('own')"])
+def test_code_that_closes_a_standard_stream_is_told(folder: Path, stream: str, end: str) -> None:
+    (folder / "closing.py").write_text(f"import sys\ndef network():\n    sys.{stream}.close()\n    {end}\n")
+    run = (
+        "import sys\nfrom search.base import WorkloadError\nfrom search.workload.usercode import call_factory\n"
+        f"try:\n    call_factory('./closing.py:network', {{}}, {str(folder)!r})\n"
+        f"except WorkloadError as error:\n    print(error, file=sys.{stream}, flush=True)\n"
+    )
+    root = Path(methods.__file__).parent.parent
+    ended = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True, cwd=root)
+    name = {"stdout": "output", "stderr": "error"}[stream]
+    told = f"closed the standard {name}; expected" if "return" in end else "raised ValueError: own; expected it to"
+    assert f"the factory ./closing.py:network {told}" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_an_error_in_a_users_code_is_told_with_its_place(folder: Path) -> None:
     (folder / "entry.py").write_text("from things import network\n\ndef late():\n    raise RuntimeError('late')\n")
     late = usercode.load_function("./entry.py:late", str(folder))
