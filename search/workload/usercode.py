@@ -148,9 +148,10 @@ _user_module_names: set[str] = set()
 def importable(folder: str) -> Iterator[None]:
     """Let modules in `folder` be imported while the context is open, and remember all that are imported then.
 
-    Those with the name of a package of ours go before it in the block, and are kept by another name after it.
+    Those with the name of a package of ours go before it in the block, and are kept by another name after it. The
+    current folder, from which relative places of results start, is the same after it.
     """
-    before = set(sys.modules)
+    before, here = set(sys.modules), Path.cwd()
     clashing = [name for name in OURS if _is_users(Path(folder), name)]
     ours = {name: sys.modules.pop(name) for name in _below(clashing)}
     sys.modules.update({name.removeprefix(ALIAS): sys.modules[name] for name in _below(map(ALIAS.__add__, clashing))})
@@ -158,6 +159,7 @@ def importable(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        os.chdir(here)
         sys.path.remove(folder)
         for name in _below(clashing):
             _rename(sys.modules.pop(name), ALIAS + name)

@@ -100,6 +100,13 @@ def test_code_that_closes_a_standard_stream_is_told(folder: Path, stream: str, e
     assert "Traceback" not in ended.stderr
 
 
+def test_a_factory_that_goes_to_another_folder_takes_nobody_along(folder: Path) -> None:
+    here = Path.cwd()
+    (folder / "going.py").write_text("import os\nos.chdir('/')\ndef network():\n    os.chdir('/')\n    return 1\n")
+    assert usercode.call_factory("./going.py:network", {}, str(folder)) == 1
+    assert Path.cwd() == here
+
+
 def test_an_error_in_a_users_code_is_told_with_its_place(folder: Path) -> None:
     (folder / "entry.py").write_text("from things import network\n\ndef late():\n    raise RuntimeError('late')\n")
     late = usercode.load_function("./entry.py:late", str(folder))
