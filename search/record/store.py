@@ -104,10 +104,11 @@ def check_artifacts(uri: str, name: str) -> None:
 
 
 def _quiet() -> None:
-    """Silence MLflow's own log, and keep it from making a database's folder by the name that the address has for it.
+    """Silence MLflow's own log and prints, and keep it from making a database's folder by its name in the address.
 
     Where signs of that name are escaped, it would be another folder, perhaps in a place that nobody may write.
     """
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a server's, with the password in it
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     database: Any = importlib.import_module("mlflow.store.db.utils")

@@ -13,7 +13,7 @@ from cluster.head import free_ports
 from search.base import SearchError, TrackingError
 from search.record import lease
 from search.record.lease import TAG, locked
-from search.record.store import PATIENCE, RETRIES
+from search.record.store import PATIENCE, RETRIES, connect
 from tests.support.mlflow_servers import mlflow_server
 
 
@@ -78,3 +78,11 @@ def test_a_server_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RETRIES, "0")
     with pytest.raises(TrackingError, match=r"cannot use the MLflow store http://127.0.0.1:1"):
         locked("http://127.0.0.1:1", "digits").__enter__()
+
+
+def test_nothing_shows_the_password_of_a_server(server: str, capfd: pytest.CaptureFixture[str]) -> None:
+    client = connect(server.replace("//", "//ada:S3cret@"))
+    run = client.create_run(client.create_experiment("shown")).info.run_id
+    client.set_terminated(run)
+    assert client.get_run(run).info.status == "FINISHED"
+    assert "S3cret" not in "".join(capfd.readouterr())
