@@ -167,7 +167,7 @@ def test_arguments_that_are_not_known(run: Run, arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.code == 2
     assert "Traceback" not in ended.err
-    assert re.search(r"Usage: (python -m pytest\.)?paredown", ended.err)
+    assert "Usage: paredown" in ended.err
 
 
 def test_a_trial_that_raises_leaves_its_trace_in_a_file(run: Run, tmp_path: Path) -> None:
