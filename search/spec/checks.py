@@ -15,8 +15,8 @@ from search.spec.documents import is_odd, quoted, suggestion
 LONGEST_TEXT = 4096
 """The characters of a path, which no system takes more of."""
 
-MOST_BUDGETS, MOST_GPUS, MOST_ARGUMENT, MOST_METRIC = 100, 1024, 1_000_000, 1e12
-"""Budgets of a spec, GPUs of a worker, classes or channels that torchvision is asked for, a metric's value."""
+MOST_BUDGETS, MOST_WORKERS, MOST_GPUS, MOST_ARGUMENT, MOST_METRIC = 100, 100_000, 1024, 1_000_000, 1e12
+"""Budgets of a spec, workers, GPUs of a worker, classes or channels that torchvision is asked for, a metric's value."""
 
 OF_RAY = {"CPU", "GPU", "memory", "object_store_memory"}
 """The resources that Ray counts by itself; those with a colon it names itself too."""
@@ -156,6 +156,13 @@ def check_gpus(value: float) -> float:
     """Refuse a number of GPUs that no node has, or above 1 and not whole. Raises a ValueError."""
     if value > MOST_GPUS or (value > 1 and not value.is_integer()):
         raise ValueError(f"{value} GPUs cannot be had; write 0, a share up to 1, or a whole number")
+    return value
+
+
+def check_most_workers(value: object) -> object:
+    """Refuse what is neither `auto` nor a number of workers. Raises a ValueError."""
+    if value != "auto" and (type(value) is not int or not 0 < value <= MOST_WORKERS):
+        raise ValueError(f"{quoted(value)} is no number of workers; write auto, or 1 to {MOST_WORKERS:,}")
     return value
 
 

@@ -23,6 +23,7 @@ from search.spec.checks import (
     check_keep,
     check_methods,
     check_model_name,
+    check_most_workers,
     check_output,
     check_providers,
     check_range,
@@ -266,7 +267,7 @@ class ClusterSpec(_Strict):
 
     address: Annotated[str, AfterValidator(check_address)] = "auto"
     gpus_per_trial: Annotated[float, Field(ge=0), AfterValidator(check_gpus)] = 0
-    max_parallel: Literal["auto"] | Annotated[int, Field(gt=0, le=100_000)] = "auto"
+    max_parallel: Annotated[Literal["auto"] | int, BeforeValidator(check_most_workers)] = "auto"
     stall_timeout: Annotated[float, BeforeValidator(seconds)] = 3600.0
 
 
