@@ -8,6 +8,7 @@ seen of both within a second. `app` builds it, and `cluster.serve` runs it. `sea
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import tempfile
@@ -212,12 +213,15 @@ def _add_result_routes(inner: FastAPI, looks: Looks) -> None:
         return Response(await looks.shared(("frontier", id), read), media_type="application/json")
 
     @inner.get("/searches/{id}/report", response_class=HTMLResponse, responses=_refusals(404))
-    async def show_report(id: str) -> HTMLResponse:
+    async def show_report(id: str, request: Request) -> HTMLResponse:
         """The report so far: one page that can be kept and opens anywhere."""
         job = await looks.job(id)
-        page = await looks.shared(("report", id), lambda: html.html(_recorded_result(job, looks.backends)))
+        page, packed = await looks.shared(("report", id), partial(_report_pages, job, looks.backends))
         headers = {"content-security-policy": REPORT_POLICY, "cross-origin-opener-policy": "unsafe-none"}
-        return HTMLResponse(page, headers=headers)
+        headers["vary"] = "accept-encoding"
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return HTMLResponse(page, headers=headers)
+        return HTMLResponse(packed, headers=headers | {"content-encoding": "gzip"})
 
     stream = {"content": {"text/event-stream": {"schema": EVENT}}}
 
@@ -237,6 +241,12 @@ def _add_result_routes(inner: FastAPI, looks: Looks) -> None:
                 yield event
         finally:
             watchers -= 1
+
+
+def _report_pages(job: Job, backends: Backends) -> tuple[bytes, bytes]:
+    """The report as it is, and compressed: most of it is plotly.js, and many may ask at once."""
+    page = html.html(_recorded_result(job, backends)).encode()
+    return page, gzip.compress(page, compresslevel=1)  # a third of its size, in a tenth of a second
 
 
 def _frontier_json(job: Job, backends: Backends) -> str:

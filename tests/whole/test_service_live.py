@@ -116,6 +116,9 @@ def test_a_search_is_submitted_watched_and_read(done: Done) -> None:
         report = client.get(f"/searches/{done.id}/report")
         assert "<h1>digits</h1>" in report.text
         assert "sandbox" in report.headers["content-security-policy"]
+        plain = client.get(f"/searches/{done.id}/report", headers={"accept-encoding": "identity"})
+        assert tuple(one.headers.get("content-encoding") for one in (report, plain)) == ("gzip", None)
+        assert plain.text == report.text
         assert client.get(f"/searches/{done.id}").json() == end
         assert client.delete(f"/searches/{done.id}").json() == end
         assert told(client, f"/searches/{done.id}/events")[-1] == ("end", end)
