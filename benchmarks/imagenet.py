@@ -28,7 +28,7 @@ CLASSES, TRAINING, HELD_OUT = 10, 20, 4
 """Folders of pictures, and the pictures in each, to train on and to test on."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "data": {"root": "pictures", "validation": 0.2, "calibration": 64},
+    "data": {"root": "pictures", "validation": 0.2, "calibration": 16},
     "search": {"trials": 1},
     "recovery": {"steps": 2, "batch_size": 8},
     "cluster": {"gpus_per_trial": 0},

@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Count the multiply-accumulates of each module of `model`, those inside it included, for `example[:1]`."""
-    with fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _counting(model) as counter:
         model(example[:1].clone())
     found = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
     root = type(model).__name__
@@ -34,9 +34,26 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 def counted(model: nn.Module, example: Tensor) -> tuple[Tensor, int]:
     """Return the output for `example[:1]`, which is left as it is, and the multiply-accumulates of the pass."""
-    with fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _counting(model) as counter:
         output = model(example[:1].clone())
     return output, int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of passes of `model`, none of whose parameters needs a gradient meanwhile.
+
+    torch's counter fails at a view of one that does where no gradients are recorded, such as a token given to a layer.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        with fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
 
 
 @contextmanager

@@ -171,6 +171,19 @@ class Numbered(Straight):
         return super().forward(x)[:, self.order]
 
 
+class Asking(Straight):
+    """Gives a token that it has learned to a layer, as a head that pools by attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.query = nn.Parameter(torch.randn(1, 32)), nn.Linear(32, 32)
+
+    def classified(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        weights = (self.query(self.token.expand(x.shape[0], -1)).unsqueeze(1) @ tokens).softmax(-1)
+        return cast(Tensor, self.head((tokens * weights).sum(-1)))
+
+
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     """Build the network with weights of a fixed seed; the global generator is left as it was."""
     with torch.random.fork_rng():
@@ -191,4 +204,5 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "shuffled": Shuffled,
     "subclassed": Subclassed,
     "numbered": Numbered,
+    "asking": Asking,
 }
