@@ -2,8 +2,8 @@
 
     python benchmarks/untrained.py examples/fashion_mnist.yaml
 
-Plans as a search makes them with default knobs, students as its trials build them, refit, no step of
-recovery. Prints a Markdown table, and the seconds that a student took to build, refit and judge.
+Plans as a search makes them with default knobs, students as its trials build them, refit, no step of recovery. Prints a
+Markdown table, and the seconds that a student took to build, refit and judge.
 """
 
 from __future__ import annotations
