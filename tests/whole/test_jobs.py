@@ -27,7 +27,7 @@ from search.spec import reading
 from tests.support.searches import SPEC, inline, place, quiet
 from tests.support.waiting import wait_until
 
-TEXT = SPEC.replace("[itpruner, alds]", "[alds]").replace("trials: 3", "trials: 5").replace("steps: 5", "steps: 150")
+TEXT = SPEC.replace("[itpruner, alds]", "[alds]").replace("trials: 3", "trials: 5").replace("steps: 5", "steps: 250")
 WAIT_S = 240
 
 
@@ -117,7 +117,7 @@ def test_a_job_that_was_stopped_and_submitted_again_ends_as_an_undisturbed_searc
     assert "To go on, submit its spec again" in head.run(here, "stop", "digits-1").stdout
     stopped = head.told(here, "status", "digits-1")
     assert (stopped["status"], stopped["progress"]["phase"]) == ("stopped", "stopped")
-    assert 1 <= stopped["progress"]["trials"] <= stopped["progress"]["expected"] == 5  # all, if stopping took long
+    assert 1 <= stopped["progress"]["trials"] < stopped["progress"]["expected"] == 5
     log = head.run(here, "logs", "digits-1").stdout
     assert f"To go on:  paredown submit spec.yaml --address {head.address}" in log
     record = find_search(store(here), "digits")

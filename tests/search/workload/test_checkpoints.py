@@ -25,6 +25,7 @@ from search.base import WorkloadError
 from search.workload.checkpoints import load_weights
 from search.workload.forms import unwrapped
 from search.workload.teacher import save_weights
+from tests.support.tiny_workloads import factory, refused
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -255,3 +256,57 @@ def test_arrays_of_another_network_are_refused() -> None:
     arrays.pop("features.fc.bias")
     with pytest.raises(RuntimeError, match=r"the state lacks features\.fc\.bias"):
         load_arrays(network(), arrays)
+
+
+class Bomb:
+    """Unpickled without protection, it makes a folder."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def test_weights_never_run_code(folder: Path) -> None:
+    torch.save({"0.weight": Bomb()}, folder / "bomb.pt")
+    (folder / "bare.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    for name in ("bomb.pt", "bare.pt"):
+        message = refused(folder, factory(weights=name))
+        assert "cannot read the weights" in message
+        assert "it holds more than tensors" in message
+        assert "weights_only` set to `False" not in message
+    assert not (folder / "exploded").exists()
+    with pytest.raises(FileNotFoundError):
+        torch.load(folder / "gone.pt")
+    torch.load(folder / "bomb.pt", weights_only=False)
+    assert Path("exploded").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gone.pt", "no weights at"),
+        ("gone.safetensors", "no weights at"),
+        ("junk.pt", "cannot read the weights"),
+        ("junk.safetensors", "cannot read the weights"),
+        (
+            "wide.pt",
+            "do not fit the network: Error(s) in loading state_dict for Sequential: size mismatch for 0.weight",
+        ),
+        ("named.safetensors", "size mismatch for 0.weight"),
+        ("whole.pt", "do not fit the network"),
+        ("list.pt", "do not fit the network"),
+        ("inner", "cannot read the weights"),
+    ],
+)
+def test_weights_that_cannot_be_used(folder: Path, name: str, told: str) -> None:
+    (folder / "junk.pt").write_bytes(b"junk")
+    (folder / "junk.safetensors").write_bytes(b"junk")
+    (folder / "inner").mkdir()
+    wide = nn.Sequential(nn.Conv2d(1, 99, 3), nn.ReLU(), nn.ReLU(), nn.Flatten(), nn.Linear(99, 3)).state_dict()
+    torch.save(wide, folder / "wide.pt")
+    torch.save({"state_dict": wide, "epoch": 3}, folder / "whole.pt")
+    torch.save(list(wide.values()), folder / "list.pt")
+    safetensors.torch.save_file({f"net.{key}": value for key, value in wide.items()}, folder / "named.safetensors")
+    message = refused(folder, factory(weights=name))
+    assert told in message
+    assert name in message
+    assert len(message) < 1000

@@ -1,18 +1,14 @@
-"""The workload: every source of a teacher and of its weights, and a reason for every refusal."""
+"""The workload: every source of a teacher, and a reason for every refusal."""
 
 from __future__ import annotations
 
-import os
-import pickle
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -26,14 +22,7 @@ from search.base import WorkloadError
 from search.workload import Workload, loading, usercode
 from search.workload.teacher import save_weights
 from search.workload.zoo import build
-from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec, users_code
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A spec's folder with the user's own code in it."""
-    with users_code(tmp_path):
-        yield tmp_path
+from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -207,63 +196,6 @@ def test_a_data_factory_that_fails(folder: Path) -> None:
     assert "the factory ./things.py:broken raised ValueError" in message
     message = refused(folder, factory(), data=tiny_data(colour="red"))
     assert "raised TypeError: images() got an unexpected keyword argument 'colour'" in message
-
-
-# Weights
-
-
-class Bomb:
-    """Unpickled without protection, it makes a folder."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("exploded",)
-
-
-def test_weights_never_run_code(folder: Path) -> None:
-    torch.save({"0.weight": Bomb()}, folder / "bomb.pt")
-    (folder / "bare.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
-    for name in ("bomb.pt", "bare.pt"):
-        message = refused(folder, factory(weights=name))
-        assert "cannot read the weights" in message
-        assert "it holds more than tensors" in message
-        assert "weights_only` set to `False" not in message
-    assert not (folder / "exploded").exists()
-    with pytest.raises(FileNotFoundError):
-        torch.load(folder / "gone.pt")
-    torch.load(folder / "bomb.pt", weights_only=False)
-    assert Path("exploded").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("gone.pt", "no weights at"),
-        ("gone.safetensors", "no weights at"),
-        ("junk.pt", "cannot read the weights"),
-        ("junk.safetensors", "cannot read the weights"),
-        (
-            "wide.pt",
-            "do not fit the network: Error(s) in loading state_dict for Sequential: size mismatch for 0.weight",
-        ),
-        ("named.safetensors", "size mismatch for 0.weight"),
-        ("whole.pt", "do not fit the network"),
-        ("list.pt", "do not fit the network"),
-        ("inner", "cannot read the weights"),
-    ],
-)
-def test_weights_that_cannot_be_used(folder: Path, name: str, told: str) -> None:
-    (folder / "junk.pt").write_bytes(b"junk")
-    (folder / "junk.safetensors").write_bytes(b"junk")
-    (folder / "inner").mkdir()
-    wide = nn.Sequential(nn.Conv2d(1, 99, 3), nn.ReLU(), nn.ReLU(), nn.Flatten(), nn.Linear(99, 3)).state_dict()
-    torch.save(wide, folder / "wide.pt")
-    torch.save({"state_dict": wide, "epoch": 3}, folder / "whole.pt")
-    torch.save(list(wide.values()), folder / "list.pt")
-    safetensors.torch.save_file({f"net.{key}": value for key, value in wide.items()}, folder / "named.safetensors")
-    message = refused(folder, factory(weights=name))
-    assert told in message
-    assert name in message
-    assert len(message) < 1000
 
 
 # What goes in and comes out
