@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,11 @@ from search.base import DataError, WorkloadError
 from search.spec.schema import DataSpec
 from search.workload import zoo
 from search.workload.data.pictures import Preparation, preparation
-from tests.support.tiny_workloads import load, refused, users_code
+from tests.support.tiny_workloads import load, refused
 
 IMAGES = {"source": "factory", "name": "./things.py:images", "args": {"side": 32}}
 is_missing = importlib.util.find_spec("timm") is None
 with_timm = pytest.mark.skipif(is_missing, reason="timm is an extra")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with users_code(tmp_path):
-        yield tmp_path
 
 
 def timm(name: str, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,7 @@ from search.base import SpecError, WorkloadError
 from search.spec import reading
 from search.workload import loading, usercode
 from search.workload.usercode import user_modules
-from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec, users_code
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A spec's folder with the user's own code in it."""
-    with users_code(tmp_path):
-        yield tmp_path
+from tests.support.tiny_workloads import THINGS, StageReport, factory, load, refused, spec
 
 
 def test_a_users_file_may_import_its_neighbours(folder: Path) -> None:
